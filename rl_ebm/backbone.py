@@ -1,0 +1,139 @@
+r"""A pre-LN Transformer, with attention as an argument.
+
+Each block is written once; what a position may look at is a function that the caller gives:
+all earlier positions, all positions, the ancestors in a prefix tree, or a cache.
+
+The architecture is that of arXiv 2512.15605, App. C (its parameter counts pin it down): learned
+token and position embeddings, biases everywhere, ReLU, no final LayerNorm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q, k, v), each (..., H, L, D / H), to the context, of the shape of q."""
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of a Transformer."""
+
+    layers: int = 2
+    """number of blocks"""
+    heads: int = 4
+    """attention heads; must divide dim"""
+    dim: int = 64
+    """width of the residual stream"""
+    hidden: int = 256
+    """width inside the MLP"""
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "heads", "dim", "hidden"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        if self.dim % self.heads:
+            raise ValueError(f"heads must divide dim, got dim={self.dim}, heads={self.heads}")
+
+
+class Block(nn.Module):
+    """Attention, then an MLP, each on a normalised copy of the stream it adds to."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.norm1 = nn.LayerNorm(config.dim)
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.out = nn.Linear(config.dim, config.dim)
+        self.norm2 = nn.LayerNorm(config.dim)
+        self.up = nn.Linear(config.dim, config.hidden)
+        self.down = nn.Linear(config.hidden, config.dim)
+
+    def forward(
+        self, x: Float[Tensor, "*n L D"], layer: int, attend: Attend
+    ) -> Float[Tensor, "*n L D"]:
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = (part.transpose(-2, -3) for part in qkv.unbind(-3))  # (..., H, L, D / H)
+        x = x + self.out(attend(layer, q, k, v).transpose(-2, -3).flatten(-2))
+        return x + self.down(F.relu(self.up(self.norm2(x))))
+
+
+class Backbone(nn.Module):
+    """Embeddings and blocks: ids and positions to features.
+
+    Args:
+        num_ids: rows of the token embedding.
+        num_positions: rows of the position embedding.
+    """
+
+    def __init__(self, num_ids: int, num_positions: int, config: TransformerConfig) -> None:
+        super().__init__()
+        self.token = nn.Embedding(num_ids, config.dim)
+        self.position = nn.Embedding(num_positions, config.dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+
+    def forward(
+        self, ids: Int64[Tensor, "*n L"], positions: Int64[Tensor, "*m L"], attend: Attend
+    ) -> Float[Tensor, "*n L D"]:
+        x = self.token(ids) + self.position(positions)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, layer, attend)
+        return x
+
+
+def causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every position sees itself and the earlier ones."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def masked(mask: Bool[Tensor, "..."]) -> Attend:
+    """Every position sees the keys where the mask, broadcast to (..., H, L, L), is True."""
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    return attend
+
+
+def gathered(keys: Int64[Tensor, "L W"], mask: Bool[Tensor, "P L W"]) -> Attend:
+    """Position l sees the positions ``keys[l]`` where the mask allows: a prefix tree."""
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        p, h, length, d = q.shape
+        # (P, H, L, d) to (L, P H d), so that one embedding look-up fetches all heads; its
+        # backward is a parallel scatter-add, that of indexing is not.
+        kv = torch.stack([k, v]).permute(3, 0, 1, 2, 4)
+        rows = F.embedding(keys, kv.flatten(1)).view(length, -1, 2, p, h, d)
+        k_rows, v_rows = rows.permute(2, 3, 0, 4, 1, 5)  # each (P, L, H, W, d)
+        context = F.scaled_dot_product_attention(
+            q.permute(0, 2, 1, 3)[..., None, :], k_rows, v_rows, attn_mask=mask[:, :, None, None]
+        )
+        return context[..., 0, :].permute(0, 2, 1, 3)
+
+    return attend
+
+
+class Context:
+    """Left-padded prompts behind a BOS, as ids, positions and a mask of what is real.
+
+    Args:
+        prompts: int sequences; None for a single empty prompt.
+        bos_id: the id of BOS: the first that no token has.
+    """
+
+    def __init__(self, prompts: Sequence[Sequence[int]] | None, bos_id: int) -> None:
+        lists = [[]] if prompts is None else [list(p) for p in prompts]
+        self.width = 1 + max(len(p) for p in lists)
+        rows = [[bos_id] * (self.width - len(p)) + p for p in lists]
+        self.ids = torch.tensor(rows)
+        pad = torch.tensor([self.width - 1 - len(p) for p in lists])[:, None]
+        self.positions = (torch.arange(self.width) - pad).clamp(min=0)
+        self.real = torch.arange(self.width) >= pad
+        self.padded = bool((~self.real).any())

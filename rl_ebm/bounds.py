@@ -1,0 +1,103 @@
+r"""Bounds on the KL between a policy and the EBM, from the error of its logits alone.
+
+With ``delta = q* - q`` at a state and its span ``L = max delta - min delta`` over the allowed
+actions (the span does not see a constant added to the logits of a state):
+
+* one state: ``KL <= K(L)``, ``K(L) = u - 1 - log u``, ``u = L / (1 - exp(-L))``. Sharp: it is
+  attained. ``K(L) <= min(L^2 / 8, L)``; the same for both directions of the KL.
+* sequences, by the chain rule: ``KL(P_q, P*) <= sum_t E_{s_t ~ P_q} K(L_{s_t})`` (occupancy),
+  at most ``n K(max L)`` with n the most unforced decisions of a response (span), at most
+  ``2 T ||q - q*||_inf`` (arXiv 2512.15605, Prop. 3).
+
+All in nats. An infinite span gives an infinite bound.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rl_ebm.soft_bellman import Tables, expectation, forward_log_marginals
+from rl_ebm.tokens import TokenSpace
+
+_SERIES_BELOW = 0.05
+
+
+def span_kl(span: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """K(L) = u - 1 - log u with u = L / (1 - exp(-L)): the most KL that a span L allows.
+
+    By its series L^2/8 - L^4/576 + L^6/25920 below 0.05, where the closed form cancels.
+    """
+    # Both branches see arguments at which they are finite, for the gradient's sake.
+    small = span < _SERIES_BELOW
+    infinite = torch.isposinf(span)
+    x = torch.where(small | infinite, torch.ones_like(span), span)
+    u = x / -torch.expm1(-x)
+    closed = u - 1 - u.log()
+    s = torch.where(small, span, torch.zeros_like(span)).square()
+    series = s / 8 - s.square() / 576 + s * s.square() / 25920
+    return torch.where(small, series, closed).masked_fill(infinite, torch.inf)
+
+
+def centre(
+    delta: Float[Tensor, "... A"], q_star: Float[Tensor, "... A"]
+) -> Float[Tensor, "... A"]:
+    """delta less its mean over the allowed actions (q* finite); 0 elsewhere.
+
+    Where the policy forbids an allowed action the state's entries are ``inf`` at all allowed
+    actions: no constant brings them close.
+    """
+    allowed = torch.isfinite(q_star)
+    delta = delta.masked_fill(~allowed, 0.0)
+    lost = torch.isinf(delta).any(-1, keepdim=True) & allowed
+    count = allowed.sum(-1, keepdim=True).clamp(min=1)
+    mean = delta.masked_fill(lost, 0.0).sum(-1, keepdim=True) / count
+    return (delta.masked_fill(lost, 0.0) - mean).masked_fill(~allowed, 0.0).masked_fill(
+        lost, torch.inf
+    )
+
+
+def logit_span(
+    q: Float[Tensor, "... A"], q_star: Float[Tensor, "... A"]
+) -> Float[Tensor, "..."]:
+    """L_s, the span of q* - q over allowed actions; inf where q forbids one, 0 if none is."""
+    allowed = torch.isfinite(q_star)
+    delta = q_star.masked_fill(~allowed, 0.0) - q.masked_fill(~allowed, 0.0)
+    high = delta.masked_fill(~allowed, -torch.inf).amax(-1)
+    low = delta.masked_fill(~allowed, torch.inf).amin(-1)
+    # q = -inf at an allowed action makes delta +inf there; inf - inf cannot arise with one.
+    lost = torch.isinf(delta).any(-1)
+    return torch.where(allowed.any(-1), high - low, torch.zeros_like(high)).masked_fill(
+        lost, torch.inf
+    )
+
+
+def prop3_bound(
+    max_span: Float[Tensor, "*n"], max_length: int | Int[Tensor, "*n"]
+) -> Float[Tensor, "*n"]:
+    """2 T ||q - q*||_inf with the best constant for each state: ||.||_inf is half the span."""
+    return 2 * max_length * (max_span / 2)
+
+
+def span_bound(max_span: Float[Tensor, "*n"], space: TokenSpace) -> Float[Tensor, "*n"]:
+    """n K(max L), n the most unforced decisions of a response."""
+    if space.num_decisions == 0:
+        return torch.zeros_like(max_span)
+    return space.num_decisions * span_kl(max_span)
+
+
+def occupancy_bound(
+    log_pi: Tables, spans: Tables, space: TokenSpace
+) -> Float[Tensor, "..."]:
+    """sum_t E_{s_t ~ pi} K(L_{s_t}); bounds KL(pi, pi*) for pi = P_q, KL(pi*, pi) for pi = P*.
+
+    Args:
+        log_pi: per-depth tables of the policy whose states count.
+        spans: entry t holds L_s for every state of depth t, (..., branching**t).
+    """
+    marginals = forward_log_marginals(log_pi, space)
+    terms = [
+        expectation(m, span_kl(span)).sum(-1) for m, span in zip(marginals, spans, strict=True)
+    ]
+    return torch.stack(terms).sum(0)

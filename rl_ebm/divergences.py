@@ -1,0 +1,147 @@
+r"""Divergences and entropies, in nats: of rows, of per-depth tables, of samples.
+
+Rows are log-probabilities over the last dimension. On **tables** (see
+:mod:`rl_ebm.soft_bellman`) the KL and the entropy follow the chain rule over prefixes,
+
+    KL(P, Q) = sum_t E_{s_t ~ P} KL(P(.|s_t), Q(.|s_t)),  H(P) = sum_t E_{s_t ~ P} H(P(.|s_t))
+
+(arXiv 2512.15605, App. A.3, A.4); total variation and Jensen-Shannon do not decompose, so they
+push both prefix probabilities down to the responses. ``-inf`` is a legal log-probability:
+0 log 0 = 0, and KL(P, Q) is infinite where P > 0 = Q.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rl_ebm.soft_bellman import (
+    Tables,
+    expectation,
+    forward_log_marginals,
+    sequence_log_probs,
+)
+from rl_ebm.tokens import TokenSpace
+
+# Rows --------------------------------------------------------------------------------------
+
+
+def entropy(log_p: Float[Tensor, "... N"]) -> Float[Tensor, "..."]:
+    """Shannon entropy H(p) = -sum p log p, over the last dimension."""
+    return -expectation(log_p, log_p).sum(-1)
+
+
+def kl(log_p: Float[Tensor, "... N"], log_q: Float[Tensor, "... N"]) -> Float[Tensor, "..."]:
+    """KL(p, q) = sum p (log p - log q), over the last dimension."""
+    # -inf - (-inf) is nan, also in the gradient: places with p = 0 are taken out first.
+    zero = torch.isneginf(log_p)
+    log_ratio = log_p.masked_fill(zero, 0.0) - log_q.masked_fill(zero, 0.0)
+    return expectation(log_p, log_ratio).sum(-1)
+
+
+def tv(log_p: Float[Tensor, "... N"], log_q: Float[Tensor, "... N"]) -> Float[Tensor, "..."]:
+    """Total variation, half of sum |p - q|, over the last dimension."""
+    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+
+
+def js(log_p: Float[Tensor, "... N"], log_q: Float[Tensor, "... N"]) -> Float[Tensor, "..."]:
+    """Jensen-Shannon divergence, (KL(p, m) + KL(q, m)) / 2 with m = (p + q) / 2; <= log 2."""
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return 0.5 * (kl(log_p, log_m) + kl(log_q, log_m))
+
+
+# Per-depth tables ----------------------------------------------------------------------------
+
+
+def entropy_tables(log_pi: Tables, space: TokenSpace) -> Float[Tensor, "..."]:
+    """Shannon entropy of the responses of a policy, by the chain rule."""
+    marginals = forward_log_marginals(log_pi, space)
+    terms = [
+        expectation(m, entropy(p)).sum(-1) for m, p in zip(marginals, log_pi, strict=True)
+    ]
+    return torch.stack(terms).sum(0)
+
+
+def kl_tables(log_p: Tables, log_q: Tables, space: TokenSpace) -> Float[Tensor, "..."]:
+    """KL between the responses of two policies, by the chain rule under the first."""
+    return kl_by_depth(log_p, log_q, space).sum(0)
+
+
+def kl_by_depth(log_p: Tables, log_q: Tables, space: TokenSpace) -> Float[Tensor, "T ..."]:
+    """The terms of the chain rule: entry t is E_{s_t ~ P} KL(P(.|s_t), Q(.|s_t))."""
+    marginals = forward_log_marginals(log_p, space)
+    terms = [
+        expectation(m, kl(p, q)).sum(-1)
+        for m, p, q in zip(marginals, log_p, log_q, strict=True)
+    ]
+    return torch.stack(terms)
+
+
+def tv_tables(log_p: Tables, log_q: Tables, space: TokenSpace) -> Float[Tensor, "..."]:
+    """Total variation between the responses of two policies."""
+    return tv(sequence_log_probs(log_p, space), sequence_log_probs(log_q, space))
+
+
+def js_tables(log_p: Tables, log_q: Tables, space: TokenSpace) -> Float[Tensor, "..."]:
+    """Jensen-Shannon divergence between the responses of two policies."""
+    return js(sequence_log_probs(log_p, space), sequence_log_probs(log_q, space))
+
+
+# Samples -------------------------------------------------------------------------------------
+
+
+class Estimate(NamedTuple):
+    """A sample mean and its standard error (of the mean), both in nats."""
+
+    mean: Tensor
+    standard_error: Tensor
+
+
+def kl_from_samples(
+    log_p: Float[Tensor, "N"], log_q: Float[Tensor, "N"], kind: str = "k3"
+) -> Estimate:
+    r"""Estimate KL(P, Q) from samples of **P**, with log rho = log q - log p at each.
+
+    ========  =====================  ============================================================
+    kind      term                   bias
+    ========  =====================  ============================================================
+    ``"k1"``  -log rho               none; single terms can be negative
+    ``"k2"``  (log rho)^2 / 2        its mean is not the KL; equal to second order near P = Q
+    ``"k3"``  rho - 1 - log rho      P({q > 0}) = 1 and Q({p = 0}) = 0: none; else too small by
+                                     the mass Q({p = 0}); never negative
+    ========  =====================  ============================================================
+
+    As estimators of the value, not of a gradient. Infinite where a sample has q = 0.
+
+    Raises:
+        ValueError: an unknown kind, fewer than 2 samples, or a sample that P cannot give.
+    """
+    if len(log_p) < 2:
+        raise ValueError(f"a standard error needs at least 2 samples, got {len(log_p)}")
+    if bool(torch.isneginf(log_p).any()):
+        raise ValueError("a sample has log_p = -inf: it cannot have been drawn from P")
+    log_rho = log_q - log_p
+    if kind == "k1":
+        terms = -log_rho
+    elif kind == "k2":
+        terms = log_rho.square() / 2
+    elif kind == "k3":
+        terms = log_rho.expm1() - log_rho
+    else:
+        raise ValueError(f"kind must be 'k1', 'k2' or 'k3', got {kind!r}")
+    return Estimate(terms.mean(), terms.std() / math.sqrt(len(terms)))
+
+
+def entropy_from_samples(log_p: Float[Tensor, "N"]) -> Estimate:
+    """Estimate H(P) from the log-probabilities of samples of P: unbiased.
+
+    Raises:
+        ValueError: fewer than 2 samples.
+    """
+    if len(log_p) < 2:
+        raise ValueError(f"a standard error needs at least 2 samples, got {len(log_p)}")
+    return Estimate(-log_p.mean(), log_p.std() / math.sqrt(len(log_p)))

@@ -1,0 +1,198 @@
+r"""The energy-based model: p*(y|x) = p_ref(y|x) exp(R(x, y) / beta) / Z(x)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor
+
+from rl_ebm.policies.scoring import Policy, mask_logits, resolve_prompt_ids
+from rl_ebm.rewards.base import Prompts, Reward, as_reward
+from rl_ebm.soft_bellman import gather_tokens, log_policy
+from rl_ebm.tokens import Batch, TokenSpace, length_mask
+
+
+class EBM:
+    """A reward, a temperature and a reference over a token space: it scores.
+
+    Args:
+        space: the responses.
+        reward: a tensor with one score for each sequence in enumeration order ((P, N) with
+            prompts); or a callable ``(tokens, lengths) -> (B,)`` on tensors, with prompts
+            ``(tokens, lengths, prompt_ids)``; or one of :mod:`rl_ebm.rewards`.
+        beta: temperature of the KL penalty, > 0, in reward units per nat.
+        reference: p_ref, any policy; None for the counting measure (plain MaxEnt RL). In EOS
+            mode log p_ref(EOS) is 0 at the last position, whatever the reference says.
+        prompts: the P prompts of a conditional EBM, int sequences, empty ones allowed.
+
+    Raises:
+        ValueError: a beta, table or prompt that is out of range, or prompts that are not those
+            of the reference.
+        TypeError: a reward or reference of no known kind.
+    """
+
+    def __init__(
+        self,
+        space: TokenSpace,
+        reward: Tensor | Callable[..., Any] | Reward,
+        beta: float = 1.0,
+        reference: Policy | None = None,
+        prompts: Prompts | None = None,
+    ) -> None:
+        if not isinstance(space, TokenSpace):
+            raise TypeError(f"space must be a TokenSpace, got {type(space).__name__}")
+        if not (isinstance(beta, (int, float)) and 0 < beta < float("inf")):
+            raise ValueError(f"beta must be a finite number > 0, got {beta!r}")
+        if reference is not None and not callable(getattr(reference, "logits", None)):
+            raise TypeError(
+                "reference must be a policy, with a method logits(tokens, prompt_ids=None) -> "
+                f"(B, T, A), got {type(reference).__name__}"
+            )
+        self.space = space
+        self.beta = float(beta)
+        self.prompts = None if prompts is None else check_prompts(prompts)
+        self.reference = reference
+        if reference is not None:
+            self.check_policy(reference, "the reference")
+        self.reward_model = as_reward(reward, space, self.prompts)
+        self.device = torch.device("cpu")
+        scores = getattr(self.reward_model, "scores", None)
+        if scores is not None:
+            self.device = scores.device
+
+    @property
+    def num_prompts(self) -> int:
+        """P; 1 without prompts."""
+        return 1 if self.prompts is None else len(self.prompts)
+
+    @property
+    def forbids(self) -> bool:
+        """Whether some response or token is known to have log-weight ``-inf``."""
+        return self.reward_model.forbids or bool(getattr(self.reference, "forbids", False))
+
+    def check_policy(self, policy: object, name: str = "the policy") -> None:
+        """Raise ValueError if a policy reads prompts, and others than this EBM's."""
+        theirs = getattr(policy, "prompts", None)
+        if theirs is not None and [list(p) for p in theirs] != [
+            list(p) for p in (self.prompts or [[]])
+        ]:
+            raise ValueError(
+                f"{name} was made for other prompts than the EBM's: give both the same list"
+            )
+
+    # Scores -------------------------------------------------------------------------------
+
+    def reward(
+        self,
+        tokens: Int64[Tensor, "B T"],
+        lengths: Int64[Tensor, "B"],
+        prompt_ids: Int64[Tensor, "B"],
+    ) -> Shaped[Tensor, "B"]:
+        """R(x, y) in reward units, its own dtype; rows as the sampler makes them, unchecked."""
+        tokens = tokens.masked_fill(~length_mask(lengths, self.space.max_length), 0)
+        return self.reward_model(tokens, lengths, prompt_ids)
+
+    def score(self, batch: Batch) -> Batch:
+        """The batch with its rewards."""
+        return batch.with_reward(self.reward(batch.tokens, batch.lengths, batch.prompt_ids))
+
+    @torch.no_grad()
+    def log_ref_rows(
+        self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"]
+    ) -> Float[Tensor, "B T A"]:
+        """log p_ref(.|s) before every token; 0 at allowed actions without a reference."""
+        mask = self.space.action_mask(tokens.device)
+        if self.reference is None:
+            zero = torch.zeros(mask.shape, device=tokens.device).masked_fill(~mask, -torch.inf)
+            return zero.expand(len(tokens), -1, -1)
+        log_ref = log_policy(
+            mask_logits(self.reference.logits(tokens, prompt_ids), self.space)
+        )
+        return end_reference(log_ref, self.space)
+
+    def log_ref(
+        self,
+        tokens: Int64[Tensor, "B T"],
+        lengths: Int64[Tensor, "B"],
+        prompt_ids: Int64[Tensor, "B"],
+    ) -> Float[Tensor, "B T"]:
+        """log p_ref of each token, 0 past the end."""
+        mask = length_mask(lengths, self.space.max_length)
+        if self.reference is None:
+            return torch.zeros(mask.shape, device=tokens.device)
+        tokens = tokens.masked_fill(~mask, 0)
+        rows = self.log_ref_rows(tokens, prompt_ids)
+        return gather_tokens(rows, tokens).masked_fill(~mask, 0.0)
+
+    def log_weight(
+        self,
+        tokens: Int64[Tensor, "B T"],
+        lengths: Int64[Tensor, "B"] | None = None,
+        prompt_ids: Int64[Tensor, "B"] | None = None,
+    ) -> Float[Tensor, "B"]:
+        """log p_ref(y|x) + R(x, y) / beta: the log of the unnormalised p*, in nats, float64.
+
+        Args:
+            tokens: responses, right-padded.
+            lengths: real tokens of each; None for up to the first EOS (T without one).
+            prompt_ids: may be left out only where there is one prompt.
+
+        Raises:
+            ValueError: tokens, lengths or prompt ids that are none of the space's.
+        """
+        lengths = self.space.check(tokens, lengths)
+        prompt_ids = resolve_prompt_ids(
+            len(tokens), prompt_ids, self.num_prompts, tokens.device
+        )
+        reward = self.reward(tokens, lengths, prompt_ids).double()
+        return self.log_ref(tokens, lengths, prompt_ids).double().sum(1) + reward / self.beta
+
+    # Copies ---------------------------------------------------------------------------------
+
+    def to(self, device: torch.device | str) -> EBM:
+        """The same EBM with its reward and reference on another device."""
+        reference: Any = self.reference
+        if reference is not None and hasattr(reference, "to"):
+            reference = reference.to(device)
+        moved = EBM.__new__(EBM)
+        moved.__dict__.update(
+            self.__dict__,
+            reference=reference,
+            reward_model=self.reward_model.to(device),
+            device=torch.device(device),
+        )
+        return moved
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EBM:
+        """Shares its tensors: environments are copied often, and an EBM never changes."""
+        copy = EBM.__new__(EBM)
+        copy.__dict__.update(self.__dict__)
+        return copy
+
+
+def end_reference(
+    log_ref: Float[Tensor, "... T A"], space: TokenSpace
+) -> Float[Tensor, "... T A"]:
+    """log p_ref with its last position of EOS mode set: 0 at EOS, ``-inf`` elsewhere."""
+    if space.eos_id is None:
+        return log_ref
+    last = torch.full_like(log_ref[..., -1:, :], -torch.inf)
+    last[..., space.eos_id] = 0.0
+    return torch.cat([log_ref[..., :-1, :], last], dim=-2)
+
+
+def check_prompts(prompts: Prompts) -> list[list[int]]:
+    """Prompts as lists of ints.
+
+    Raises:
+        ValueError: no prompt, or a token that is no int >= 0.
+    """
+    lists = [[int(token) for token in prompt] for prompt in prompts]
+    if not lists:
+        raise ValueError("prompts is empty: give at least one prompt, or None")
+    if any(token < 0 for prompt in lists for token in prompt):
+        raise ValueError("a prompt holds a negative token id; ids start at 0")
+    return lists

@@ -1,0 +1,30 @@
+"""Policies: anything with ``logits(tokens, prompt_ids=None) -> (B, T, A)``."""
+
+from rl_ebm.backbone import TransformerConfig
+from rl_ebm.policies.scoring import (
+    Policy,
+    log_pi_rows,
+    log_prob,
+    mask_logits,
+    q_values,
+    sample,
+    tree_logits,
+    tree_q_values,
+)
+from rl_ebm.policies.tabular import Tabular, Uniform
+from rl_ebm.policies.transformer import Transformer
+
+__all__ = [
+    "Policy",
+    "Tabular",
+    "Transformer",
+    "TransformerConfig",
+    "Uniform",
+    "log_pi_rows",
+    "log_prob",
+    "mask_logits",
+    "q_values",
+    "sample",
+    "tree_logits",
+    "tree_q_values",
+]

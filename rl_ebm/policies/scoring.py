@@ -1,0 +1,241 @@
+r"""The one path from a policy's logits to log-probabilities and samples.
+
+A **policy** is any object with ``logits(tokens, prompt_ids=None) -> (B, T, A)``: row t depends
+on ``tokens[:, :t]`` alone, and need be neither normalised nor masked. Three optional members
+make it faster, and nothing else: they must give the same numbers.
+
+* ``tree_logits(tree, prompt_ids) -> (P, N, A)``: all prefixes of a tree in one pass;
+* ``start(prompt_ids) -> state`` and ``step(state, tokens | None) -> (B, A)``: decoding with a
+  cache, one token for each row at a time;
+* ``logits_are_values = True`` declares that the raw logits are q, not just log pi + c(s).
+
+A policy that reads prompts was given them when it was made and shows them as ``prompts``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from rl_ebm.prefix_tree import PrefixTree
+from rl_ebm.soft_bellman import log_policy, sequence_log_prob
+from rl_ebm.tokens import Batch, TokenSpace
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """What every policy can do; see the module's docstring."""
+
+    def logits(self, tokens: Tensor, prompt_ids: Tensor | None = None) -> Tensor: ...
+
+
+def mask_logits(
+    logits: Float[Tensor, "B T A"], space: TokenSpace
+) -> Float[Tensor, "B T A"]:
+    """Logits in float32 at least, ``-inf`` where the space allows no action."""
+    if logits.dtype not in (torch.float32, torch.float64):
+        logits = logits.float()
+    return logits.masked_fill(~space.action_mask(logits.device), -torch.inf)
+
+
+def q_values(
+    policy: Policy,
+    space: TokenSpace,
+    tokens: Int64[Tensor, "B T"],
+    prompt_ids: Int64[Tensor, "B"] | None = None,
+    num_prompts: int = 1,
+) -> Float[Tensor, "B T A"]:
+    """Masked logits before every token.
+
+    Where the whole tree has fewer prefixes than the batch has tokens, and the policy can
+    evaluate trees, the tree is evaluated and the batch reads its rows from it.
+    """
+    if _tree_is_smaller(policy, space, tokens.shape[0], num_prompts):
+        rows = tree_q_values(policy, space, num_prompts).flatten(0, 1)
+        ids = space.state_ids(tokens)
+        if prompt_ids is not None:
+            ids = ids + prompt_ids[:, None] * space.num_states
+        # embedding: its backward is a parallel scatter-add, that of indexing is not.
+        return torch.nn.functional.embedding(ids, rows)
+    return mask_logits(policy.logits(tokens, prompt_ids), space)
+
+
+def tree_q_values(
+    policy: Policy, space: TokenSpace, num_prompts: int = 1
+) -> Float[Tensor, "P S A"]:
+    """Masked logits at every state of the space, shallow states first, for every prompt."""
+    device = device_of(policy)
+    prompt_ids = torch.arange(num_prompts, device=device)
+    logits = tree_logits(policy, PrefixTree.full(space, str(device)), prompt_ids)
+    if logits.dtype not in (torch.float32, torch.float64):
+        logits = logits.float()
+    if space.eos_id is None:
+        return logits
+    last = torch.arange(space.num_states, device=device) >= space.state_offset(
+        space.max_length - 1
+    )
+    forced = last[:, None] & ~space.action_mask(device)[-1]
+    return logits.masked_fill(forced, -torch.inf)
+
+
+def tree_logits(
+    policy: Policy, tree: PrefixTree, prompt_ids: Int64[Tensor, "P"]
+) -> Float[Tensor, "P N A"]:
+    """Raw logits at every node of a tree: by the policy's own tree pass where it has one.
+
+    Otherwise from sequences: one for each leaf, whose rows are the logits of its ancestors.
+    """
+    own: Any = getattr(policy, "tree_logits", None)
+    if own is not None:
+        logits: Tensor = own(tree, prompt_ids)
+        return logits
+    tokens, depth = tree.leaf_tokens, tree.leaf_depth
+    leaf, column = tree.owner
+    parts = []
+    for prompt in prompt_ids.tolist():
+        ids = torch.full((len(tokens),), prompt, device=tokens.device)
+        rows = policy.logits(tokens, ids)
+        if rows.shape[1] < int(depth.max()) + 1:
+            raise ValueError(f"logits has {rows.shape[1]} rows, expected one for each position")
+        parts.append(rows[leaf, column])
+    return torch.stack(parts)
+
+
+def log_pi_rows(
+    policy: Policy,
+    space: TokenSpace,
+    tokens: Int64[Tensor, "B T"],
+    prompt_ids: Int64[Tensor, "B"] | None = None,
+    num_prompts: int = 1,
+) -> Float[Tensor, "B T A"]:
+    """log pi(.|s) before every token: masked and normalised."""
+    return log_policy(q_values(policy, space, tokens, prompt_ids, num_prompts))
+
+
+def log_prob(
+    policy: Policy,
+    space: TokenSpace,
+    tokens: Int64[Tensor, "B T"],
+    lengths: Int64[Tensor, "B"],
+    prompt_ids: Int64[Tensor, "B"] | None = None,
+) -> Float[Tensor, "B"]:
+    """log pi(y|x): the sum over the real tokens."""
+    return sequence_log_prob(log_pi_rows(policy, space, tokens, prompt_ids), tokens, lengths)
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy,
+    space: TokenSpace,
+    n: int,
+    generator: torch.Generator | None = None,
+    prompt_ids: Int64[Tensor, "n"] | None = None,
+    num_prompts: int = 1,
+    temperature: float = 1.0,
+) -> Batch:
+    """Draw responses, by Gumbel-max on the masked logits: a forbidden token is never drawn.
+
+    Args:
+        n: how many.
+        generator: on the policy's device; None for the global one.
+        prompt_ids: which prompt each row answers, (n,); needed with several prompts.
+        num_prompts: P of the EBM.
+        temperature: of the draw; 1 samples the policy itself.
+
+    Raises:
+        ValueError: ``prompt_ids`` missing or of another length.
+    """
+    prompt_ids = resolve_prompt_ids(n, prompt_ids, num_prompts, device_of(policy))
+    device = prompt_ids.device
+    next_logits = _next_logits(policy, space, n, prompt_ids, num_prompts)
+    mask = space.action_mask(device)
+    tokens = torch.zeros(n, space.max_length, dtype=torch.int64, device=device)
+    lengths = torch.full((n,), space.max_length, device=device)
+    running = torch.ones(n, dtype=torch.bool, device=device)
+    for t in range(space.max_length):
+        logits = next_logits(t, tokens)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = (logits / temperature).masked_fill(~mask[t], -torch.inf)
+        # Gumbel noise is -log(Exponential); argmax of logits + noise is a draw from softmax.
+        noise = torch.empty_like(logits).exponential_(generator=generator).log_()
+        action = (logits - noise).argmax(-1)
+        tokens[:, t] = torch.where(running, action, tokens[:, t])
+        ends = running & space.ends(action, torch.full_like(action, t))
+        lengths = torch.where(ends, t + 1, lengths)
+        running = running & ~ends
+    return Batch(tokens, lengths, prompt_ids)
+
+
+def resolve_prompt_ids(
+    n: int,
+    prompt_ids: Int64[Tensor, "..."] | None,
+    num_prompts: int,
+    device: torch.device | str,
+) -> Int64[Tensor, "n"]:
+    """Check ``prompt_ids``, or make those of a single prompt.
+
+    Raises:
+        ValueError: missing with several prompts, of another length, or out of range.
+    """
+    if prompt_ids is None:
+        if num_prompts > 1:
+            raise ValueError(
+                f"there are {num_prompts} prompts: give prompt_ids, one index for each of the "
+                f"{n} rows"
+            )
+        return torch.zeros(n, dtype=torch.int64, device=device)
+    if prompt_ids.shape != (n,):
+        raise ValueError(f"prompt_ids has shape {tuple(prompt_ids.shape)}, expected ({n},)")
+    # Reading the values waits for a GPU: there the gather that uses them does the checking.
+    if prompt_ids.device.type == "cpu" and n and not (
+        0 <= int(prompt_ids.min()) and int(prompt_ids.max()) < num_prompts
+    ):
+        raise ValueError(f"prompt_ids must be in [0, {num_prompts})")
+    return prompt_ids
+
+
+def device_of(policy: object) -> torch.device:
+    """Where a policy computes: its parameters' device, else its ``device``, else the CPU."""
+    if isinstance(policy, torch.nn.Module):
+        for tensor in (*policy.parameters(), *policy.buffers()):
+            return tensor.device
+    return torch.device(getattr(policy, "device", "cpu"))
+
+
+def _tree_is_smaller(policy: Policy, space: TokenSpace, rows: int, num_prompts: int) -> bool:
+    if not hasattr(policy, "tree_logits"):
+        return False
+    return num_prompts * space.num_states <= rows * space.max_length
+
+
+def _next_logits(
+    policy: Any, space: TokenSpace, n: int, prompt_ids: Tensor, num_prompts: int
+) -> Any:
+    """A function (t, tokens) -> (n, A): the fastest way this policy has."""
+    if _tree_is_smaller(policy, space, n, num_prompts):
+        rows = tree_q_values(policy, space, num_prompts).flatten(0, 1)
+
+        def from_tree(t: int, tokens: Tensor) -> Tensor:
+            index = torch.zeros_like(prompt_ids)
+            for i in range(t):
+                index = index * space.branching + space.rank(tokens[:, i])
+            return rows[prompt_ids * space.num_states + space.state_offset(t) + index]
+
+        return from_tree
+    if hasattr(policy, "step"):
+        state = policy.start(prompt_ids)
+
+        def from_cache(t: int, tokens: Tensor) -> Tensor:
+            logits: Tensor = policy.step(state, tokens[:, t - 1] if t else None)
+            return logits
+
+        return from_cache
+
+    def from_scratch(t: int, tokens: Tensor) -> Tensor:
+        rows: Tensor = policy.logits(tokens, prompt_ids)[:, t]
+        return rows
+
+    return from_scratch

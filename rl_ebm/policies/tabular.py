@@ -1,0 +1,116 @@
+"""Policies without a network: one logit row for each prefix, and the uniform one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rl_ebm.prefix_tree import PrefixTree
+from rl_ebm.soft_bellman import Tables, check_tables
+from rl_ebm.tokens import TokenSpace
+
+
+class Tabular(nn.Module):
+    """One row of logits for each prompt and prefix: the function space of the paper.
+
+    Args:
+        space: the responses; must be small enough to list its states.
+        prompts: those of the EBM; None without prompts.
+        scale: standard deviation of the random start.
+        generator: for the random start; None for torch's global generator.
+        dtype: float64 for ground truth, float32 for learners.
+        logits_are_values: whether its raw logits are q.
+    """
+
+    def __init__(
+        self,
+        space: TokenSpace,
+        prompts: Sequence[Sequence[int]] | None = None,
+        scale: float = 0.1,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+        logits_are_values: bool = False,
+    ) -> None:
+        super().__init__()
+        self.space = space
+        self.prompts = None if prompts is None else [list(p) for p in prompts]
+        self.logits_are_values = logits_are_values
+        shape = (1 if prompts is None else len(prompts), space.num_states, space.vocab_size)
+        self.table = nn.Parameter(scale * torch.randn(shape, generator=generator, dtype=dtype))
+
+    @classmethod
+    def from_tables(
+        cls,
+        q: Tables,
+        space: TokenSpace,
+        prompts: Sequence[Sequence[int]] | None = None,
+        logits_are_values: bool = False,
+    ) -> Tabular:
+        """The policy with given logits: per-depth tables, (branching**t, A) or (P, ..., A)."""
+        check_tables(space, q=q)
+        rows = torch.cat([t if t.ndim == 3 else t[None] for t in q], dim=1)
+        policy = cls(space, prompts, dtype=rows.dtype, logits_are_values=logits_are_values)
+        if policy.table.shape != rows.shape:
+            raise ValueError(
+                f"q is for {rows.shape[0]} prompts, expected {policy.table.shape[0]}"
+            )
+        policy.table = nn.Parameter(rows.detach().clone())
+        return policy
+
+    @property
+    def forbids(self) -> bool:
+        """Whether some action has logit ``-inf``."""
+        return bool(torch.isneginf(self.table).any())
+
+    def tables(self) -> list[Float[Tensor, "P n A"]]:
+        """The logits by depth."""
+        sizes = [self.space.num_prefixes(t) for t in range(self.space.max_length)]
+        return list(self.table.split(sizes, dim=1))
+
+    def logits(
+        self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"] | None = None
+    ) -> Float[Tensor, "B T A"]:
+        """The rows of all prefixes of each sequence."""
+        ids = self.space.state_ids(tokens)
+        if self.prompts is not None and prompt_ids is not None:
+            ids = ids + prompt_ids[:, None] * self.space.num_states
+        # embedding: its backward is a parallel scatter-add, that of indexing is not.
+        return F.embedding(ids, self.table.flatten(0, 1))
+
+    def tree_logits(
+        self, tree: PrefixTree, prompt_ids: Int64[Tensor, "P"]
+    ) -> Float[Tensor, "P N A"]:
+        """The rows of all nodes."""
+        prompt_ids = torch.zeros_like(prompt_ids) if self.prompts is None else prompt_ids
+        rank = self.space.rank(tree.tokens)
+        index = torch.zeros_like(tree.tokens)
+        for level in range(1, tree.ancestors.shape[1]):
+            step = index * self.space.branching + rank[tree.ancestors[:, level]]
+            index = torch.where(tree.depth >= level, step, index)
+        offsets = [self.space.state_offset(t) for t in range(self.space.max_length)]
+        ids = index + torch.tensor(offsets, device=index.device)[tree.depth]
+        return self.table[prompt_ids][:, ids]
+
+
+class Uniform:
+    """Equal logits everywhere: uniform over the allowed actions of each state."""
+
+    forbids = False
+
+    def __init__(self, space: TokenSpace) -> None:
+        self.space = space
+
+    def logits(
+        self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"] | None = None
+    ) -> Float[Tensor, "B T A"]:
+        """Zeros."""
+        return torch.zeros(*tokens.shape, self.space.vocab_size, device=tokens.device)
+
+    def log_ref_constants(self) -> list[float]:
+        """log pi of every allowed action by depth: what makes solving cheap."""
+        counts = self.space.action_mask().sum(1)
+        return (-counts.double().log()).tolist()

@@ -1,0 +1,23 @@
+"""Terminal rewards R(x, y): a table, a Python function, a TRL reward, a Transformer.
+
+A reward is called as ``reward(tokens, lengths, prompt_ids) -> (B,)``; higher is better, ``-inf``
+is an impossible response. It knows neither p_ref nor beta.
+"""
+
+from rl_ebm.rewards.base import Reward, as_reward, check_values
+from rl_ebm.rewards.function import Function, from_trl
+from rl_ebm.rewards.table import Table
+from rl_ebm.rewards.table_file import TableFile, read_table
+from rl_ebm.rewards.transformer import TransformerReward
+
+__all__ = [
+    "Function",
+    "Reward",
+    "Table",
+    "TableFile",
+    "TransformerReward",
+    "as_reward",
+    "check_values",
+    "from_trl",
+    "read_table",
+]

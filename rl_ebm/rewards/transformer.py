@@ -1,0 +1,78 @@
+"""A reward that is a bidirectional Transformer: the EBM of arXiv 2512.15605."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rl_ebm.backbone import Backbone, Context, TransformerConfig, masked
+from rl_ebm.rewards.base import Prompts
+from rl_ebm.tokens import TokenSpace, length_mask
+
+
+class TransformerReward(nn.Module):
+    """R(x, y) by the policy's backbone without a causal mask, mean over positions, scalar head.
+
+    Args:
+        space: the responses.
+        config: sizes.
+        prompts: those of the EBM; None without prompts.
+    """
+
+    forbids = False
+
+    def __init__(
+        self,
+        space: TokenSpace,
+        config: TransformerConfig | None = None,
+        prompts: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        super().__init__()
+        config = TransformerConfig() if config is None else config
+        self.space, self.config = space, config
+        self.prompts = None if prompts is None else [list(p) for p in prompts]
+        largest = max((i for p in self.prompts or [] for i in p), default=0)
+        bos_id = max(space.vocab_size, largest + 1)
+        context = Context(self.prompts, bos_id)
+        self.register_buffer("context_ids", context.ids, persistent=False)
+        self.register_buffer("context_positions", context.positions, persistent=False)
+        self.register_buffer("context_real", context.real, persistent=False)
+        self.backbone = Backbone(bos_id + 1, context.width + space.max_length, config)
+        self.head = nn.Linear(config.dim, 1)
+
+    context_ids: Tensor
+    context_positions: Tensor
+    context_real: Tensor
+
+    def forward(
+        self,
+        tokens: Int64[Tensor, "B T"],
+        lengths: Int64[Tensor, "B"],
+        prompt_ids: Int64[Tensor, "B"],
+    ) -> Float[Tensor, "B"]:
+        """R(x, y), with gradient."""
+        context = self.context_ids[prompt_ids]
+        ids = torch.cat([context, tokens], dim=1)
+        start = self.context_positions[prompt_ids]
+        later = start[:, -1:] + 1 + torch.arange(tokens.shape[1], device=tokens.device)
+        mask = length_mask(lengths, tokens.shape[1])
+        real = torch.cat([self.context_real[prompt_ids], mask], dim=1)
+        x = self.backbone(ids, torch.cat([start, later], dim=1), masked(real[:, None, None]))
+        weight = F.normalize(real.to(x.dtype), p=1.0, dim=1)
+        out: Tensor = self.head((weight[..., None] * x).sum(1))[:, 0]
+        return out
+
+    def bind(self, space: TokenSpace, prompts: Prompts | None) -> TransformerReward:
+        if space != self.space:
+            raise ValueError(f"the reward was made for {self.space}, the EBM has {space}")
+        if self.prompts != (None if prompts is None else [list(p) for p in prompts]):
+            raise ValueError("the reward was made for other prompts than the EBM's")
+        return self
+
+    def __call__(self, *args: Tensor) -> Tensor:
+        out: Tensor = super().__call__(*args)
+        return out
