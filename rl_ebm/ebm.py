@@ -103,13 +103,13 @@ class EBM:
     def log_ref_rows(
         self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"]
     ) -> Float[Tensor, "B T A"]:
-        """log p_ref(.|s) before every token; 0 at allowed actions without a reference."""
+        """log p_ref(.|s) before every token, float64; without a reference 0 where allowed."""
         mask = self.space.action_mask(tokens.device)
         if self.reference is None:
             zero = torch.zeros(mask.shape, device=tokens.device).masked_fill(~mask, -torch.inf)
             return zero.expand(len(tokens), -1, -1)
         log_ref = log_policy(
-            mask_logits(self.reference.logits(tokens, prompt_ids), self.space)
+            mask_logits(self.reference.logits(tokens, prompt_ids), self.space).double()
         )
         return end_reference(log_ref, self.space)
 

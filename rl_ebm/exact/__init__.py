@@ -1,0 +1,6 @@
+"""Exact solutions of an EBM; each is itself a policy."""
+
+from rl_ebm.exact.solution import TreeSolution
+from rl_ebm.exact.solve import TooLargeError, check_memory, solve
+
+__all__ = ["TooLargeError", "TreeSolution", "check_memory", "solve"]

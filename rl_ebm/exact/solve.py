@@ -1,0 +1,197 @@
+"""Solve an EBM exactly on its prefix tree."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from rl_ebm.ebm import EBM, end_reference
+from rl_ebm.exact.backup import backup_leaves
+from rl_ebm.exact.solution import TreeSolution
+from rl_ebm.policies.walk import walk
+from rl_ebm.rewards.base import check_values
+from rl_ebm.soft_bellman import log_policy, soft_value
+
+_REWARD_BATCH = 2**15
+_BLOCK = 2**18
+
+
+class TooLargeError(ValueError, MemoryError):
+    """An EBM whose exact solution does not fit into memory."""
+
+
+@torch.no_grad()
+def solve(ebm: EBM, memory: int | None = None, progress: bool | None = None) -> TreeSolution:
+    """The exact soft Bellman fixed point q*, log Z, samples and log-probabilities of an EBM.
+
+    A table is read once, in chunks; a reward that is a function or a network is evaluated on
+    all sequences first, in batches. Results have the precision of the scores: float64 in,
+    1e-10 * max(1, |x|) out; float32 in, 1e-6.
+
+    Args:
+        ebm: reward, reference, beta and prompts.
+        memory: bytes that may be used; None for what the device has free.
+        progress: show a bar while a reward function or a reference network is evaluated; None:
+            where standard error is a terminal.
+
+    Raises:
+        TooLargeError: it does not fit; with the number of sequences and the bytes.
+        ValueError: every response of some prompt is impossible, or a reward is NaN or +inf.
+    """
+    space, device = ebm.space, ebm.device
+    check_memory(ebm, memory)
+    scores = getattr(ebm.reward_model, "scores", None)
+    if scores is None:
+        scores = _all_rewards(ebm, progress)
+    log_ref = _all_log_ref(ebm, progress)
+    p = ebm.num_prompts
+    v = [
+        torch.empty(p, space.num_prefixes(t), dtype=scores.dtype, device=device)
+        for t in range(space.max_length)
+    ]
+    log_z = torch.empty(p, dtype=torch.float64, device=device)
+    solution = TreeSolution(ebm, scores, v, log_ref, log_z)
+    constants = [c for c in log_ref if isinstance(c, float)]
+    for prompt in range(p):
+        if space.eos_id is None and constants:
+            levels = [level[prompt] for level in v]
+            log_z[prompt] = backup_leaves(scores[prompt], ebm.beta, space.branching, levels)
+            for t, level in enumerate(levels):
+                level += sum(constants[t:])
+            log_z[prompt] += sum(constants)
+        else:
+            log_z[prompt] = _by_level(solution, prompt)
+    if bool(torch.isneginf(log_z).any()):
+        raise ValueError(
+            "every response of a prompt is impossible (log-weight -inf), so there is no "
+            "distribution: check the rewards and what the reference forbids"
+        )
+    return solution
+
+
+def _by_level(solution: TreeSolution, prompt: int) -> Tensor:
+    """Values by Eq. (1), a block of states at a time, from the last depth up."""
+    space = solution.space
+    block = max(1, _BLOCK // space.vocab_size)
+    value = torch.empty(0)
+    for t in reversed(range(space.max_length)):
+        for start in range(0, space.num_prefixes(t), block):
+            rows = slice(start, min(start + block, space.num_prefixes(t)))
+            value = soft_value(solution.q_rows(t, rows, prompt))
+            solution.v[t][prompt, rows] = value.to(solution.v[t].dtype)
+    return value[0]
+
+
+def _all_rewards(ebm: EBM, progress: bool | None) -> Float[Tensor, "P N"]:
+    space = ebm.space
+    scores: Tensor | None = None
+    total = ebm.num_prompts * space.num_sequences
+    with tqdm(
+        total=total, desc="rewards", unit="seq", unit_scale=True, disable=_hide(progress)
+    ) as bar:
+        for prompt in range(ebm.num_prompts):
+            for start in range(0, space.num_sequences, _REWARD_BATCH):
+                stop = min(start + _REWARD_BATCH, space.num_sequences)
+                tokens, lengths = space.sequences(start, stop, str(ebm.device))
+                ids = torch.full_like(lengths, prompt)
+                reward = ebm.reward(tokens, lengths, ids)
+                check_values(reward, "the reward")
+                if scores is None:
+                    scores = torch.empty(
+                        ebm.num_prompts,
+                        space.num_sequences,
+                        dtype=reward.dtype,
+                        device=ebm.device,
+                    )
+                scores[prompt, start:stop] = reward
+                bar.update(stop - start)
+    assert scores is not None
+    return scores
+
+
+def _all_log_ref(ebm: EBM, progress: bool | None) -> list[float] | list[Tensor]:
+    """log p_ref at every prefix; a number for each depth where that is all there is to it."""
+    space = ebm.space
+    if ebm.reference is None:
+        return [0.0] * space.max_length
+    constants = getattr(ebm.reference, "log_ref_constants", None)
+    if constants is not None:
+        values: list[float] = constants()
+        return values
+    shape = (ebm.num_prompts, space.num_states, space.vocab_size)
+    table = torch.empty(shape, dtype=torch.float64, device=ebm.device)
+    with tqdm(
+        total=shape[0] * shape[1],
+        desc="reference",
+        unit="prefix",
+        unit_scale=True,
+        disable=_hide(progress),
+    ) as bar:
+        for prompt in range(ebm.num_prompts):
+            for depth, start, stop, logits in walk(ebm.reference, space, prompt):
+                offset = space.state_offset(depth)
+                table[prompt, offset + start : offset + stop] = log_policy(logits)
+                bar.update(stop - start)
+    sizes = [space.num_prefixes(t) for t in range(space.max_length)]
+    tables = list(table.split(sizes, dim=1))
+    # Only the last depth has an entry that p_ref does not decide.
+    tables[-1] = end_reference(tables[-1][..., None, :], space)[..., 0, :]
+    return tables
+
+
+def check_memory(ebm: EBM, memory: int | None = None) -> None:
+    """Raise TooLargeError, with the count and the bytes, unless the tree fits.
+
+    Args:
+        memory: bytes that may be used; None for what the device has free.
+    """
+    space, p = ebm.space, ebm.num_prompts
+    scores = getattr(ebm.reward_model, "scores", None)
+    size = 8 if scores is None else scores.element_size()
+    need = 2**26 + p * space.num_states * size  # V, and room to work in
+    if scores is None:
+        need += p * space.num_sequences * size
+    if ebm.reference is not None and not hasattr(ebm.reference, "log_ref_constants"):
+        need += p * space.num_states * space.vocab_size * 8
+    free = _free_bytes(ebm.device) if memory is None else memory
+    if need > free:
+        raise TooLargeError(
+            f"{_count(space.num_sequences)} sequences need {_bytes(need)} to be solved exactly, "
+            f"and {_bytes(free)} may be used: make vocab_size or max_length smaller, or pass "
+            "memory= where there is more"
+        )
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:  # not Linux: count all of the memory
+        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+
+
+def _count(n: int) -> str:
+    return f"{n:,}" if n < 10**15 else f"about 10^{math.log10(n):.0f}"
+
+
+def _bytes(n: int) -> str:
+    power = int(math.log10(max(n, 1))) // 3
+    units = ("bytes", "KB", "MB", "GB", "TB", "PB")
+    if power < len(units):
+        return f"{n / 1000**power:.3g} {units[power]}"
+    return f"about 10^{math.log10(n):.0f} bytes"
+
+
+def _hide(progress: bool | None) -> bool | None:
+    """tqdm's ``disable``: None hides the bar where there is no terminal."""
+    return None if progress is None else not progress

@@ -1,0 +1,69 @@
+"""A policy's logits at every prefix of a space, block by block, in bounded memory.
+
+The tree is cut into subtrees; inside one, every prefix is evaluated once, by level, and shares
+the keys and values of its ancestors. ``sum_t branching**t`` evaluations, not ``T * A**T``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rl_ebm.policies.scoring import Policy, device_of, tree_logits
+from rl_ebm.prefix_tree import PrefixTree
+from rl_ebm.tokens import TokenSpace
+
+_DEFAULT_BYTES_PER_NODE = 4096
+DEFAULT_MEMORY = 2**28
+
+
+class Block(NamedTuple):
+    """Logits at the prefixes ``start`` to ``stop`` of one depth, in enumeration order."""
+
+    depth: int
+    start: int
+    stop: int
+    logits: Float[Tensor, "n A"]  # masked by the space, float64
+
+
+@torch.no_grad()
+def walk(
+    policy: Policy, space: TokenSpace, prompt: int = 0, memory: int = DEFAULT_MEMORY
+) -> Iterator[Block]:
+    """All prefixes, depth first by blocks: a block's parents are in the last block above it.
+
+    Args:
+        prompt: which prompt.
+        memory: about how many bytes one evaluation may take.
+    """
+    device = device_of(policy)
+    per_node = getattr(policy, "tree_bytes_per_node", _DEFAULT_BYTES_PER_NODE)
+    per_node += 16 * space.vocab_size
+    max_nodes = max(space.vocab_size, memory // per_node)
+    b, depths = space.branching, space.max_length
+    prompt_ids = torch.tensor([prompt], device=device)
+    forced = ~space.action_mask(device)
+    stack = [(0, 0, 1)]
+    while stack:
+        depth, start, stop = stack.pop()
+        end, width, total = depth + 1, stop - start, stop - start
+        while end < depths and total + width * b <= max_nodes:
+            width, end = width * b, end + 1
+            total += width
+        tree, slices = PrefixTree.below(space, depth, start, stop, end, str(device))
+        logits = tree_logits(policy, tree, prompt_ids)[0]
+        for t, nodes in enumerate(slices, start=depth):
+            scale = b ** (t - depth)
+            rows = logits[nodes].double().masked_fill(forced[t], -torch.inf)
+            yield Block(t, start * scale, stop * scale, rows)
+        if end < depths:
+            # Pieces whose whole subtrees fit, where one does.
+            below = space.state_offset(depths - end)
+            piece = max(1, max_nodes // below)
+            scale = b ** (end - depth)
+            starts = range(start * scale, stop * scale, piece)
+            stack += [(end, i, min(i + piece, stop * scale)) for i in reversed(starts)]
