@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rl_ebm.ebm import EBM
 from rl_ebm.policies.scoring import log_prob, resolve_prompt_ids, sample
+from rl_ebm.soft_bellman import backup
 from rl_ebm.tokens import Batch
 
 Rows = slice | Tensor
@@ -64,59 +65,41 @@ class TreeSolution:
 
     def q_rows(self, depth: int, rows: Rows, prompt: int | Tensor = 0) -> Float[Tensor, "n A"]:
         """q* of some prefixes of one depth, float64; ``prompt`` one for all, or one each."""
-        space = self.space
-        if depth == space.max_length - 1:
-            q = self._ending(depth, rows, prompt)
-        else:
-            children = _below(rows, space.branching)
-            each = prompt
-            if isinstance(prompt, Tensor):
-                each = prompt.repeat_interleave(space.branching)
-            q = space.spread(self.v[depth + 1][each, children].double(), fill=0.0)
-            if space.eos_id is not None:
-                q[:, space.eos_id] = self._ending(depth, rows, prompt)[:, space.eos_id]
+        r = self.r_rows(depth, rows, prompt)
+        if depth == self.space.max_length - 1:
+            return r
+        width = self.space.branching
+        v_next = self.v[depth + 1][_each(prompt, width), _below(rows, width)]
+        return backup(r, v_next.double(), self.space)
+
+    def r_rows(self, depth: int, rows: Rows, prompt: int | Tensor = 0) -> Float[Tensor, "n A"]:
+        """r of some prefixes: log p_ref, plus R / beta where an action ends the response."""
         log_ref = self.log_ref[depth]
         if isinstance(log_ref, Tensor):
-            return q + log_ref[prompt, rows].double()
-        return q + log_ref
+            log_ref = log_ref[prompt, rows].double()
+        r = self.reward_rows(depth, rows, prompt) / self.ebm.beta + log_ref
+        if self.space.eos_id is not None and depth == self.space.max_length - 1:
+            r = r.masked_fill(~self.space.action_mask(r.device)[-1], -torch.inf)
+        return r
 
-    def reward_rows(self, depth: int, rows: Rows, prompt: int = 0) -> Float[Tensor, "n A"]:
-        """R of the responses that end with each action at some prefixes; 0 where none ends."""
+    def reward_rows(
+        self, depth: int, rows: Rows, prompt: int | Tensor = 0
+    ) -> Float[Tensor, "n A"]:
+        """R of the response that ends with each action at some prefixes; 0 where none ends."""
         space = self.space
-        if space.eos_id is None:
-            if depth < space.max_length - 1:
-                return torch.zeros(1, 1, device=self.device, dtype=torch.float64)
-            return self.scores[prompt, _below(rows, space.vocab_size)].double().view(
-                -1, space.vocab_size
-            )
-        offset = space.state_offset(depth)
-        if isinstance(rows, slice):
-            rows = slice(rows.start + offset, rows.stop + offset)
-        else:
-            rows = rows + offset
-        end = self.scores[prompt, rows].double()
-        table = torch.zeros(len(end), space.vocab_size, dtype=torch.float64, device=end.device)
-        table[:, space.eos_id] = end
-        return table
-
-    def _ending(self, depth: int, rows: Rows, prompt: int | Tensor) -> Tensor:
-        """R / beta of ending actions at a depth; -inf off EOS at the last one of EOS mode."""
-        space = self.space
-        if space.eos_id is None:
-            each = prompt
-            if isinstance(prompt, Tensor):
-                each = prompt.repeat_interleave(space.vocab_size)
-            scores = self.scores[each, _below(rows, space.vocab_size)]
-            return scores.double().view(-1, space.vocab_size) / self.ebm.beta
-        offset = space.state_offset(depth)
-        if isinstance(rows, slice):
-            index: Rows = slice(rows.start + offset, rows.stop + offset)
-        else:
-            index = rows + offset
-        end = self.scores[prompt, index].double() / self.ebm.beta
-        table = torch.full((len(end), space.vocab_size), -torch.inf, dtype=end.dtype).to(end.device)
-        table[:, space.eos_id] = end
-        return table
+        if space.eos_id is None and depth == space.max_length - 1:
+            scores = self.scores[_each(prompt, space.vocab_size), _below(rows, space.vocab_size)]
+            return scores.double().view(-1, space.vocab_size)
+        count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+        reward = torch.zeros(count, space.vocab_size, dtype=torch.float64, device=self.device)
+        if space.eos_id is not None:
+            first = space.state_offset(depth)
+            if isinstance(rows, slice):
+                rows = slice(rows.start + first, rows.stop + first)
+            else:
+                rows = rows + first
+            reward[:, space.eos_id] = self.scores[prompt, rows].double()
+        return reward
 
     def tables(self) -> list[Float[Tensor, "P n A"]]:
         """q* of all prefixes, by depth: (P, branching**t, A) float64."""
@@ -185,6 +168,11 @@ class TreeSolution:
             ValueError: prompt ids missing, of another length than n, or out of range.
         """
         return sample(self, self.space, n, generator, prompt_ids, self.ebm.num_prompts)
+
+
+def _each(prompt: int | Tensor, width: int) -> int | Tensor:
+    """The prompt of each of the ``width`` children of each row."""
+    return prompt if isinstance(prompt, int) else prompt.repeat_interleave(width)
 
 
 def _below(rows: Rows, width: int) -> Rows:
