@@ -154,6 +154,11 @@ class TokenSpace:
         """True where an action is allowed at a position. Shared: do not write into it."""
         return _action_mask(self, str(device))
 
+    def state_action_mask(self, device: torch.device | str = "cpu") -> Bool[Tensor, "S A"]:
+        """:meth:`action_mask` at the depth of every state, shallow ones first."""
+        sizes = torch.tensor([self.num_prefixes(t) for t in range(self.max_length)], device=device)
+        return self.action_mask(device).repeat_interleave(sizes, dim=0)
+
     def replaces(self, actions: Int64[Tensor, "B"], t: Int64[Tensor, "B"]) -> Bool[Tensor, "B"]:
         """True where an action at position ``t`` is executed as EOS instead (EOS mode, last t)."""
         if self.eos_id is None:

@@ -72,13 +72,7 @@ def tree_q_values(
     logits = tree_logits(policy, PrefixTree.full(space, str(device)), prompt_ids)
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
-    if space.eos_id is None:
-        return logits
-    last = torch.arange(space.num_states, device=device) >= space.state_offset(
-        space.max_length - 1
-    )
-    forced = last[:, None] & ~space.action_mask(device)[-1]
-    return logits.masked_fill(forced, -torch.inf)
+    return logits.masked_fill(~space.state_action_mask(device), -torch.inf)
 
 
 def tree_logits(

@@ -1,0 +1,109 @@
+r"""Full-gradient distillation over the prefix tree: no sampling, every prefix at each step.
+
+    forward:  KL(p*, pi) = sum_s p*(s) KL(pi*(.|s), pi(.|s))
+    reverse:  KL(pi, p*) = sum_s pi(s) KL(pi(.|s), pi*(.|s))
+
+with the gradient through pi(s) as well. The chain rule is arXiv 2512.15605, App. A.4; the
+reverse direction is the distillation of its Eq. (2), the forward one teacher forcing with
+infinite data. What an agent that samples can at best reach.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rl_ebm import divergences
+from rl_ebm.agents.learner import Learner
+from rl_ebm.ebm import EBM
+from rl_ebm.policies.scoring import Policy, tree_q_values
+from rl_ebm.soft_bellman import log_policy
+from rl_ebm.tokens import Batch, TokenSpace
+
+
+@dataclass(frozen=True)
+class ExactConfig:
+    """Options of the agent ``exact``."""
+
+    direction: str = "forward"
+    """"forward" minimises KL(target, policy), "reverse" KL(policy, target)"""
+    lr: float = 3e-3
+    """peak learning rate of Adam"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+
+    def __post_init__(self) -> None:
+        if self.direction not in ("forward", "reverse"):
+            raise ValueError(
+                f"direction must be 'forward' or 'reverse', got {self.direction!r}"
+            )
+
+
+def exact_loss(
+    q: Float[Tensor, "P S A"],
+    log_pi_star: Float[Tensor, "P S A"],
+    space: TokenSpace,
+    direction: str = "forward",
+) -> Float[Tensor, ""]:
+    """The KL between the policy of q and the target, mean over the prompts, nats.
+
+    Args:
+        q: masked logits at every state, shallow ones first.
+        log_pi_star: the target's log-probabilities there.
+        space: the responses.
+        direction: "forward" for KL(target, policy), "reverse" for KL(policy, target).
+    """
+    sizes = [space.num_prefixes(t) for t in range(space.max_length)]
+    log_pi = log_policy(q).split(sizes, dim=1)
+    star = log_pi_star.split(sizes, dim=1)
+    pair = (star, log_pi) if direction == "forward" else (log_pi, star)
+    return divergences.kl_tables(*pair, space).mean()
+
+
+class ExactAgent:
+    """Descends the exact KL. Its updates take no batch."""
+
+    logits_are_values = False
+
+    def __init__(
+        self,
+        ebm: EBM,
+        policy: nn.Module,
+        config: ExactConfig | None = None,
+        generator: torch.Generator | None = None,
+        teacher: Policy | None = None,
+    ) -> None:
+        if teacher is None:
+            raise ValueError("exact needs a teacher: pass teacher=rl_ebm.solve(ebm)")
+        self.config = ExactConfig() if config is None else config
+        self.ebm, self.policy = ebm, policy
+        self.learner = Learner(policy, self.config.lr, self.config.max_grad_norm)
+        star = log_policy(tree_q_values(teacher, ebm.space, ebm.num_prompts))
+        if self.config.direction == "reverse" and bool(
+            (torch.isneginf(star) & ebm.space.state_action_mask(star.device)).any()
+        ):
+            raise ValueError(
+                "the target forbids some responses, so KL(policy, target) is infinite: use "
+                "direction='forward'"
+            )
+        self.log_pi_star = star.float()
+
+    def sample(self) -> Batch | None:
+        """Nothing: no response is drawn."""
+        return None
+
+    def update(self, batch: Batch | None = None, progress: float = 0.0) -> dict[str, Tensor]:
+        """One gradient step on all prefixes."""
+        q = tree_q_values(self.policy, self.ebm.space, self.ebm.num_prompts)
+        loss = exact_loss(q, self.log_pi_star, self.ebm.space, self.config.direction)
+        return {"losses/loss": loss.detach()} | self.learner.descend(loss, progress)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"learner": self.learner.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.learner.load_state_dict(state["learner"])

@@ -1,0 +1,100 @@
+"""What the agents share: descending a loss, immediate log-weights, which prompts to answer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from rl_ebm.ebm import EBM
+from rl_ebm.soft_bellman import gather_tokens
+from rl_ebm.tokens import Batch
+
+WARMUP = 0.02
+"""share of a run in which the learning rate rises to its peak"""
+
+
+def learning_rate(peak: float, progress: float) -> float:
+    """Linear warm-up, then a cosine to zero; ``progress`` runs from 0 to 1."""
+    progress = min(max(progress, 0.0), 1.0)
+    if progress < WARMUP:
+        # Not from exactly zero: the first step should move.
+        return peak * (0.1 + 0.9 * progress / WARMUP)
+    return peak * 0.5 * (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP)))
+
+
+class Learner:
+    """Adam with a schedule and gradient clipping. It never waits for the device."""
+
+    def __init__(self, policy: nn.Module, lr: float, max_grad_norm: float) -> None:
+        self.parameters = [p for p in policy.parameters() if p.requires_grad]
+        self.peak, self.max_grad_norm = lr, max_grad_norm
+        self.optimizer = torch.optim.Adam(self.parameters, lr=lr, fused=True)
+        self.lr = lr
+
+    def descend(self, loss: Tensor, progress: float) -> dict[str, Tensor]:
+        """One gradient step; the gradient's norm before clipping, detached."""
+        self.lr = learning_rate(self.peak, progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        self.optimizer.step()
+        return {"losses/grad_norm": norm.detach()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
+
+
+def immediate_log_weights(
+    ebm: EBM, batch: Batch, forbidden_log_weight: float | None
+) -> Float[Tensor, "B T"]:
+    """r of each token, float32: log p_ref, plus R / beta on the last; 0 past the end.
+
+    Args:
+        batch: responses with their rewards.
+        forbidden_log_weight: what stands for ``-inf``, nats; None to keep it.
+    """
+    if batch.reward is None:
+        raise ValueError("the batch has no rewards: call ebm.score(batch) first")
+    rows = torch.arange(len(batch), device=batch.tokens.device)
+    r = ebm.log_ref(batch.tokens, batch.lengths, batch.prompt_ids).float()
+    last = batch.lengths - 1
+    r = r.index_put((rows, last), r[rows, last] + (batch.reward / ebm.beta).float())
+    return r if forbidden_log_weight is None else r.clamp(min=forbidden_log_weight)
+
+
+def check_finite_weights(ebm: EBM, forbidden_log_weight: float | None) -> None:
+    """Raise ValueError where a loss would be infinite: -inf weights without a stand-in."""
+    if forbidden_log_weight is not None and not math.isfinite(forbidden_log_weight):
+        raise ValueError(f"forbidden_log_weight must be finite, got {forbidden_log_weight}")
+    if ebm.forbids and forbidden_log_weight is None:
+        raise ValueError(
+            "some responses have log-weight -inf, and this agent's loss would be infinite there: "
+            "give forbidden_log_weight (nats, for example -30) to train on in their place, or "
+            "use the agent 'exact' or 'teacher-forcing'"
+        )
+
+
+def draw_prompts(
+    n: int, num_prompts: int, group: int, generator: torch.Generator
+) -> Int64[Tensor, "n"]:
+    """Prompts for n responses, at least ``group`` for each: all of them where they fit."""
+    device = generator.device
+    if num_prompts * group <= n:
+        return torch.arange(n, device=device) % num_prompts
+    order = torch.randperm(num_prompts, generator=generator, device=device)
+    chosen = order[: max(1, n // group)]
+    return chosen[torch.arange(n, device=device) % len(chosen)]
+
+
+def token_values(rows: Float[Tensor, "B T A"], batch: Batch) -> Float[Tensor, "B T"]:
+    """The entries of rows at the batch's tokens, 0 past the end."""
+    return gather_tokens(rows, batch.tokens).masked_fill(~batch.mask, 0.0)
