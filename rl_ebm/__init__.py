@@ -1,7 +1,43 @@
-"""Distil energy-based models over token sequences into autoregressive policies, verified."""
+"""Distil energy-based models over token sequences into autoregressive policies, verified.
 
-from rl_ebm import policies, rewards
+    space = rl_ebm.TokenSpace(vocab_size=8, max_length=4)
+    ebm = rl_ebm.EBM(space, reward, beta=1.0)
+    solution = rl_ebm.solve(ebm)
+    policy, report = rl_ebm.train(ebm, agent="soft-q", seconds=60)
+"""
+
+__version__ = "0.1.0"
+
+from rl_ebm import agents, envs, policies, rewards
+from rl_ebm.checkpoint import RunError
 from rl_ebm.ebm import EBM
-from rl_ebm.exact import solve
+from rl_ebm.exact import TooLargeError, TreeSolution, solve
+from rl_ebm.report import Report
+from rl_ebm.runs import load
 from rl_ebm.soft_bellman import q_from_r, r_from_q
 from rl_ebm.tokens import Batch, TokenSpace
+from rl_ebm.train import resume, train
+from rl_ebm.training import TrainConfig
+from rl_ebm.verify import verify
+
+__all__ = [
+    "EBM",
+    "Batch",
+    "Report",
+    "RunError",
+    "TokenSpace",
+    "TooLargeError",
+    "TrainConfig",
+    "TreeSolution",
+    "agents",
+    "envs",
+    "load",
+    "policies",
+    "q_from_r",
+    "r_from_q",
+    "resume",
+    "rewards",
+    "solve",
+    "train",
+    "verify",
+]

@@ -11,15 +11,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
+from rl_ebm import bounds
 from rl_ebm.accumulate import WORST, Accumulator
 from rl_ebm.exact import TreeSolution
 from rl_ebm.policies.scoring import Policy
 from rl_ebm.policies.walk import DEFAULT_MEMORY, walk
 from rl_ebm.report import Bounds, Depth, Prefix, Report
+from rl_ebm.soft_bellman import log_policy
 
 _MAXIMA = ("_linf", "_span", "_max")
 
@@ -50,6 +54,47 @@ def verify(policy: Policy, solution: TreeSolution, memory: int = DEFAULT_MEMORY)
                 figures.add(block)
             reports.append(figures.report())
     return reports[0] if len(reports) == 1 else combine(reports)
+
+
+class State(NamedTuple):
+    """Logits of the states of one depth, centred over the allowed actions; 0 at the others."""
+
+    q: Float[Tensor, "n A"]
+    q_star: Float[Tensor, "n A"]
+    allowed: Bool[Tensor, "n A"]
+    """p*(s) > 0 and q*(s, a) finite"""
+    linf: Float[Tensor, "n"]
+    """max |q* - q| over the allowed actions"""
+    log_edge: Float[Tensor, "n A"]
+    """log p* of the prefix with the action"""
+
+
+@torch.no_grad()
+def logit_errors(policy: Policy, solution: TreeSolution, prompt: int = 0) -> list[State]:
+    """Exact and learned logits of every state of a prompt, by depth: for pictures.
+
+    It keeps the whole tree: meant for small ones.
+    """
+    space = solution.space
+    depths: list[list[State]] = [[] for _ in range(space.max_length)]
+    log_s_star = torch.zeros(1, dtype=torch.float64, device=solution.device)
+    marginals = []
+    for t in range(space.max_length):
+        marginals.append(log_s_star)
+        q_star = solution.q_rows(t, slice(0, space.num_prefixes(t)), prompt)
+        log_s_star = space.gather_children(log_s_star[:, None] + log_policy(q_star))
+    with _evaluating(policy):
+        for t, start, stop, logits in walk(policy, space, prompt):
+            q_star = solution.q_rows(t, slice(start, stop), prompt)
+            log_s = marginals[t][start:stop, None]
+            q_star = q_star.masked_fill(torch.isneginf(log_s), -torch.inf)
+            allowed = torch.isfinite(q_star)
+            q = bounds.centre(logits.to(q_star.device).masked_fill(~allowed, 0.0), q_star)
+            exact = bounds.centre(q_star.masked_fill(~allowed, 0.0), q_star)
+            linf = (exact - q).abs().amax(-1)
+            log_edge = log_s + log_policy(q_star)
+            depths[t].append(State(q, exact, allowed, linf, log_edge))
+    return [State(*(torch.cat(parts) for parts in zip(*d, strict=True))) for d in depths]
 
 
 def combine(reports: Sequence[Report]) -> Report:

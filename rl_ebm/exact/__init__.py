@@ -2,5 +2,14 @@
 
 from rl_ebm.exact.solution import TreeSolution
 from rl_ebm.exact.solve import TooLargeError, check_memory, solve
+from rl_ebm.exact.summary import Response, Summary, summarise
 
-__all__ = ["TooLargeError", "TreeSolution", "check_memory", "solve"]
+__all__ = [
+    "Response",
+    "Summary",
+    "TooLargeError",
+    "TreeSolution",
+    "check_memory",
+    "solve",
+    "summarise",
+]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int64
@@ -70,6 +71,9 @@ class Transformer(nn.Module):
     context_positions: Tensor
     context_real: Tensor
 
+    compiled = False
+    """whether the two passes below go through torch.compile: the same numbers up to rounding"""
+
     # One pass over sequences -----------------------------------------------------------------
 
     def logits(
@@ -77,6 +81,12 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "B T A"]:
         """q before every token; row t reads the prompt and ``tokens[:, :t]``."""
         rows = self._prompt_rows(len(tokens), prompt_ids)
+        out: Tensor = (_compiled_sequence_pass() if self.compiled else Transformer._sequence_pass)(
+            self, tokens, rows
+        )
+        return out
+
+    def _sequence_pass(self, tokens: Tensor, rows: Tensor) -> Tensor:
         ids = torch.cat([self.context_ids[rows], tokens[:, :-1]], dim=1)
         first = self.context_positions[rows, -1:] + 1
         later = first + torch.arange(tokens.shape[1] - 1, device=tokens.device)
@@ -99,6 +109,12 @@ class Transformer(nn.Module):
         self, tree: PrefixTree, prompt_ids: Int64[Tensor, "P"]
     ) -> Float[Tensor, "P N A"]:
         """q at every node of a tree, for each of the prompts, each node evaluated once."""
+        out: Tensor = (_compiled_tree_pass() if self.compiled else Transformer._tree_pass)(
+            self, tree, prompt_ids
+        )
+        return out
+
+    def _tree_pass(self, tree: PrefixTree, prompt_ids: Tensor) -> Tensor:
         c, n = self.context_width, len(tree)
         context = self.context_ids[prompt_ids]
         p = len(context)
@@ -194,3 +210,13 @@ def _tree_keys(tree: PrefixTree, context_width: int) -> tuple[Tensor, Tensor]:
     keys = torch.where(up >= 1, nodes + c - 1, c - 1 + up).clamp(min=0)
     counts = c - 1 + up >= 0
     return torch.cat([context, keys]), torch.cat([seen, counts])
+
+
+@lru_cache(maxsize=1)
+def _compiled_sequence_pass() -> Callable[..., Tensor]:
+    return torch.compile(Transformer._sequence_pass)
+
+
+@lru_cache(maxsize=1)
+def _compiled_tree_pass() -> Callable[..., Tensor]:
+    return torch.compile(Transformer._tree_pass)

@@ -1,0 +1,27 @@
+"""An EBM as a Gymnasium environment, one at a time or batched, and named tasks.
+
+Importing this package registers ``rl_ebm/TokenMDP-v0``.
+"""
+
+from rl_ebm.envs.flat import FlatObservation, FlatVectorObservation
+from rl_ebm.envs.registration import ENV_ID, register
+from rl_ebm.envs.tasks import TASKS, Task, make_task
+from rl_ebm.envs.token_mdp import TokenMDP
+from rl_ebm.envs.transition import State, Transition
+from rl_ebm.envs.vector import TokenVectorEnv
+
+__all__ = [
+    "ENV_ID",
+    "TASKS",
+    "FlatObservation",
+    "FlatVectorObservation",
+    "State",
+    "Task",
+    "TokenMDP",
+    "TokenVectorEnv",
+    "Transition",
+    "make_task",
+    "register",
+]
+
+register()

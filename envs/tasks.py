@@ -1,0 +1,233 @@
+"""Named tasks: EBMs that need nothing but a name, a size and a seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+from rl_ebm.ebm import EBM
+from rl_ebm.policies import Policy, Uniform
+from rl_ebm.rewards.base import Prompts, Reward
+from rl_ebm.tokens import TokenSpace
+
+MAX_SCORES = 2**26
+"""most scores a task draws: 512 MiB of float64"""
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a named EBM is made."""
+
+    name: str
+    description: str
+    """one line"""
+    vocab_size: int
+    """A where none is asked for"""
+    max_length: int
+    """T where none is asked for"""
+    reward: Callable[[TokenSpace, int], Tensor | Reward]
+    """(space, task_seed) to a reward"""
+    prompts: Prompts | None = None
+
+
+class Pairwise:
+    """R(y) = 2 / sqrt(P) * sum over i < j of J_ij[y_i, y_j], with P = T (T - 1) / 2 pairs.
+
+    No score depends on a prefix alone, and the sum of standard-normal couplings keeps the
+    standard deviation 2 at any length.
+
+    Args:
+        couplings: J, one (A, A) matrix for each pair, pairs (i, j) in lexicographic order.
+        space: fixed-length responses of at least two tokens.
+    """
+
+    forbids = False
+
+    def __init__(self, couplings: Float64[Tensor, "pairs A A"], space: TokenSpace) -> None:
+        pairs = list(combinations(range(space.max_length), 2))
+        self.couplings = couplings
+        self.space = space
+        self.first, self.second = torch.tensor(pairs, device=couplings.device).unbind(1)
+
+    def __call__(
+        self,
+        tokens: Int64[Tensor, "B T"],
+        lengths: Int64[Tensor, "B"],
+        prompt_ids: Int64[Tensor, "B"],
+    ) -> Float64[Tensor, "B"]:
+        """Rewards of complete responses, on the couplings' device."""
+        pair = torch.arange(len(self.couplings), device=self.couplings.device)
+        terms = self.couplings[pair, tokens[:, self.first], tokens[:, self.second]]
+        return 2 / math.sqrt(len(pair)) * terms.sum(1)
+
+    def bind(self, space: TokenSpace, prompts: Prompts | None) -> Pairwise:
+        if space != self.space:
+            raise ValueError(f"the reward was made for {self.space}, the EBM has {space}")
+        return self
+
+    def to(self, device: torch.device | str) -> Pairwise:
+        return Pairwise(self.couplings.to(device), self.space)
+
+
+def random_scores(space: TokenSpace, task_seed: int) -> Float64[Tensor, "N"]:
+    """2 * N(0, 1), one score for each response in enumeration order.
+
+    Raises:
+        ValueError: more than :data:`MAX_SCORES` responses.
+    """
+    return _scores(space, task_seed, num_prompts=1)[0]
+
+
+def random_scores_of_prompts(space: TokenSpace, task_seed: int) -> Float64[Tensor, "P N"]:
+    """2 * N(0, 1), one score for each prompt and response.
+
+    Raises:
+        ValueError: more than :data:`MAX_SCORES` of them.
+    """
+    return _scores(space, task_seed, num_prompts=len(PROMPTS))
+
+
+def pairwise(space: TokenSpace, task_seed: int) -> Pairwise:
+    """:class:`Pairwise` with standard-normal couplings, drawn pair after pair.
+
+    Raises:
+        ValueError: EOS mode, or responses of one token.
+    """
+    if space.eos_id is not None:
+        raise ValueError("task 'pairwise' has responses of fixed length: leave out eos_id")
+    if space.max_length < 2:
+        raise ValueError(f"task 'pairwise' needs max_length >= 2, got {space.max_length}")
+    pairs = math.comb(space.max_length, 2)
+    rng = np.random.default_rng(task_seed + 1)
+    couplings = rng.standard_normal((pairs, space.vocab_size, space.vocab_size))
+    return Pairwise(torch.from_numpy(couplings), space)
+
+
+PROMPTS = [[0], [1, 0], []]
+"""of the task "prompts": lengths 1, 2 and 0, ids of any vocabulary"""
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            "random",
+            "a random score for each sequence: nothing to generalise, everything to verify",
+            vocab_size=8,
+            max_length=4,
+            reward=random_scores,
+        ),
+        Task(
+            "pairwise",
+            "random couplings between all pairs of positions: long-range, of any length",
+            vocab_size=4,
+            max_length=8,
+            reward=pairwise,
+        ),
+        Task(
+            "prompts",
+            "a random score for each of three prompts and each sequence: a conditional EBM",
+            vocab_size=4,
+            max_length=4,
+            reward=random_scores_of_prompts,
+            prompts=PROMPTS,
+        ),
+    )
+}
+"""the named tasks"""
+
+
+def make_task(
+    name: str | Task,
+    *,
+    vocab_size: int | None = None,
+    max_length: int | None = None,
+    eos_id: int | None = None,
+    beta: float = 1.0,
+    reference: Policy | str | None = None,
+    task_seed: int = 0,
+) -> EBM:
+    """The EBM of a named task, on the CPU.
+
+    Args:
+        name: one of :data:`TASKS`, or a task of your own.
+        vocab_size: A; None for the task's own.
+        max_length: T; None for the task's own.
+        eos_id: the id that ends a response; None for responses of exactly T tokens.
+        beta: temperature, in reward units per nat.
+        reference: p_ref: a policy, "uniform" (over the allowed tokens of each state), or None
+            for the counting measure.
+        task_seed: of what the task draws.
+
+    Raises:
+        ValueError: an unknown name or reference, or a size that the task does not have.
+    """
+    task = find_task(name) if isinstance(name, str) else name
+    if isinstance(task_seed, bool) or not isinstance(task_seed, int) or task_seed < 0:
+        raise ValueError(f"task_seed must be an integer >= 0, got {task_seed!r}")
+    space = TokenSpace(
+        task.vocab_size if vocab_size is None else vocab_size,
+        task.max_length if max_length is None else max_length,
+        eos_id,
+    )
+    if isinstance(reference, str):
+        if reference != "uniform":
+            raise ValueError(
+                f"unknown reference {reference!r}: give 'uniform', a policy, or None for the "
+                "counting measure"
+            )
+        reference = Uniform(space)
+    return EBM(space, task.reward(space, task_seed), beta, reference, task.prompts)
+
+
+def find_task(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+        ValueError: there is none; the message names the nearest.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    nearest = get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
+    raise ValueError(
+        f"unknown task {name!r}: did you mean {nearest!r}? There are {', '.join(TASKS)}"
+    )
+
+
+def find_ebm(ebm: object, task: object, task_kwargs: Mapping[str, Any] | None) -> EBM:
+    """The EBM of an environment's arguments.
+
+    Raises:
+        ValueError: not exactly one of ``ebm`` and ``task``, or ``task_kwargs`` without a task.
+        TypeError: one of them is of another kind.
+    """
+    if (ebm is None) == (task is None):
+        raise ValueError("give exactly one of ebm=, an rl_ebm.EBM, and task=, a task or its name")
+    if isinstance(task, str | Task):
+        return make_task(task, **(task_kwargs or {}))
+    if task is not None:
+        raise TypeError(f"task must be a name or a Task, got {type(task).__name__}")
+    if not isinstance(ebm, EBM):
+        raise TypeError(f"ebm must be an rl_ebm.EBM, got {type(ebm).__name__}")
+    if task_kwargs:
+        raise ValueError("task_kwargs are arguments of a task: leave them out with ebm=")
+    return ebm
+
+
+def _scores(space: TokenSpace, task_seed: int, num_prompts: int) -> Float64[Tensor, "P N"]:
+    count = num_prompts * space.num_sequences
+    if count > MAX_SCORES:
+        raise ValueError(
+            f"this task draws one score for each response, {count} here, and at most "
+            f"{MAX_SCORES} fit: take a smaller vocab_size or max_length, or the task 'pairwise'"
+        )
+    rng = np.random.default_rng(task_seed)
+    return torch.from_numpy(2 * rng.standard_normal((num_prompts, space.num_sequences)))

@@ -1,0 +1,7 @@
+"""``python -m rl_ebm`` is ``rl-ebm``."""
+
+import sys
+
+from rl_ebm.cli import main
+
+sys.exit(main())

@@ -1,0 +1,189 @@
+"""Run directories: what a run was trained on, and how to rebuild it without running code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import rl_ebm
+from rl_ebm.backbone import TransformerConfig
+from rl_ebm.checkpoint import RunError, load_tensors, save_tensors, write_text
+from rl_ebm.ebm import EBM
+from rl_ebm.envs.tasks import make_task
+from rl_ebm.policies import Policy, Tabular, Transformer, Uniform
+from rl_ebm.rewards import Reward, Table
+from rl_ebm.tokens import TokenSpace
+
+CONFIG = "config.json"
+POLICY = "policy.safetensors"
+STATE = "state.pt"
+SCORES = "task.safetensors"
+REPORT = "report.json"
+METRICS = "metrics.csv"
+FILES = (CONFIG, POLICY, STATE, SCORES, REPORT, METRICS)
+
+
+def describe_ebm(ebm: EBM, source: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What rebuilds an EBM, as JSON; its table, where it has one, goes beside it.
+
+    Args:
+        ebm: the EBM.
+        source: ``task`` and ``task_seed`` of the named task that it is; or ``alphabet`` and
+            ``separator`` of its table file, for printing.
+    """
+    source = source or {}
+    reward: Any = "table" if isinstance(ebm.reward_model, Table) else "function"
+    if "task" in source:
+        reward = {"task": source["task"], "task_seed": source["task_seed"]}
+    reference = None if ebm.reference is None else "custom"
+    if isinstance(ebm.reference, Uniform):
+        reference = "uniform"
+    return {
+        "space": asdict(ebm.space),
+        "beta": ebm.beta,
+        "prompts": ebm.prompts,
+        "reward": reward,
+        "reference": reference,
+        "alphabet": source.get("alphabet"),
+        "separator": source.get("separator", " "),
+    }
+
+
+def decode(config: dict[str, Any], tokens: Sequence[int]) -> str:
+    """Tokens as the run's table file writes them; ids where there is none."""
+    alphabet = config.get("alphabet")
+    symbols = map(str, tokens) if alphabet is None else (alphabet[i] for i in tokens)
+    return str(config.get("separator", " ")).join(symbols)
+
+
+def rebuild_ebm(
+    config: dict[str, Any],
+    run: Path,
+    reward: Tensor | Callable[..., Any] | Reward | None = None,
+    reference: Policy | None = None,
+) -> EBM:
+    """The EBM that :func:`describe_ebm` described.
+
+    Raises:
+        RunError: it needs a reward or a reference that only Python can give.
+    """
+    space = TokenSpace(**config["space"])
+    if config["reference"] == "custom" and reference is None:
+        raise RunError(
+            f"{run} was trained with a reference policy of your own: "
+            "pass it again, load(run, reference=...)"
+        )
+    if config["reference"] == "uniform":
+        reference = Uniform(space)
+    kind = config["reward"]
+    if isinstance(kind, dict):
+        return make_task(
+            kind["task"],
+            vocab_size=space.vocab_size,
+            max_length=space.max_length,
+            eos_id=space.eos_id,
+            beta=config["beta"],
+            reference=reference,
+            task_seed=kind["task_seed"],
+        )
+    if kind == "table":
+        scores = load_tensors(run / SCORES)["scores"]
+        reward = scores if config["prompts"] is not None else scores[0]
+    elif reward is None:
+        raise RunError(
+            f"{run} was trained on a Python reward: pass it again, load(run, reward=...)"
+        )
+    return EBM(space, reward, config["beta"], reference, config["prompts"])
+
+
+def make_policy(config: dict[str, Any], ebm: EBM, seed: int, values: bool) -> nn.Module:
+    """An untrained policy: ``config`` has the kind, and a Transformer's sizes.
+
+    Args:
+        seed: of the initial weights.
+        values: whether its raw logits are to be q.
+    """
+    sizes = dict(config)
+    kind = sizes.pop("kind")
+    if kind not in ("transformer", "tabular"):
+        raise ValueError(f"policy must be 'transformer' or 'tabular', got {kind!r}")
+    # Explicit seeding that leaves the caller's global generator alone.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if kind == "tabular":
+            return Tabular(ebm.space, ebm.prompts, logits_are_values=values).to(ebm.device)
+        network = TransformerConfig(**sizes)
+        return Transformer(ebm.space, network, ebm.prompts, values).to(ebm.device)
+
+
+def write_config(run: Path, config: dict[str, Any], ebm: EBM) -> None:
+    """Make a run directory: the table first, so that a directory with a config is a run."""
+    run.mkdir(parents=True, exist_ok=True)
+    if config["ebm"]["reward"] == "table" and isinstance(ebm.reward_model, Table):
+        save_tensors(run / SCORES, {"scores": ebm.reward_model.scores})
+    write_text(run / CONFIG, json.dumps({"version": rl_ebm.__version__} | config, indent=1) + "\n")
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The configuration of a run.
+
+    Raises:
+        RunError: no run there, or a damaged one.
+    """
+    try:
+        config: Any = json.loads((run / CONFIG).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise RunError(f"{run} holds no run: there is no {CONFIG} in it") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{run / CONFIG} is damaged ({error})") from None
+    parts = ("ebm", "policy", "agent", "train")
+    if not isinstance(config, dict) or any(part not in config for part in parts):
+        raise RunError(f"{run / CONFIG} is not the configuration of an rl-ebm run")
+    return config
+
+
+def load(
+    run: str | Path,
+    reward: Tensor | Callable[..., Any] | Reward | None = None,
+    reference: Policy | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[nn.Module, EBM]:
+    """The policy and the EBM that a run directory holds, rebuilt; runs no code from it.
+
+    Args:
+        run: the directory.
+        reward: the reward, where the run was trained on a Python function.
+        reference: the reference, where it was a policy of yours.
+        device: where to put both.
+
+    Raises:
+        RunError: no run, a damaged one, or a reward or reference that has to be given.
+    """
+    run = Path(run)
+    config = read_config(run)
+    try:
+        ebm = rebuild_ebm(config["ebm"], run, reward, reference).to(device)
+        values = bool(config["agent"]["logits_are_values"])
+        policy = make_policy(config["policy"], ebm, seed=0, values=values)
+    except (KeyError, TypeError) as error:
+        raise RunError(f"{run / CONFIG} is damaged ({error!r})") from None
+    load_weights(policy, load_tensors(run / POLICY), run / POLICY)
+    return policy, ebm
+
+
+def load_weights(policy: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
+    """Put weights into a policy.
+
+    Raises:
+        RunError: they are those of another policy.
+    """
+    try:
+        policy.load_state_dict(weights)
+    except RuntimeError:
+        raise RunError(f"{source} holds the weights of another policy than {CONFIG} says") from None

@@ -1,0 +1,214 @@
+"""Train an agent on an EBM, from Python: one call makes a run, another goes on with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rl_ebm.agents import AGENTS
+from rl_ebm.backbone import TransformerConfig
+from rl_ebm.checkpoint import RunError
+from rl_ebm.ebm import EBM
+from rl_ebm.exact import TooLargeError, TreeSolution, solve
+from rl_ebm.names import nearest
+from rl_ebm.policies import Policy
+from rl_ebm.report import Report
+from rl_ebm.rewards import Reward, Table
+from rl_ebm.runs import (
+    CONFIG,
+    FILES,
+    STATE,
+    describe_ebm,
+    make_policy,
+    read_config,
+    rebuild_ebm,
+    write_config,
+)
+from rl_ebm.tensorboard import EVENTS
+from rl_ebm.training import TrainConfig, Trainer
+
+SOLVED_UNASKED = 2**20
+"""a reward that is a function is evaluated on at most so many sequences without being asked"""
+
+
+def train(
+    ebm: EBM,
+    agent: str = "soft-q",
+    out: str | Path | None = None,
+    *,
+    options: Any = None,
+    network: TransformerConfig | str = "transformer",
+    steps: int | None = None,
+    seconds: float | None = None,
+    seed: int = 0,
+    config: TrainConfig | None = None,
+    overwrite: bool = False,
+    source: dict[str, Any] | None = None,
+    compile: bool = False,
+    progress: bool | None = None,
+) -> tuple[nn.Module, Report | None]:
+    """Distil an EBM into a new policy.
+
+    Args:
+        ebm: the target.
+        agent: a name of :data:`rl_ebm.agents.AGENTS`.
+        out: the run directory; None writes no files.
+        options: the agent's config, for example ``SoftQConfig(lr=1e-3)``; None for its default.
+        network: sizes of the Transformer, or "transformer", or "tabular".
+        steps: gradient steps, at most; 60 seconds where neither is given.
+        seconds: trained seconds, at most.
+        seed: of the initial weights and of everything that is drawn.
+        config: how often to log, verify and checkpoint; ``steps`` and ``seconds`` go first.
+        overwrite: whether a run that is in ``out`` already may be deleted.
+        source: where ``ebm`` is from, see :func:`rl_ebm.runs.describe_ebm`.
+        compile: use torch.compile on the network's passes.
+        progress: show a bar; None where standard error is a terminal.
+
+    Returns:
+        The trained policy, and its exact report (None where the EBM is too large to solve).
+
+    Raises:
+        ValueError: an unknown agent, or an option out of range.
+        RunError: ``out`` holds a run already, or the run had to stop.
+    """
+    run = None if out is None else Path(out)
+    if agent not in AGENTS:
+        raise ValueError(f"there is no agent {agent!r}{nearest(agent, AGENTS)}")
+    options = AGENTS[agent].config() if options is None else options
+    if not isinstance(options, AGENTS[agent].config):
+        raise ValueError(
+            f"options for {agent} must be a {AGENTS[agent].config.__name__}, got "
+            f"{type(options).__name__}"
+        )
+    if steps is None and seconds is None and config is None:
+        seconds = 60.0
+    if config is None:
+        config = TrainConfig(steps=steps, seconds=seconds)
+    elif steps is not None or seconds is not None:
+        config = replace(config, steps=steps, seconds=seconds)
+    policy_config: dict[str, Any] = (
+        {"kind": "transformer"} | asdict(network)
+        if isinstance(network, TransformerConfig)
+        else {"kind": network}
+    )
+    if network == "transformer":
+        policy_config |= asdict(TransformerConfig())
+    description = {
+        "ebm": describe_ebm(ebm, source),
+        "policy": policy_config,
+        "agent": {
+            "name": agent,
+            "logits_are_values": AGENTS[agent].agent.logits_are_values,
+            "options": asdict(options),
+        },
+        "train": {"seed": seed, "compile": compile, **asdict(config)},
+    }
+    if run is not None:
+        clear(run, overwrite)
+    trainer = _trainer(ebm, description, run, progress)
+    if run is not None:
+        write_config(run, description, ebm)
+    report = trainer.train()
+    return trainer.agent.policy, report
+
+
+def resume(
+    out: str | Path,
+    *,
+    steps: int | None = None,
+    seconds: float | None = None,
+    reward: Tensor | Callable[..., Any] | Reward | None = None,
+    reference: Policy | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool | None = None,
+) -> tuple[nn.Module, Report | None, bool]:
+    """Go on with a run, exactly where its last checkpoint was.
+
+    Args:
+        out: the run directory.
+        steps: a new limit of gradient steps; with neither, the run's own limits.
+        seconds: a new limit of trained seconds.
+        reward: the reward, where the run was trained on a Python function.
+        reference: the reference, where it was a policy of yours.
+
+    Returns:
+        The policy, the exact report, and whether there was anything left to do.
+
+    Raises:
+        RunError: no run there, a damaged one, or something that has to be given.
+    """
+    run = Path(out)
+    description = read_config(run)
+    extended = steps is not None or seconds is not None
+    if extended:
+        description["train"] |= {"steps": steps, "seconds": seconds}
+    ebm = rebuild_ebm(description["ebm"], run, reward, reference).to(device)
+    trainer = _trainer(ebm, description, run, progress)
+    trainer.resume()
+    if trainer.finished:
+        return trainer.agent.policy, None, False
+    if extended:
+        write_config(run, {k: v for k, v in description.items() if k != "version"}, ebm)
+    return trainer.agent.policy, trainer.train(), True
+
+
+def _trainer(
+    ebm: EBM, description: dict[str, Any], run: Path | None, progress: bool | None
+) -> Trainer:
+    """Everything that a run needs, from its configuration."""
+    name, train = description["agent"]["name"], dict(description["train"])
+    if name not in AGENTS:
+        raise RunError(f"the run's agent {name!r} is unknown{nearest(name, AGENTS)}")
+    entry = AGENTS[name]
+    solution = solution_for_training(ebm, entry.needs_teacher, progress)
+    seed, compiled = train.pop("seed"), train.pop("compile")
+    try:
+        policy = make_policy(description["policy"], ebm, seed, entry.agent.logits_are_values)
+        options = entry.config(**description["agent"]["options"])
+        config = TrainConfig(**train)
+    except TypeError as error:
+        raise RunError(f"{CONFIG} is damaged ({error})") from None
+    if compiled:
+        policy.compiled = True
+    generator = torch.Generator(ebm.device).manual_seed(seed)
+    agent = entry.agent(ebm, policy, options, generator, solution)
+    return Trainer(ebm, agent, generator, config, solution, run, description, progress)
+
+
+def solution_for_training(
+    ebm: EBM, needed: bool, progress: bool | None = None
+) -> TreeSolution | None:
+    """The exact solution where an agent needs it, or where it is cheap; else None."""
+    cheap = isinstance(ebm.reward_model, Table) or ebm.space.num_sequences <= SOLVED_UNASKED
+    if not needed and not cheap:
+        return None
+    try:
+        return solve(ebm, progress=progress)
+    except TooLargeError:
+        if needed:
+            raise
+        return None
+
+
+def clear(run: Path, overwrite: bool) -> None:
+    """Make room for a run: nothing there, or one that may be deleted.
+
+    Raises:
+        RunError: a run is there.
+    """
+    if run.exists() and not run.is_dir():
+        raise RunError(f"{run} is a file: give a folder for the run")
+    held = [name for name in (CONFIG, STATE) if (run / name).exists()]
+    if held and not overwrite:
+        raise RunError(
+            f"{run} holds a run already: go on with it (--resume {run}), delete it (--overwrite), "
+            "or choose another folder"
+        )
+    if run.is_dir():
+        for path in [*(run / name for name in FILES), *run.glob(EVENTS)]:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,323 @@
+"""The one training loop, for every agent: sample, score, update; log, verify, checkpoint."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from rl_ebm.agents import Agent
+from rl_ebm.checkpoint import RunError, load_state, save_state, save_tensors
+from rl_ebm.ebm import EBM
+from rl_ebm.exact import TreeSolution
+from rl_ebm.metrics import MetricsFile
+from rl_ebm.report import Report
+from rl_ebm.runs import METRICS, POLICY, STATE, load_weights
+from rl_ebm.tensorboard import EVENTS, Board
+from rl_ebm.verify import logit_errors, verify
+
+MAX_EVALUATED = 2**17
+"""more states than this are verified only when asked to: it would take longer than training"""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """When a run ends, and how often it is looked at."""
+
+    steps: int | None = None
+    """gradient steps at which the run ends; None for no limit"""
+    seconds: float | None = None
+    """trained seconds at which the run ends; None for no limit"""
+    log_every: int = 20
+    """steps between two rows of metrics"""
+    eval_every: float = 5.0
+    """seconds between two exact verifications, at least; never more than a tenth of the time"""
+    checkpoint_every: float = 5.0
+    """seconds between two checkpoints"""
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.seconds is None:
+            raise ValueError("a run needs an end: give steps or seconds")
+        if self.steps is not None and self.steps < 0:
+            raise ValueError(f"steps must be >= 0, got {self.steps}")
+        if self.seconds is not None and not 0 <= self.seconds < math.inf:
+            raise ValueError(f"seconds must be a finite number >= 0, got {self.seconds}")
+        if self.log_every < 1:
+            raise ValueError(f"log_every must be >= 1, got {self.log_every}")
+        if not (self.eval_every > 0 and self.checkpoint_every > 0):
+            raise ValueError("eval_every and checkpoint_every must be > 0 seconds")
+
+
+class NonFiniteError(RunError):
+    """A loss or a gradient became NaN or infinite."""
+
+
+class Trainer:
+    """Trains one agent on one EBM, into a run directory or into nothing.
+
+    Everything that the run depends on is in its checkpoints: a run that is killed and goes on
+    ends as one that was not (bit by bit on a CPU, where steps alone limit it).
+
+    Args:
+        ebm: what is distilled.
+        agent: an agent whose policy is trained.
+        generator: the generator that the agent draws from.
+        config: when to stop and to look.
+        solution: the exact solution, for exact metrics on the way; None for none.
+        run: directory of the files; None writes nothing.
+        description: the run's whole configuration, shown in TensorBoard.
+        progress: show a bar; None where standard error is a terminal.
+    """
+
+    def __init__(
+        self,
+        ebm: EBM,
+        agent: Agent,
+        generator: torch.Generator,
+        config: TrainConfig,
+        solution: TreeSolution | None = None,
+        run: Path | None = None,
+        description: Mapping[str, Any] | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        self.ebm, self.agent, self.generator, self.config = ebm, agent, generator, config
+        self.solution, self.run, self.description = solution, run, description
+        self.progress_bar = progress
+        self.step = self.reward_calls = 0
+        self.seconds = 0.0  # of training, over all the run's processes
+        self.tokens = torch.zeros((), dtype=torch.int64, device=ebm.device)
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=ebm.device)
+        self.report: Report | None = None
+        states = ebm.num_prompts * ebm.space.num_states
+        self.evaluates = solution is not None and states <= MAX_EVALUATED
+        self.board: Board | None = None
+        self.metrics_file: MetricsFile | None = None
+        self.saved_step: int | None = None
+        self.kept_rows, self.kept_events = 0, dict[str, int]()
+
+    # The loop -----------------------------------------------------------------------------------
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done: what schedules depend on."""
+        steps, seconds = self.config.steps, self.config.seconds
+        return max(
+            0.0 if steps is None else self.step / max(steps, 1),
+            0.0 if seconds is None else self.seconds / max(seconds, 1e-9),
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether a limit has been reached."""
+        return self.progress >= 1 or self.config.steps == 0
+
+    def train(self) -> Report | None:
+        """Go on to the end of the run; the last exact report.
+
+        Raises:
+            NonFiniteError: a loss or gradient became NaN or infinite; the last good checkpoint
+                stays.
+            OSError: the files could not be written.
+        """
+        self._open()
+        started, before = time.monotonic(), self.seconds
+        checkpointed = time.monotonic()
+        logged_step, logged_time, logged_tokens = self.step, started, int(self.tokens)
+        evaluated, evaluation = -math.inf, 0.0
+        if self.saved_step is None:
+            self.save()
+        bar = self._bar()
+        metrics: dict[str, Tensor] = {}
+        try:
+            while not self.finished:
+                now = time.monotonic()
+                if self.evaluates and now - evaluated >= max(self.config.eval_every, 9 * evaluation):
+                    self._evaluate()
+                    evaluated = time.monotonic()
+                    evaluation = evaluated - now
+                    self._show(bar, metrics)
+                metrics = self._update()
+                now = time.monotonic()
+                self.seconds = before + now - started
+                if self.step % self.config.log_every == 0:
+                    tokens = int(self.tokens)  # waits for the device
+                    speed = (tokens - logged_tokens) / max(now - logged_time, 1e-9)
+                    self._log(metrics, speed, (self.step - logged_step))
+                    logged_step, logged_time, logged_tokens = self.step, now, tokens
+                    self._show(bar, metrics)
+                if now - checkpointed >= self.config.checkpoint_every:
+                    self.save()
+                    checkpointed = time.monotonic()
+            if self.evaluates:
+                self._evaluate(pictures=True)
+                self._show(bar, metrics)
+            if self.board is not None and self.report is not None and self.description is not None:
+                self.board.hparams(self.description, self.report)
+            self.save()
+        finally:
+            bar.close()
+            self._close()
+        return self.report
+
+    def _update(self) -> dict[str, Tensor]:
+        """One step: no number leaves the device."""
+        batch = self.agent.sample()
+        if batch is None:
+            evaluated = self.ebm.num_prompts * self.ebm.space.num_states
+            metrics = self.agent.update(None, self.progress)
+            self.tokens += evaluated
+        else:
+            batch = self.ebm.score(batch)
+            self.reward_calls += len(batch)
+            metrics = self.agent.update(batch, self.progress)
+            self.tokens += batch.lengths.sum()
+            assert batch.reward is not None
+            metrics["charts/episodic_return"] = batch.reward.mean()
+            metrics["charts/episodic_length"] = batch.lengths.double().mean()
+        self.step += 1
+        bad = ~torch.isfinite(metrics["losses/loss"] + metrics["losses/grad_norm"])
+        self.first_bad = torch.where((self.first_bad < 0) & bad, self.step, self.first_bad)
+        return metrics
+
+    def check_finite(self) -> None:
+        """Raise NonFiniteError if a loss or gradient has been NaN or infinite."""
+        step = int(self.first_bad)
+        if step < 0:
+            return
+        kept = ""
+        if self.run is not None and self.saved_step is not None:
+            kept = f"; the checkpoint of step {self.saved_step} is kept in {self.run}"
+        raise NonFiniteError(
+            f"the loss or its gradient became NaN or infinite at step {step}{kept}: lower the "
+            "learning rate, or look for rewards that are -inf or huge"
+        )
+
+    # Looking ------------------------------------------------------------------------------------
+
+    def _log(self, metrics: Mapping[str, Tensor], tokens_per_second: float, steps: int) -> None:
+        self.check_finite()
+        values = {name: float(value) for name, value in metrics.items()}
+        values |= {
+            "charts/tokens_per_second": tokens_per_second,
+            "charts/learning_rate": self.agent.learner.lr,
+            "charts/step": self.step,
+        }
+        self._write(values)
+
+    def _evaluate(self, pictures: bool = False) -> None:
+        assert self.solution is not None
+        self.check_finite()
+        policy: Any = self.agent.policy
+        self.report = verify(policy, self.solution)
+        self._write({f"exact/{name}": value for name, value in self.report.scalars().items()})
+        if pictures and self.board is not None:
+            self.board.states(logit_errors(policy, self.solution), int(self.tokens))
+
+    def _write(self, values: Mapping[str, float]) -> None:
+        if self.metrics_file is None or self.board is None:
+            return
+        tokens = int(self.tokens)
+        row: dict[str, float | int] = {
+            "step": self.step,
+            "seconds": round(self.seconds, 3),
+            "tokens": tokens,
+            "reward_calls": self.reward_calls,
+        }
+        self.metrics_file.write(row | dict(values))
+        self.board.scalars({k: v for k, v in values.items() if math.isfinite(v)}, tokens)
+
+    def _bar(self) -> Any:
+        hide = None if self.progress_bar is None else not self.progress_bar
+        return tqdm(total=1000, disable=hide, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
+
+    def _show(self, bar: Any, metrics: Mapping[str, Tensor]) -> None:
+        if bar.disable:
+            return
+        bar.n = min(1000, round(1000 * self.progress))
+        text = f"step {self.step}"
+        if "losses/loss" in metrics:
+            text += f", loss {float(metrics['losses/loss']):.4g}"
+        if self.report is not None:
+            text += f", KL(target, policy) {self.report.kl_target_policy:.3g}"
+        text += f", {int(self.tokens) / max(self.seconds, 1e-9):,.0f} tokens/s"
+        bar.set_postfix_str(text)
+
+    # Files --------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rest of the run depends on, and where its files end."""
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "tokens": int(self.tokens),
+            "reward_calls": self.reward_calls,
+            "policy": self.agent.policy.state_dict(),
+            "agent": self.agent.state_dict(),
+            "generator": self.generator.get_state(),
+            "metrics_rows": 0 if self.metrics_file is None else self.metrics_file.flush(),
+            "event_sizes": {} if self.board is None else self.board.positions(),
+        }
+
+    def save(self) -> None:
+        """Write a checkpoint, then the policy's weights derived from it."""
+        if self.run is None:
+            return
+        self.check_finite()
+        save_state(self.run / STATE, self.state_dict())
+        self.saved_step = self.step
+        save_tensors(self.run / POLICY, self.agent.policy.state_dict())
+
+    def resume(self) -> None:
+        """Continue from the run's checkpoint; from step 0 where there is none yet.
+
+        Raises:
+            RunError: a damaged or foreign checkpoint.
+        """
+        assert self.run is not None
+        path = self.run / STATE
+        if not path.exists():
+            return
+        state = load_state(path, self.ebm.device)
+        try:
+            load_weights(self.agent.policy, state["policy"], path)
+            self.agent.load_state_dict(state["agent"])
+            # A generator's state lives on the CPU, whatever its device.
+            self.generator.set_state(state["generator"].cpu())
+            self.step, self.seconds = state["step"], state["seconds"]
+            self.tokens.fill_(state["tokens"])
+            self.reward_calls = state["reward_calls"]
+            self.kept_rows, self.kept_events = state["metrics_rows"], state["event_sizes"]
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            if isinstance(error, RunError):
+                raise
+            raise RunError(f"{path} does not fit the run's configuration ({error!r})") from None
+        self.saved_step = self.step
+
+    def _open(self) -> None:
+        """Open the logs, cut back to the checkpoint."""
+        if self.run is None:
+            return
+        for path in self.run.glob(EVENTS):
+            if path.name in self.kept_events:
+                os.truncate(path, self.kept_events[path.name])
+            else:
+                path.unlink()  # begun after the checkpoint
+        self.metrics_file = MetricsFile(self.run / METRICS, self.kept_rows)
+        resumed = self.saved_step is not None
+        self.board = Board(self.run, int(self.tokens) if resumed else None)
+        if not resumed and self.description is not None:
+            self.board.config(self.description)
+
+    def _close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+        if self.metrics_file is not None:
+            self.metrics_file.close()

@@ -1,0 +1,113 @@
+"""Named tasks are what their descriptions say, drawn in the stated order."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from rl_ebm.envs import TASKS, Task, make_task
+from rl_ebm.envs.tasks import find_ebm
+from rl_ebm.policies import Tabular, Uniform
+from rl_ebm.tokens import TokenSpace
+
+
+def test_every_task_has_its_name_and_one_line():
+    assert set(TASKS) == {"random", "pairwise", "prompts"}
+    for name, task in TASKS.items():
+        assert task.name == name
+        assert task.description
+        assert "\n" not in task.description
+
+
+@pytest.mark.parametrize(
+    ("task_seed", "eos_id", "count"), [(0, None, 8**4), (3, 2, 1 + 7 + 49 + 343)]
+)
+def test_random_is_a_score_for_each_sequence_in_enumeration_order(task_seed, eos_id, count):
+    ebm = make_task("random", eos_id=eos_id, task_seed=task_seed)
+    assert ebm.space == TokenSpace(8, 4, eos_id)
+    want = 2 * np.random.default_rng(task_seed).standard_normal(count)
+    assert ebm.reward_model.scores.dtype == torch.float64
+    np.testing.assert_array_equal(ebm.reward_model.scores[0].numpy(), want)
+    assert ebm.prompts is None
+
+
+@pytest.mark.parametrize(("a", "t", "task_seed"), [(4, 8, 0), (3, 4, 2), (2, 2, 0)])
+def test_pairwise_is_the_sum_over_pairs(a, t, task_seed):
+    ebm = make_task("pairwise", vocab_size=a, max_length=t, task_seed=task_seed)
+    rng = np.random.default_rng(task_seed + 1)
+    couplings = {pair: rng.standard_normal((a, a)) for pair in itertools.combinations(range(t), 2)}
+    tokens = np.random.default_rng(9).integers(a, size=(20, t))
+    want = [
+        2 / math.sqrt(t * (t - 1) / 2) * sum(j[y[i], y[k]] for (i, k), j in couplings.items())
+        for y in tokens
+    ]
+    lengths, ids = torch.full((20,), t), torch.zeros(20, dtype=torch.int64)
+    got = ebm.reward(torch.from_numpy(tokens), lengths, ids)
+    assert got.dtype == torch.float64
+    np.testing.assert_allclose(got.numpy(), want, rtol=0, atol=1e-12)
+    moved = ebm.to("cpu").reward(torch.from_numpy(tokens), lengths, ids)
+    assert torch.equal(moved, got)
+
+
+def test_default_sizes():
+    assert make_task("pairwise").space == TokenSpace(4, 8)
+    assert make_task("prompts").space == TokenSpace(4, 4)
+
+
+def test_prompts_is_a_score_for_each_prompt_and_sequence():
+    ebm = make_task("prompts", vocab_size=2, max_length=3, task_seed=5)
+    assert sorted(len(p) for p in ebm.prompts) == [0, 1, 2]
+    assert all(token < 2 for p in ebm.prompts for token in p)
+    want = 2 * np.random.default_rng(5).standard_normal((3, 8))
+    np.testing.assert_array_equal(ebm.reward_model.scores.numpy(), want)
+
+
+def test_beta_and_references_reach_the_ebm():
+    assert make_task("random", beta=0.3).beta == 0.3
+    assert make_task("random").beta == 1.0
+    assert make_task("random").reference is None
+    assert isinstance(make_task("random", reference="uniform").reference, Uniform)
+    policy = Tabular(TokenSpace(2, 2))
+    assert make_task("random", vocab_size=2, max_length=2, reference=policy).reference is policy
+
+
+def test_a_task_of_ones_own():
+    task = Task("ones", "always one", 2, 3, lambda space, seed: torch.full((8,), 1.0 + seed))
+    ebm = make_task(task, task_seed=4)
+    assert ebm.space == TokenSpace(2, 3)
+    assert ebm.reward_model.scores.unique().tolist() == [5.0]
+    assert find_ebm(None, task, None).space == TokenSpace(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "match"),
+    [
+        ("pairwize", {}, "unknown task 'pairwize': did you mean 'pairwise'"),
+        ("x", {}, "There are random, pairwise, prompts"),
+        ("random", {"max_length": 9}, "134217728 here, and at most 67108864 fit"),
+        ("prompts", {"max_length": 13}, "201326592 here, and at most 67108864 fit"),
+        ("pairwise", {"eos_id": 0}, "leave out eos_id"),
+        ("pairwise", {"max_length": 1}, "needs max_length >= 2, got 1"),
+        ("random", {"reference": "unifrom"}, "unknown reference 'unifrom': give 'uniform'"),
+        ("random", {"task_seed": -1}, "task_seed must be an integer >= 0, got -1"),
+        ("random", {"vocab_size": 1}, "vocab_size must be an integer >= 2"),
+    ],
+)
+def test_errors(name, kwargs, match):
+    with pytest.raises(ValueError, match=match):
+        make_task(name, **kwargs)
+
+
+def test_pairwise_is_of_its_own_space_only():
+    reward = make_task("pairwise").reward_model
+    with pytest.raises(ValueError, match="the reward was made for"):
+        reward.bind(TokenSpace(4, 7), None)
+
+
+def test_arguments_of_another_kind():
+    with pytest.raises(TypeError, match=r"ebm must be an rl_ebm\.EBM, got int"):
+        find_ebm(3, None, None)
+    with pytest.raises(TypeError, match="task must be a name or a Task, got int"):
+        find_ebm(None, 3, None)
