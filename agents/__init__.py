@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from rl_ebm.agents.exact import ExactAgent, ExactConfig
 from rl_ebm.agents.policy_gradient import PolicyGradientAgent, PolicyGradientConfig
 from rl_ebm.agents.soft_q import SoftQAgent, SoftQConfig
 from rl_ebm.agents.teacher_forcing import TeacherForcingAgent, TeacherForcingConfig
+from rl_ebm.policies import Trainable
 from rl_ebm.tokens import Batch
 
 
 class Agent(Protocol):
     """What the training loop needs of an agent."""
 
-    policy: nn.Module
+    policy: Trainable
     logits_are_values: bool
     learner: Any
 

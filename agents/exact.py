@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from rl_ebm import divergences
 from rl_ebm.agents.learner import Learner
 from rl_ebm.ebm import EBM
-from rl_ebm.policies.scoring import Policy, tree_q_values
+from rl_ebm.policies.scoring import Policy, Trainable, tree_q_values
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.tokens import Batch, TokenSpace
 
@@ -38,9 +38,7 @@ class ExactConfig:
 
     def __post_init__(self) -> None:
         if self.direction not in ("forward", "reverse"):
-            raise ValueError(
-                f"direction must be 'forward' or 'reverse', got {self.direction!r}"
-            )
+            raise ValueError(f"direction must be 'forward' or 'reverse', got {self.direction!r}")
 
 
 def exact_loss(
@@ -58,8 +56,8 @@ def exact_loss(
         direction: "forward" for KL(target, policy), "reverse" for KL(policy, target).
     """
     sizes = [space.num_prefixes(t) for t in range(space.max_length)]
-    log_pi = log_policy(q).split(sizes, dim=1)
-    star = log_pi_star.split(sizes, dim=1)
+    log_pi = torch.split(log_policy(q), sizes, dim=1)
+    star = torch.split(log_pi_star, sizes, dim=1)
     pair = (star, log_pi) if direction == "forward" else (log_pi, star)
     return divergences.kl_tables(*pair, space).mean()
 
@@ -72,7 +70,7 @@ class ExactAgent:
     def __init__(
         self,
         ebm: EBM,
-        policy: nn.Module,
+        policy: Trainable,
         config: ExactConfig | None = None,
         generator: torch.Generator | None = None,
         teacher: Policy | None = None,

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from rl_ebm.ebm import EBM
+from rl_ebm.policies.scoring import Trainable
 from rl_ebm.soft_bellman import gather_tokens
 from rl_ebm.tokens import Batch
 
@@ -29,7 +30,7 @@ def learning_rate(peak: float, progress: float) -> float:
 class Learner:
     """Adam with a schedule and gradient clipping. It never waits for the device."""
 
-    def __init__(self, policy: nn.Module, lr: float, max_grad_norm: float) -> None:
+    def __init__(self, policy: Trainable, lr: float, max_grad_norm: float) -> None:
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
         self.peak, self.max_grad_norm = lr, max_grad_norm
         self.optimizer = torch.optim.Adam(self.parameters, lr=lr, fused=True)
@@ -41,7 +42,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.optimizer.step()
         return {"losses/grad_norm": norm.detach()}

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from rl_ebm.agents.learner import (
     Learner,
@@ -27,7 +27,7 @@ from rl_ebm.agents.learner import (
     immediate_log_weights,
 )
 from rl_ebm.ebm import EBM
-from rl_ebm.policies.scoring import Policy, q_values, sample
+from rl_ebm.policies.scoring import Policy, Trainable, q_values, sample
 from rl_ebm.soft_bellman import log_policy, sequence_log_prob
 from rl_ebm.tokens import Batch
 
@@ -91,7 +91,7 @@ class PolicyGradientAgent:
     def __init__(
         self,
         ebm: EBM,
-        policy: nn.Module,
+        policy: Trainable,
         config: PolicyGradientConfig | None = None,
         generator: torch.Generator | None = None,
         teacher: Policy | None = None,
@@ -111,9 +111,7 @@ class PolicyGradientAgent:
     def update(self, batch: Batch, progress: float = 0.0) -> dict[str, Tensor]:
         """One gradient step on responses of the current policy, with their rewards."""
         p = self.ebm.num_prompts
-        log_weight = immediate_log_weights(
-            self.ebm, batch, self.config.forbidden_log_weight
-        ).sum(1)
+        log_weight = immediate_log_weights(self.ebm, batch, self.config.forbidden_log_weight).sum(1)
         q = q_values(self.policy, self.ebm.space, batch.tokens, batch.prompt_ids, p)
         log_pi = sequence_log_prob(log_policy(q), batch.tokens, batch.lengths)
         loss = policy_gradient_loss(log_pi, log_weight, batch.prompt_ids, p)

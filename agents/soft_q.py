@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from rl_ebm.agents.learner import (
     Learner,
@@ -33,7 +33,7 @@ from rl_ebm.agents.learner import (
 )
 from rl_ebm.agents.replay import Replay
 from rl_ebm.ebm import EBM
-from rl_ebm.policies.scoring import Policy, q_values, sample
+from rl_ebm.policies.scoring import Policy, Trainable, q_values, sample
 from rl_ebm.policies.tabular import Uniform
 from rl_ebm.soft_bellman import gather_tokens, log_policy, soft_value
 from rl_ebm.tokens import Batch, length_mask
@@ -130,9 +130,7 @@ def soft_q_loss(
 ) -> Float[Tensor, ""]:
     """Half the squared residual q(s_t, a_t) - G_t: sum over real tokens, mean over rows."""
     residual = gather_tokens(q, tokens) - returns
-    return 0.5 * residual.masked_fill(~length_mask(lengths, q.shape[1]), 0.0).square().sum(
-        1
-    ).mean()
+    return 0.5 * residual.masked_fill(~length_mask(lengths, q.shape[1]), 0.0).square().sum(1).mean()
 
 
 class SoftQAgent:
@@ -143,7 +141,7 @@ class SoftQAgent:
     def __init__(
         self,
         ebm: EBM,
-        policy: nn.Module,
+        policy: Trainable,
         config: SoftQConfig | None = None,
         generator: torch.Generator | None = None,
         teacher: Policy | None = None,
@@ -194,8 +192,8 @@ class SoftQAgent:
         metrics |= self.learner.descend(loss, progress)
         if self.target is not self.policy:
             with torch.no_grad():
-                online = list(self.policy.parameters())
-                torch._foreach_lerp_(list(self.target.parameters()), online, cfg.tau)
+                target: list[Tensor] = list(self.target.parameters())
+                torch._foreach_lerp_(target, list[Tensor](self.policy.parameters()), cfg.tau)
         return metrics
 
     def returns(self, q: Float[Tensor, "B T A"], batch: Batch) -> Float[Tensor, "B T"]:

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from rl_ebm.agents.learner import Learner, draw_prompts
 from rl_ebm.ebm import EBM
-from rl_ebm.policies.scoring import Policy, q_values, sample
+from rl_ebm.policies.scoring import Policy, Trainable, q_values, sample
 from rl_ebm.soft_bellman import log_policy, sequence_log_prob
 from rl_ebm.tokens import Batch
 
@@ -59,7 +59,7 @@ class TeacherForcingAgent:
     def __init__(
         self,
         ebm: EBM,
-        policy: nn.Module,
+        policy: Trainable,
         config: TeacherForcingConfig | None = None,
         generator: torch.Generator | None = None,
         teacher: Policy | None = None,

@@ -1,9 +1,9 @@
 """Distil energy-based models over token sequences into autoregressive policies, verified.
 
-    space = rl_ebm.TokenSpace(vocab_size=8, max_length=4)
-    ebm = rl_ebm.EBM(space, reward, beta=1.0)
-    solution = rl_ebm.solve(ebm)
-    policy, report = rl_ebm.train(ebm, agent="soft-q", seconds=60)
+space = rl_ebm.TokenSpace(vocab_size=8, max_length=4)
+ebm = rl_ebm.EBM(space, reward, beta=1.0)
+solution = rl_ebm.solve(ebm)
+policy, report = rl_ebm.train(ebm, agent="soft-q", seconds=60)
 """
 
 __version__ = "0.1.0"

@@ -62,7 +62,8 @@ class Block(nn.Module):
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = (part.transpose(-2, -3) for part in qkv.unbind(-3))  # (..., H, L, D / H)
         x = x + self.out(attend(layer, q, k, v).transpose(-2, -3).flatten(-2))
-        return x + self.down(F.relu(self.up(self.norm2(x))))
+        mlp: Tensor = self.down(F.relu(self.up(self.norm2(x))))
+        return x + mlp
 
 
 class Backbone(nn.Module):
@@ -82,7 +83,7 @@ class Backbone(nn.Module):
     def forward(
         self, ids: Int64[Tensor, "*n L"], positions: Int64[Tensor, "*m L"], attend: Attend
     ) -> Float[Tensor, "*n L D"]:
-        x = self.token(ids) + self.position(positions)
+        x: Tensor = self.token(ids) + self.position(positions)
         for layer, block in enumerate(self.blocks):
             x = block(x, layer, attend)
         return x

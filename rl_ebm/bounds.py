@@ -40,9 +40,7 @@ def span_kl(span: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     return torch.where(small, series, closed).masked_fill(infinite, torch.inf)
 
 
-def centre(
-    delta: Float[Tensor, "... A"], q_star: Float[Tensor, "... A"]
-) -> Float[Tensor, "... A"]:
+def centre(delta: Float[Tensor, "... A"], q_star: Float[Tensor, "... A"]) -> Float[Tensor, "... A"]:
     """delta less its mean over the allowed actions (q* finite); 0 elsewhere.
 
     Where the policy forbids an allowed action the state's entries are ``inf`` at all allowed
@@ -53,14 +51,14 @@ def centre(
     lost = torch.isinf(delta).any(-1, keepdim=True) & allowed
     count = allowed.sum(-1, keepdim=True).clamp(min=1)
     mean = delta.masked_fill(lost, 0.0).sum(-1, keepdim=True) / count
-    return (delta.masked_fill(lost, 0.0) - mean).masked_fill(~allowed, 0.0).masked_fill(
-        lost, torch.inf
+    return (
+        (delta.masked_fill(lost, 0.0) - mean)
+        .masked_fill(~allowed, 0.0)
+        .masked_fill(lost, torch.inf)
     )
 
 
-def logit_span(
-    q: Float[Tensor, "... A"], q_star: Float[Tensor, "... A"]
-) -> Float[Tensor, "..."]:
+def logit_span(q: Float[Tensor, "... A"], q_star: Float[Tensor, "... A"]) -> Float[Tensor, "..."]:
     """L_s, the span of q* - q over allowed actions; inf where q forbids one, 0 if none is."""
     allowed = torch.isfinite(q_star)
     delta = q_star.masked_fill(~allowed, 0.0) - q.masked_fill(~allowed, 0.0)
@@ -87,9 +85,7 @@ def span_bound(max_span: Float[Tensor, "*n"], space: TokenSpace) -> Float[Tensor
     return space.num_decisions * span_kl(max_span)
 
 
-def occupancy_bound(
-    log_pi: Tables, spans: Tables, space: TokenSpace
-) -> Float[Tensor, "..."]:
+def occupancy_bound(log_pi: Tables, spans: Tables, space: TokenSpace) -> Float[Tensor, "..."]:
     """sum_t E_{s_t ~ pi} K(L_{s_t}); bounds KL(pi, pi*) for pi = P_q, KL(pi*, pi) for pi = P*.
 
     Args:

@@ -294,9 +294,7 @@ def run_sample(args: Sequence[str]) -> int:
     generator = torch.Generator(device).manual_seed(a.seed)
     prompt_ids = torch.arange(a.n, device=device) % ebm.num_prompts
     model: Any = policy
-    batch = ebm.score(
-        sample(model, ebm.space, a.n, generator, prompt_ids, ebm.num_prompts)
-    )
+    batch = ebm.score(sample(model, ebm.space, a.n, generator, prompt_ids, ebm.num_prompts))
     with torch.no_grad():
         log_pi = log_prob(model, ebm.space, batch.tokens, batch.lengths, prompt_ids)
     assert batch.reward is not None
@@ -345,9 +343,10 @@ def help_text() -> str:
 
 
 def _help(kind: Any, prog: str) -> str:
-    return tyro.extras.get_parser(
+    text: str = tyro.extras.get_parser(
         kind, prog=prog, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
     ).format_help()
+    return text
 
 
 def _device(name: str | None) -> torch.device:

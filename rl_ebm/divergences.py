@@ -60,9 +60,7 @@ def js(log_p: Float[Tensor, "... N"], log_q: Float[Tensor, "... N"]) -> Float[Te
 def entropy_tables(log_pi: Tables, space: TokenSpace) -> Float[Tensor, "..."]:
     """Shannon entropy of the responses of a policy, by the chain rule."""
     marginals = forward_log_marginals(log_pi, space)
-    terms = [
-        expectation(m, entropy(p)).sum(-1) for m, p in zip(marginals, log_pi, strict=True)
-    ]
+    terms = [expectation(m, entropy(p)).sum(-1) for m, p in zip(marginals, log_pi, strict=True)]
     return torch.stack(terms).sum(0)
 
 
@@ -75,8 +73,7 @@ def kl_by_depth(log_p: Tables, log_q: Tables, space: TokenSpace) -> Float[Tensor
     """The terms of the chain rule: entry t is E_{s_t ~ P} KL(P(.|s_t), Q(.|s_t))."""
     marginals = forward_log_marginals(log_p, space)
     terms = [
-        expectation(m, kl(p, q)).sum(-1)
-        for m, p, q in zip(marginals, log_p, log_q, strict=True)
+        expectation(m, kl(p, q)).sum(-1) for m, p, q in zip(marginals, log_p, log_q, strict=True)
     ]
     return torch.stack(terms)
 

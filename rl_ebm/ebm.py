@@ -144,9 +144,7 @@ class EBM:
             ValueError: tokens, lengths or prompt ids that are none of the space's.
         """
         lengths = self.space.check(tokens, lengths)
-        prompt_ids = resolve_prompt_ids(
-            len(tokens), prompt_ids, self.num_prompts, tokens.device
-        )
+        prompt_ids = resolve_prompt_ids(len(tokens), prompt_ids, self.num_prompts, tokens.device)
         reward = self.reward(tokens, lengths, prompt_ids).double()
         return self.log_ref(tokens, lengths, prompt_ids).double().sum(1) + reward / self.beta
 
@@ -173,9 +171,7 @@ class EBM:
         return copy
 
 
-def end_reference(
-    log_ref: Float[Tensor, "... T A"], space: TokenSpace
-) -> Float[Tensor, "... T A"]:
+def end_reference(log_ref: Float[Tensor, "... T A"], space: TokenSpace) -> Float[Tensor, "... T A"]:
     """log p_ref with its last position of EOS mode set: 0 at EOS, ``-inf`` elsewhere."""
     if space.eos_id is None:
         return log_ref

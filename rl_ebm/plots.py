@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ def _cells(errors: Tensor, width: int) -> Tensor:
     if len(errors) <= width:
         return errors.repeat_interleave(-(-width // len(errors)))[:width]
     edges = torch.linspace(0, len(errors), width + 1).long()
-    return torch.stack([errors[a:b].max() for a, b in zip(edges[:-1], edges[1:], strict=True)])
+    return torch.stack([errors[a:b].max() for a, b in pairwise(edges.tolist())])
 
 
 def _scatter(axes: Any, states: Sequence[State]) -> None:

@@ -82,7 +82,9 @@ class PrefixTree:
             torch.cat([path, path[:, -1:].expand(-1, width - path.shape[1])], dim=1)
             for path in ancestors
         ]
-        depth_of = [torch.full((len(p),), t, device=device) for p, t in zip(padded, depths)]
+        depth_of = [
+            torch.full((len(p),), t, device=device) for p, t in zip(padded, depths, strict=True)
+        ]
         return (
             PrefixTree(torch.cat(tokens), torch.cat(padded), torch.cat(depth_of), space.max_length),
             slices,

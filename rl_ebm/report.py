@@ -126,7 +126,10 @@ class Report:
             f"  {d.depth:5d}{d.states:9d}{_number(d.linf):>18}{_number(d.mean_kl):>23}"
             for d in self.per_depth
         ]
-        lines += ["", "  worst prefixes (by logit error)          p target     p policy   max error"]
+        lines += [
+            "",
+            "  worst prefixes (by logit error)          p target     p policy   max error",
+        ]
         for w in self.worst_prefixes[:5]:
             name = " ".join(map(str, w.prefix)) or "(empty)"
             if self.per_prompt:

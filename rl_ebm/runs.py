@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import rl_ebm
 from rl_ebm.backbone import TransformerConfig
 from rl_ebm.checkpoint import RunError, load_tensors, save_tensors, write_text
 from rl_ebm.ebm import EBM
 from rl_ebm.envs.tasks import make_task
-from rl_ebm.policies import Policy, Tabular, Transformer, Uniform
+from rl_ebm.policies import Policy, Tabular, Trainable, Transformer, Uniform
 from rl_ebm.rewards import Reward, Table
 from rl_ebm.tokens import TokenSpace
 
@@ -102,7 +102,7 @@ def rebuild_ebm(
     return EBM(space, reward, config["beta"], reference, config["prompts"])
 
 
-def make_policy(config: dict[str, Any], ebm: EBM, seed: int, values: bool) -> nn.Module:
+def make_policy(config: dict[str, Any], ebm: EBM, seed: int, values: bool) -> Tabular | Transformer:
     """An untrained policy: ``config`` has the kind, and a Transformer's sizes.
 
     Args:
@@ -153,7 +153,7 @@ def load(
     reward: Tensor | Callable[..., Any] | Reward | None = None,
     reference: Policy | None = None,
     device: torch.device | str = "cpu",
-) -> tuple[nn.Module, EBM]:
+) -> tuple[Tabular | Transformer, EBM]:
     """The policy and the EBM that a run directory holds, rebuilt; runs no code from it.
 
     Args:
@@ -177,7 +177,7 @@ def load(
     return policy, ebm
 
 
-def load_weights(policy: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
+def load_weights(policy: Trainable, weights: dict[str, Tensor], source: Path) -> None:
     """Put weights into a policy.
 
     Raises:

@@ -19,6 +19,7 @@ mode the last entry is ``-inf`` off EOS. Leading dimensions (prompts) pass throu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int64
@@ -77,15 +78,12 @@ def r_from_q(q: Tables, space: TokenSpace) -> list[Tensor]:
     check_tables(space, q=q)
     q = [*q[:-1], _mask_last(q[-1], space)]
     r = [
-        _minus_value(q_t, space.spread(soft_value(q_next), fill=0.0))
-        for q_t, q_next in zip(q[:-1], q[1:], strict=True)
+        _minus_value(q_t, space.spread(soft_value(q_next), fill=0.0)) for q_t, q_next in pairwise(q)
     ]
     return [*r, q[-1]]
 
 
-def q_from_r_tree(
-    r: Float[Tensor, "N A"], children: Int64[Tensor, "N A"]
-) -> Float[Tensor, "N A"]:
+def q_from_r_tree(r: Float[Tensor, "N A"], children: Int64[Tensor, "N A"]) -> Float[Tensor, "N A"]:
     """The map M on any prefix tree.
 
     Args:
@@ -106,9 +104,7 @@ def q_from_r_tree(
     return q
 
 
-def r_from_q_tree(
-    q: Float[Tensor, "N A"], children: Int64[Tensor, "N A"]
-) -> Float[Tensor, "N A"]:
+def r_from_q_tree(q: Float[Tensor, "N A"], children: Int64[Tensor, "N A"]) -> Float[Tensor, "N A"]:
     """The inverse of M on any prefix tree: Eq. (3) at every node at once."""
     return _minus_value(q, _child_values(soft_value(q), children))
 

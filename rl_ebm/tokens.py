@@ -136,12 +136,13 @@ class TokenSpace:
 
     def num_prefixes(self, depth: int) -> int:
         """How many prefixes have ``depth`` tokens."""
-        return self.branching**depth
+        count: int = self.branching**depth
+        return count
 
     def state_offset(self, depth: int) -> int:
         """How many states are shallower than ``depth``: where that level starts."""
         b = self.branching
-        return depth if b == 1 else (b**depth - 1) // (b - 1)
+        return depth if b == 1 else int(b**depth - 1) // (b - 1)
 
     @property
     def num_decisions(self) -> int:
@@ -242,7 +243,7 @@ class TokenSpace:
 
     def spread(self, children: Shaped[Tensor, "... m"], fill: float) -> Shaped[Tensor, "... n A"]:
         """Values of the states of depth t + 1 as columns of depth t, ``fill`` in EOS's column."""
-        rows = children.unflatten(-1, (-1, self.branching))
+        rows: Tensor = children.unflatten(-1, (-1, self.branching))
         if self.eos_id is None:
             return rows
         eos = rows.new_full((*rows.shape[:-1], 1), fill)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rl_ebm.agents import AGENTS
 from rl_ebm.backbone import TransformerConfig
@@ -16,7 +16,7 @@ from rl_ebm.checkpoint import RunError
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import TooLargeError, TreeSolution, solve
 from rl_ebm.names import nearest
-from rl_ebm.policies import Policy
+from rl_ebm.policies import Policy, Trainable, Transformer
 from rl_ebm.report import Report
 from rl_ebm.rewards import Reward, Table
 from rl_ebm.runs import (
@@ -51,7 +51,7 @@ def train(
     source: dict[str, Any] | None = None,
     compile: bool = False,
     progress: bool | None = None,
-) -> tuple[nn.Module, Report | None]:
+) -> tuple[Trainable, Report | None]:
     """Distil an EBM into a new policy.
 
     Args:
@@ -126,7 +126,7 @@ def resume(
     reference: Policy | None = None,
     device: torch.device | str = "cpu",
     progress: bool | None = None,
-) -> tuple[nn.Module, Report | None, bool]:
+) -> tuple[Trainable, Report | None, bool]:
     """Go on with a run, exactly where its last checkpoint was.
 
     Args:
@@ -173,7 +173,7 @@ def _trainer(
         config = TrainConfig(**train)
     except TypeError as error:
         raise RunError(f"{CONFIG} is damaged ({error})") from None
-    if compiled:
+    if compiled and isinstance(policy, Transformer):
         policy.compiled = True
     generator = torch.Generator(ebm.device).manual_seed(seed)
     agent = entry.agent(ebm, policy, options, generator, solution)

@@ -139,7 +139,9 @@ class Trainer:
         try:
             while not self.finished:
                 now = time.monotonic()
-                if self.evaluates and now - evaluated >= max(self.config.eval_every, 9 * evaluation):
+                if self.evaluates and now - evaluated >= max(
+                    self.config.eval_every, 9 * evaluation
+                ):
                     self._evaluate()
                     evaluated = time.monotonic()
                     evaluation = evaluated - now
@@ -236,7 +238,9 @@ class Trainer:
 
     def _bar(self) -> Any:
         hide = None if self.progress_bar is None else not self.progress_bar
-        return tqdm(total=1000, disable=hide, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
+        return tqdm(
+            total=1000, disable=hide, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+        )
 
     def _show(self, bar: Any, metrics: Mapping[str, Tensor]) -> None:
         if bar.disable:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from itertools import chain
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -111,7 +112,7 @@ def combine(reports: Sequence[Report]) -> Report:
         elif f.name == "per_depth":
             figures[f.name] = [_combine_depth(depths) for depths in zip(*column, strict=True)]
         elif f.name == "worst_prefixes":
-            figures[f.name] = sorted(sum(column, []), key=_error, reverse=True)[:WORST]
+            figures[f.name] = sorted(chain.from_iterable(column), key=_error, reverse=True)[:WORST]
         elif f.name == "per_prompt":
             figures[f.name] = list(reports)
         elif column[0] is None:

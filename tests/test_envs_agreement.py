@@ -226,14 +226,14 @@ def test_batched_env_is_gymnasiums_own_batch_of_scalar_ones(eos_id, prompts, mod
     assert restarts > 5
 
 
-def _assert_same(one, two):
+def _assert_same(one, two, tolerance=1e-12):
     if isinstance(one, dict):
         assert set(one) == set(two)
         for key in one:
-            _assert_same(one[key], two[key])
+            _assert_same(one[key], two[key], tolerance)
         return
     assert one.dtype == two.dtype
-    np.testing.assert_allclose(one, two, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(one, two, rtol=0, atol=tolerance)
 
 
 def test_soft_rewards_sum_to_beta_log_weight_for_every_response():
@@ -314,3 +314,21 @@ def test_a_step_writes_into_no_state():
     transition.step(before, torch.tensor([1, 2]))
     assert before.tokens.tolist() == [[0] * 4] * 2
     assert before.lengths.tolist() == [0, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("eos_id", [None, 0])
+def test_batched_env_on_a_gpu_gives_the_numbers_of_the_cpu(eos_id):
+    ebm, _ = problem(eos_id, PROMPTS, minus_inf=False)
+    uniform = EBM(ebm.space, ebm.reward_model.scores, 0.7, Uniform(ebm.space), PROMPTS)
+    kwargs = {"num_envs": 8, "reward_mode": "soft"}
+    cpu = gymnasium.make_vec(ENV_ID, ebm=uniform, **kwargs)
+    gpu = gymnasium.make_vec(ENV_ID, ebm=uniform.to("cuda"), **kwargs)
+    results = [envs.reset(seed=0) for envs in (cpu, gpu)]
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        for one, two in zip(*results, strict=True):
+            _assert_same(one, two, tolerance=1e-6)  # the reference is in float32
+        actions = rng.integers(4, size=8)
+        results = [envs.step(actions) for envs in (cpu, gpu)]

@@ -13,10 +13,11 @@ from rl_ebm.tokens import TokenSpace
 @pytest.mark.slow
 @pytest.mark.parametrize("flat", [True, False], ids=["flat", "dict"])
 @pytest.mark.parametrize("eos_id", [None, 2], ids=["fixed", "eos"])
-def test_ppo_of_stable_baselines3_learns(flat, eos_id):
+def test_ppo_of_stable_baselines3_learns(flat, eos_id, tmp_path, monkeypatch):
     """PPO seeks the best response, not p*: so it is judged by its return alone."""
     from stable_baselines3 import PPO
 
+    monkeypatch.setenv("SB3_LOGDIR", str(tmp_path))  # else it leaves a folder in /tmp
     space = TokenSpace(4, 3, eos_id)
     scores = 2 * np.random.default_rng(0).standard_normal(space.num_sequences)
     env = gymnasium.make(ENV_ID, ebm=EBM(space, torch.from_numpy(scores)))

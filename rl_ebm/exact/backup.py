@@ -46,7 +46,10 @@ def backup_leaves(
     for first in range(0, len(scores), chunk):
         leaves = scores[first : first + chunk]
         levels = [
-            v[t][first // branching ** (depth - t) : (first + len(leaves)) // branching ** (depth - t)]
+            v[t][
+                first // branching ** (depth - t) : (first + len(leaves))
+                // branching ** (depth - t)
+            ]
             for t in range(roots, depth)
         ]
         low, high = _finite_range(leaves)

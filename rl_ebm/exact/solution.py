@@ -49,7 +49,7 @@ class TreeSolution:
         log_z: Float[Tensor, "P"],
     ) -> None:
         self.ebm, self.space, self.prompts = ebm, ebm.space, ebm.prompts
-        self.scores, self.v, self.log_ref = scores, list(v), list(log_ref)
+        self.scores, self.v, self.log_ref = scores, list(v), log_ref
         self.log_z = log_z
 
     @property
@@ -82,9 +82,7 @@ class TreeSolution:
             r = r.masked_fill(~self.space.action_mask(r.device)[-1], -torch.inf)
         return r
 
-    def reward_rows(
-        self, depth: int, rows: Rows, prompt: int | Tensor = 0
-    ) -> Float[Tensor, "n A"]:
+    def reward_rows(self, depth: int, rows: Rows, prompt: int | Tensor = 0) -> Float[Tensor, "n A"]:
         """R of the response that ends with each action at some prefixes; 0 where none ends."""
         space = self.space
         if space.eos_id is None and depth == space.max_length - 1:
@@ -130,9 +128,7 @@ class TreeSolution:
         """State of a decoding: nothing read yet."""
         return _Decoding(prompt_ids, torch.zeros_like(prompt_ids))
 
-    def step(
-        self, state: _Decoding, tokens: Int64[Tensor, "B"] | None
-    ) -> Float[Tensor, "B A"]:
+    def step(self, state: _Decoding, tokens: Int64[Tensor, "B"] | None) -> Float[Tensor, "B A"]:
         """q* at the next position, after one more token of each row."""
         if tokens is not None:
             state.index = state.index * self.space.branching + self.space.rank(tokens)

@@ -56,8 +56,10 @@ def summarise(solution: TreeSolution, top: int = 10, prompt: int = 0) -> Summary
             score = solution.reward_rows(t, rows, prompt)[:, columns].flatten()
             entropy -= float(expectation(log_p, log_p).sum())
             expected_reward += float(expectation(log_p, score).sum())
-            first = start * space.vocab_size if space.eos_id is None else (
-                space.state_offset(t) + start
+            first = (
+                start * space.vocab_size
+                if space.eos_id is None
+                else (space.state_offset(t) + start)
             )
             index = torch.arange(first, first + len(log_p), device=log_p.device)
             best_log_p = torch.cat([best_log_p, log_p])

@@ -3,6 +3,7 @@
 from rl_ebm.backbone import TransformerConfig
 from rl_ebm.policies.scoring import (
     Policy,
+    Trainable,
     log_pi_rows,
     log_prob,
     mask_logits,
@@ -17,6 +18,7 @@ from rl_ebm.policies.transformer import Transformer
 __all__ = [
     "Policy",
     "Tabular",
+    "Trainable",
     "Transformer",
     "TransformerConfig",
     "Uniform",

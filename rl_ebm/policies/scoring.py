@@ -14,6 +14,7 @@ A policy that reads prompts was given them when it was made and shows them as ``
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -32,9 +33,20 @@ class Policy(Protocol):
     def logits(self, tokens: Tensor, prompt_ids: Tensor | None = None) -> Tensor: ...
 
 
-def mask_logits(
-    logits: Float[Tensor, "B T A"], space: TokenSpace
-) -> Float[Tensor, "B T A"]:
+@runtime_checkable
+class Trainable(Policy, Protocol):
+    """A policy with weights: any ``torch.nn.Module`` with ``logits``."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]: ...
+
+    @property
+    def state_dict(self) -> Any: ...
+
+    @property
+    def load_state_dict(self) -> Any: ...
+
+
+def mask_logits(logits: Float[Tensor, "B T A"], space: TokenSpace) -> Float[Tensor, "B T A"]:
     """Logits in float32 at least, ``-inf`` where the space allows no action."""
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
@@ -184,8 +196,10 @@ def resolve_prompt_ids(
     if prompt_ids.shape != (n,):
         raise ValueError(f"prompt_ids has shape {tuple(prompt_ids.shape)}, expected ({n},)")
     # Reading the values waits for a GPU: there the gather that uses them does the checking.
-    if prompt_ids.device.type == "cpu" and n and not (
-        0 <= int(prompt_ids.min()) and int(prompt_ids.max()) < num_prompts
+    if (
+        prompt_ids.device.type == "cpu"
+        and n
+        and not (int(prompt_ids.min()) >= 0 and int(prompt_ids.max()) < num_prompts)
     ):
         raise ValueError(f"prompt_ids must be in [0, {num_prompts})")
     return prompt_ids

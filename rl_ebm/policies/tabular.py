@@ -55,9 +55,7 @@ class Tabular(nn.Module):
         rows = torch.cat([t if t.ndim == 3 else t[None] for t in q], dim=1)
         policy = cls(space, prompts, dtype=rows.dtype, logits_are_values=logits_are_values)
         if policy.table.shape != rows.shape:
-            raise ValueError(
-                f"q is for {rows.shape[0]} prompts, expected {policy.table.shape[0]}"
-            )
+            raise ValueError(f"q is for {rows.shape[0]} prompts, expected {policy.table.shape[0]}")
         policy.table = nn.Parameter(rows.detach().clone())
         return policy
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rl_ebm.backbone import (
+    Attend,
     Backbone,
     Context,
     TransformerConfig,
@@ -91,7 +92,7 @@ class Transformer(nn.Module):
         first = self.context_positions[rows, -1:] + 1
         later = first + torch.arange(tokens.shape[1] - 1, device=tokens.device)
         positions = torch.cat([self.context_positions[rows], later], dim=1)
-        attend = causal
+        attend: Attend = causal
         if self.context_padded:
             length = ids.shape[1]
             real = F.pad(self.context_real[rows], (0, length - self.context_width), value=True)
@@ -136,9 +137,7 @@ class Transformer(nn.Module):
         """A cache that has read nothing; the first :meth:`step` reads the prompts."""
         return Cache(self._prompt_rows(len(prompt_ids), prompt_ids))
 
-    def step(
-        self, cache: Cache, tokens: Int64[Tensor, "B"] | None
-    ) -> Float[Tensor, "B A"]:
+    def step(self, cache: Cache, tokens: Int64[Tensor, "B"] | None) -> Float[Tensor, "B A"]:
         """q at the next position, after reading one token of each row (None: the prompts)."""
         if tokens is None:
             return self._prefill(cache)
@@ -171,9 +170,7 @@ class Transformer(nn.Module):
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             cache.keys.append(F.pad(k, (0, 0, 0, room)))
             cache.values.append(F.pad(v, (0, 0, 0, room)))
-            return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None
-            )
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
         x = self.backbone(self.context_ids[rows], self.context_positions[rows], attend)
         cache.used = self.context_width
