@@ -7,7 +7,7 @@ An agent has a ``policy``, ``sample() -> Batch | None`` (the responses that it w
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from rl_ebm.policies import Trainable
 from rl_ebm.tokens import Batch
 
 
+@runtime_checkable
 class Agent(Protocol):
     """What the training loop needs of an agent."""
 

@@ -31,9 +31,9 @@ class ExactConfig:
 
     direction: str = "forward"
     """"forward" minimises KL(target, policy), "reverse" KL(policy, target)"""
-    lr: float = 3e-3
+    lr: float | int = 1e-2
     """peak learning rate of Adam"""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | int = 1.0
     """gradients are clipped to this norm"""
 
     def __post_init__(self) -> None:

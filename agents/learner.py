@@ -30,7 +30,7 @@ def learning_rate(peak: float, progress: float) -> float:
 class Learner:
     """Adam with a schedule and gradient clipping. It never waits for the device."""
 
-    def __init__(self, policy: Trainable, lr: float, max_grad_norm: float) -> None:
+    def __init__(self, policy: Trainable, lr: float | int, max_grad_norm: float | int) -> None:
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
         self.peak, self.max_grad_norm = lr, max_grad_norm
         self.optimizer = torch.optim.Adam(self.parameters, lr=lr, fused=True)
@@ -55,7 +55,7 @@ class Learner:
 
 
 def immediate_log_weights(
-    ebm: EBM, batch: Batch, forbidden_log_weight: float | None
+    ebm: EBM, batch: Batch, forbidden_log_weight: float | int | None
 ) -> Float[Tensor, "B T"]:
     """r of each token, float32: log p_ref, plus R / beta on the last; 0 past the end.
 
@@ -72,7 +72,7 @@ def immediate_log_weights(
     return r if forbidden_log_weight is None else r.clamp(min=forbidden_log_weight)
 
 
-def check_finite_weights(ebm: EBM, forbidden_log_weight: float | None) -> None:
+def check_finite_weights(ebm: EBM, forbidden_log_weight: float | int | None) -> None:
     """Raise ValueError where a loss would be infinite: -inf weights without a stand-in."""
     if forbidden_log_weight is not None and not math.isfinite(forbidden_log_weight):
         raise ValueError(f"forbidden_log_weight must be finite, got {forbidden_log_weight}")

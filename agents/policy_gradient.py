@@ -36,15 +36,15 @@ from rl_ebm.tokens import Batch
 class PolicyGradientConfig:
     """Options of the agent ``policy-gradient``."""
 
-    batch_size: int = 1024
+    batch_size: int = 4096
     """responses in a step"""
     group_size: int = 8
     """responses to each prompt of a step, at least; the baseline is the mean of the others"""
-    lr: float = 3e-3
+    lr: float | int = 1e-2
     """peak learning rate of Adam"""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | int = 1.0
     """gradients are clipped to this norm"""
-    forbidden_log_weight: float | None = None
+    forbidden_log_weight: float | int | None = None
     """log-weight trained on in the place of -inf, nats"""
 
     def __post_init__(self) -> None:

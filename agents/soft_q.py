@@ -43,25 +43,25 @@ from rl_ebm.tokens import Batch, length_mask
 class SoftQConfig:
     """Options of the agent ``soft-q``."""
 
-    batch_size: int = 1024
+    batch_size: int = 2048
     """new responses in a step"""
-    explore: float = 0.5
+    explore: float | int = 0.5
     """share of them drawn from the reference (uniform without one), the rest from the policy"""
     replay_size: int = 0
     """responses kept for replay; 0 for none"""
     replay_batch: int = 0
     """replayed responses in a step, beside the new ones"""
-    lam: float = 1.0
+    lam: float | int = 1.0
     """lambda of the return: 1 for whole paths, 0 for one-step backups"""
     n_step: int | None = None
     """n of the n-step return, in the place of the lambda-return"""
-    tau: float = 1.0
+    tau: float | int = 1.0
     """target network: target <- (1 - tau) target + tau online, after each step"""
-    lr: float = 3e-3
+    lr: float | int = 1e-2
     """peak learning rate of Adam"""
-    max_grad_norm: float = 10.0
+    max_grad_norm: float | int = 10.0
     """gradients are clipped to this norm"""
-    forbidden_log_weight: float | None = None
+    forbidden_log_weight: float | int | None = None
     """log-weight trained on in the place of -inf, nats"""
 
     def __post_init__(self) -> None:

@@ -26,11 +26,11 @@ from rl_ebm.tokens import Batch
 class TeacherForcingConfig:
     """Options of the agent ``teacher-forcing``."""
 
-    batch_size: int = 1024
+    batch_size: int = 4096
     """responses in a step, at least 1"""
-    lr: float = 3e-3
+    lr: float | int = 1e-2
     """peak learning rate of Adam"""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | int = 1.0
     """gradients are clipped to this norm"""
 
     def __post_init__(self) -> None:

@@ -296,7 +296,9 @@ def run_sample(args: Sequence[str]) -> int:
     model: Any = policy
     batch = ebm.score(sample(model, ebm.space, a.n, generator, prompt_ids, ebm.num_prompts))
     with torch.no_grad():
-        log_pi = log_prob(model, ebm.space, batch.tokens, batch.lengths, prompt_ids)
+        log_pi = log_prob(
+            model, ebm.space, batch.tokens, batch.lengths, prompt_ids, ebm.num_prompts
+        )
     assert batch.reward is not None
     columns = ["sequence", "log_pi", "score"]
     print("\t".join(columns if ebm.prompts is None else ["prompt", *columns]))

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from rl_ebm.policies.scoring import Policy, mask_logits, resolve_prompt_ids
+from rl_ebm.policies.scoring import Policy, device_of, mask_logits, on_device, resolve_prompt_ids
 from rl_ebm.rewards.base import Prompts, Reward, as_reward
+from rl_ebm.rewards.function import Function
 from rl_ebm.soft_bellman import gather_tokens, log_policy
 from rl_ebm.tokens import Batch, TokenSpace, length_mask
 
@@ -38,7 +39,7 @@ class EBM:
         self,
         space: TokenSpace,
         reward: Tensor | Callable[..., Any] | Reward,
-        beta: float = 1.0,
+        beta: float | int = 1.0,
         reference: Policy | None = None,
         prompts: Prompts | None = None,
     ) -> None:
@@ -58,10 +59,9 @@ class EBM:
         if reference is not None:
             self.check_policy(reference, "the reference")
         self.reward_model = as_reward(reward, space, self.prompts)
-        self.device = torch.device("cpu")
-        scores = getattr(self.reward_model, "scores", None)
-        if scores is not None:
-            self.device = scores.device
+        self.device = device_of(self.reward_model)
+        if isinstance(self.reward_model, Function) and reference is not None:
+            self.device = device_of(reference)
 
     @property
     def num_prompts(self) -> int:
@@ -152,14 +152,11 @@ class EBM:
 
     def to(self, device: torch.device | str) -> EBM:
         """The same EBM with its reward and reference on another device."""
-        reference: Any = self.reference
-        if reference is not None and hasattr(reference, "to"):
-            reference = reference.to(device)
         moved = EBM.__new__(EBM)
         moved.__dict__.update(
             self.__dict__,
-            reference=reference,
-            reward_model=self.reward_model.to(device),
+            reference=on_device(self.reference, device),
+            reward_model=on_device(self.reward_model, device),
             device=torch.device(device),
         )
         return moved

@@ -126,7 +126,8 @@ class TokenSpace:
     def num_sequences(self) -> int:
         """How many responses there are: A^T, or sum of branching^t for t < T in EOS mode."""
         if self.eos_id is None:
-            return self.vocab_size**self.max_length
+            count: int = self.vocab_size**self.max_length
+            return count
         return self.num_states
 
     @property

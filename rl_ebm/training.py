@@ -34,13 +34,13 @@ class TrainConfig:
 
     steps: int | None = None
     """gradient steps at which the run ends; None for no limit"""
-    seconds: float | None = None
+    seconds: float | int | None = None
     """trained seconds at which the run ends; None for no limit"""
     log_every: int = 20
     """steps between two rows of metrics"""
-    eval_every: float = 5.0
+    eval_every: float | int = 5.0
     """seconds between two exact verifications, at least; never more than a tenth of the time"""
-    checkpoint_every: float = 5.0
+    checkpoint_every: float | int = 5.0
     """seconds between two checkpoints"""
 
     def __post_init__(self) -> None:

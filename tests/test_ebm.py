@@ -146,6 +146,10 @@ def test_to_moves_the_table_and_the_reference_and_leaves_the_rest():
     assert (moved.beta, moved.space, moved.prompts) == (ebm.beta, ebm.space, ebm.prompts)
     assert moved.forbids
     assert ebm.device.type == ebm.reward_model.scores.device.type == "cpu"
+    # A reference that is no module returns what it becomes.
+    uniform = Uniform(space)
+    uniform.to = lambda device: Tabular(space).to(device)
+    assert rl_ebm.EBM(space, scores, 1.0, uniform).to("meta").reference.table.is_meta
     again = rl_ebm.EBM(space, scores).to("cpu")
     close(again.log_weight(*space.sequences()), scores, 0.0)
     function = rl_ebm.EBM(space, sum_of_ids, reference=Uniform(space)).to("cpu")

@@ -155,9 +155,11 @@ def test_q_values_and_gradients_by_the_tree_are_those_by_sequences(shape, prompt
 def test_a_small_batch_is_not_worth_the_tree():
     space = TokenSpace(3, 4)
     rows_only = Only(transformer(space), "logits")
-    rows_only.tree_logits = None  # calling it would raise
+    rows_only.tree_logits = rows_only.never
     tokens = torch.randint(3, (9, 4), generator=seeded())  # 36 tokens, 40 states
     close(q_values(rows_only, space, tokens), rows_only.logits(tokens), 0.0)
+    with pytest.raises(AssertionError, match="was to be left alone"):
+        q_values(rows_only, space, tokens[[*range(9), 0]])
 
 
 @in_all_spaces

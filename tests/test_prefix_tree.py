@@ -89,6 +89,16 @@ def check_block(space, depth, start, stop, end):
     assert len(slices) == end - depth
 
 
+def test_a_tree_of_any_shape_knows_its_leaves_and_their_tokens():
+    names = [(), (2,), (1,), (2, 0), (1, 1), (2, 2), (2, 0, 1)]  # leaves of depths 2, 2 and 3
+    place = {s: i for i, s in enumerate(names)}
+    paths = [[place[s[: min(t, len(s))]] for t in range(4)] for s in names]
+    last = [s[-1] if s else 7 for s in names]  # the root's token is not read
+    depth = [len(s) for s in names]
+    tree = PrefixTree(torch.tensor(last), torch.tensor(paths), torch.tensor(depth), max_length=5)
+    assert check_consistent(tree, 5) == names
+
+
 # The map M on trees ---------------------------------------------------------------------------
 
 

@@ -131,7 +131,7 @@ def test_the_delimiter_is_that_of_the_extension_first_then_that_of_the_header(tm
         assert read_table(str(write(tmp_path / name, text))).scores.tolist() == [1, 2, 3, 4]
     both = "a\tb,sequence,score,c\tsequence\tscore\td\n"
     both += "".join(f"a\tb,{x},1,c\t{x}\t2\td\n" for x in all_sequences("AB", 2))
-    for name, score in (("t.csv", 1), ("t.tsv", 2), ("t.txt", 2)):
+    for name, score in (("t.csv", 1), ("T.CSV", 1), ("t.tsv", 2), ("t.txt", 2)):
         assert read_table(write(tmp_path / name, both)).scores.tolist() == [score] * 4
 
 
@@ -140,6 +140,12 @@ def test_a_token_may_be_the_other_delimiter_or_a_quote(path):
     cells = ['"' + s.replace('"', '""') + '"' for s in names]
     write(path, table([f"{s}\t{i}" for i, s in enumerate(cells)]))
     assert read_table(path, '",;').scores.tolist() == list(range(9))
+
+
+def test_white_space_around_a_cell_is_not_read(path):
+    write(path, table([" A\t1", "B  \t -2 "], " sequence\tscore "))
+    assert read_table(path).alphabet == ("A", "B")
+    assert read_table(path).scores.tolist() == [1, -2]
 
 
 def test_decode_takes_prefixes_and_refuses_other_tokens(path):

@@ -150,7 +150,7 @@ class TreeSolution:
         prompt_ids = resolve_prompt_ids(
             len(tokens), prompt_ids, self.ebm.num_prompts, tokens.device
         )
-        return log_prob(self, self.space, tokens, lengths, prompt_ids)
+        return log_prob(self, self.space, tokens, lengths, prompt_ids, self.ebm.num_prompts)
 
     def sample(
         self,

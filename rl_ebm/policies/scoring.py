@@ -14,6 +14,7 @@ A policy that reads prompts was given them when it was made and shows them as ``
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -127,9 +128,11 @@ def log_prob(
     tokens: Int64[Tensor, "B T"],
     lengths: Int64[Tensor, "B"],
     prompt_ids: Int64[Tensor, "B"] | None = None,
+    num_prompts: int = 1,
 ) -> Float[Tensor, "B"]:
     """log pi(y|x): the sum over the real tokens."""
-    return sequence_log_prob(log_pi_rows(policy, space, tokens, prompt_ids), tokens, lengths)
+    log_pi = log_pi_rows(policy, space, tokens, prompt_ids, num_prompts)
+    return sequence_log_prob(log_pi, tokens, lengths)
 
 
 @torch.no_grad()
@@ -211,6 +214,17 @@ def device_of(policy: object) -> torch.device:
         for tensor in (*policy.parameters(), *policy.buffers()):
             return tensor.device
     return torch.device(getattr(policy, "device", "cpu"))
+
+
+def on_device(thing: Any, device: torch.device | str) -> Any:
+    """A reward or policy on a device; a module that is elsewhere is copied, not moved."""
+    if not hasattr(thing, "to"):
+        return thing
+    if isinstance(thing, torch.nn.Module):
+        if device_of(thing) == torch.device(device):
+            return thing
+        thing = copy.deepcopy(thing)
+    return thing.to(device)
 
 
 def _tree_is_smaller(policy: Policy, space: TokenSpace, rows: int, num_prompts: int) -> bool:

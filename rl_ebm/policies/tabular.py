@@ -74,6 +74,10 @@ class Tabular(nn.Module):
     ) -> Float[Tensor, "B T A"]:
         """The rows of all prefixes of each sequence."""
         ids = self.space.state_ids(tokens)
+        if self.prompts is not None and prompt_ids is None and len(self.prompts) > 1:
+            raise ValueError(
+                f"the policy has {len(self.prompts)} prompts: give prompt_ids, one for each row"
+            )
         if self.prompts is not None and prompt_ids is not None:
             ids = ids + prompt_ids[:, None] * self.space.num_states
         # embedding: its backward is a parallel scatter-add, that of indexing is not.

@@ -110,6 +110,7 @@ class Transformer(nn.Module):
         self, tree: PrefixTree, prompt_ids: Int64[Tensor, "P"]
     ) -> Float[Tensor, "P N A"]:
         """q at every node of a tree, for each of the prompts, each node evaluated once."""
+        prompt_ids = self._prompt_rows(len(prompt_ids), prompt_ids)
         out: Tensor = (_compiled_tree_pass() if self.compiled else Transformer._tree_pass)(
             self, tree, prompt_ids
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,7 +59,12 @@ class Function:
         return reward.to(tokens.device)
 
     def to(self, device: torch.device | str) -> Function:
-        return self
+        """Moves a copy of a module; any other function gets tokens on the device as it is."""
+        moved = Function(self.function)
+        if isinstance(self.function, torch.nn.Module):
+            moved = Function(copy.deepcopy(self.function).to(device))
+        moved.with_prompts = self.with_prompts
+        return moved
 
 
 def from_trl(

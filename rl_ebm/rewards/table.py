@@ -28,6 +28,10 @@ class Table:
         self.space: TokenSpace | None = None
         self.forbids = False
 
+    @property
+    def device(self) -> torch.device:
+        return self.scores.device
+
     def bind(self, space: TokenSpace, prompts: Prompts | None) -> Table:
         num_prompts = 1 if prompts is None else len(prompts)
         want = (num_prompts, space.num_sequences)
