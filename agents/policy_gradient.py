@@ -106,13 +106,13 @@ class PolicyGradientAgent:
         """Responses of the policy itself, in groups that share a prompt."""
         n, p = self.config.batch_size, self.ebm.num_prompts
         prompt_ids = draw_prompts(n, p, self.config.group_size, self.generator)
-        return sample(self.policy, self.ebm.space, n, self.generator, prompt_ids, p)
+        return sample(self.policy, self.ebm.space, n, self.generator, prompt_ids)
 
     def update(self, batch: Batch, progress: float = 0.0) -> dict[str, Tensor]:
         """One gradient step on responses of the current policy, with their rewards."""
         p = self.ebm.num_prompts
         log_weight = immediate_log_weights(self.ebm, batch, self.config.forbidden_log_weight).sum(1)
-        q = q_values(self.policy, self.ebm.space, batch.tokens, batch.prompt_ids, p)
+        q = q_values(self.policy, self.ebm.space, batch.tokens, batch.prompt_ids)
         log_pi = sequence_log_prob(log_policy(q), batch.tokens, batch.lengths)
         loss = policy_gradient_loss(log_pi, log_weight, batch.prompt_ids, p)
         # E[log-weight - log pi] is the ELBO of log Z (arXiv 2512.15605, App. A.8).

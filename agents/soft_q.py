@@ -164,7 +164,7 @@ class SoftQAgent:
         # Strided, so that every prompt gets its share of both.
         order = torch.randperm(len(prompt_ids), generator=self.generator, device=prompt_ids.device)
         parts = [
-            sample(policy, space, len(ids), self.generator, ids, p)
+            sample(policy, space, len(ids), self.generator, ids)
             for policy, ids in (
                 (self.explorer, prompt_ids[order[:others]]),
                 (self.policy, prompt_ids[order[others:]]),
@@ -175,17 +175,17 @@ class SoftQAgent:
 
     def update(self, batch: Batch, progress: float = 0.0) -> dict[str, Tensor]:
         """One gradient step on a batch of anybody's responses with their rewards."""
-        cfg, space, p = self.config, self.ebm.space, self.ebm.num_prompts
+        cfg, space = self.config, self.ebm.space
         if cfg.replay_size:
             fresh = batch
             if cfg.replay_batch and len(self.replay):
                 batch = Batch.cat([batch, self.replay.sample(cfg.replay_batch, self.generator)])
             self.replay.add(fresh)
-        q = q_values(self.policy, space, batch.tokens, batch.prompt_ids, p)
+        q = q_values(self.policy, space, batch.tokens, batch.prompt_ids)
         with torch.no_grad():
             q_target = q.detach()
             if self.target is not self.policy:
-                q_target = q_values(self.target, space, batch.tokens, batch.prompt_ids, p)
+                q_target = q_values(self.target, space, batch.tokens, batch.prompt_ids)
             returns = self.returns(q_target, batch)
         loss = soft_q_loss(q, returns, batch.tokens, batch.lengths)
         metrics = {"losses/loss": loss.detach(), "losses/log_z": soft_value(q_target[:, 0]).mean()}

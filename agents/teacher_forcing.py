@@ -75,13 +75,11 @@ class TeacherForcingAgent:
         """Responses of the teacher."""
         n, p = self.config.batch_size, self.ebm.num_prompts
         prompt_ids = draw_prompts(n, p, 1, self.generator)
-        return sample(self.teacher, self.ebm.space, n, self.generator, prompt_ids, p)
+        return sample(self.teacher, self.ebm.space, n, self.generator, prompt_ids)
 
     def update(self, batch: Batch, progress: float = 0.0) -> dict[str, Tensor]:
         """One gradient step; the rewards of the batch are not read."""
-        q = q_values(
-            self.policy, self.ebm.space, batch.tokens, batch.prompt_ids, self.ebm.num_prompts
-        )
+        q = q_values(self.policy, self.ebm.space, batch.tokens, batch.prompt_ids)
         loss = teacher_forcing_loss(q, batch.tokens, batch.lengths)
         return {"losses/loss": loss.detach()} | self.learner.descend(loss, progress)
 

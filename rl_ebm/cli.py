@@ -294,11 +294,9 @@ def run_sample(args: Sequence[str]) -> int:
     generator = torch.Generator(device).manual_seed(a.seed)
     prompt_ids = torch.arange(a.n, device=device) % ebm.num_prompts
     model: Any = policy
-    batch = ebm.score(sample(model, ebm.space, a.n, generator, prompt_ids, ebm.num_prompts))
+    batch = ebm.score(sample(model, ebm.space, a.n, generator, prompt_ids))
     with torch.no_grad():
-        log_pi = log_prob(
-            model, ebm.space, batch.tokens, batch.lengths, prompt_ids, ebm.num_prompts
-        )
+        log_pi = log_prob(model, ebm.space, batch.tokens, batch.lengths, prompt_ids)
     assert batch.reward is not None
     columns = ["sequence", "log_pi", "score"]
     print("\t".join(columns if ebm.prompts is None else ["prompt", *columns]))

@@ -175,8 +175,10 @@ def sequence_log_prob(
 
 def expectation(log_p: Float[Tensor, "..."], x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """exp(log_p) * x, elementwise, with 0 * inf = 0; the caller sums."""
-    zero = torch.isneginf(log_p)
-    return log_p.exp() * x.masked_fill(zero, 0.0)
+    x = x.masked_fill(torch.isneginf(log_p), 0.0)
+    # exp underflows to 0 where the probability is not: infinite x stay infinite there.
+    infinite = torch.isinf(x)
+    return torch.where(infinite, x, log_p.exp() * x.masked_fill(infinite, 0.0))
 
 
 def check_tables(space: TokenSpace, **named: Tables) -> None:

@@ -148,7 +148,7 @@ def test_scalar_batched_and_sampler_agree_step_by_step(eos_id, prompts, minus_in
 
     batch = sample(
         Script(actions, space.vocab_size), space, n, torch.Generator().manual_seed(0),
-        torch.from_numpy(ids), ebm.num_prompts,
+        torch.from_numpy(ids),
     )  # fmt: skip
     assert batch.lengths.tolist() == [len(steps) for steps in judged]
     for b in range(n):

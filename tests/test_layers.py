@@ -20,7 +20,7 @@ ROOT = Path(rl_ebm.__file__).parent
 
 # From the bottom up. A name ending in "." is a package: a room for all modules below it.
 LAYERS = (
-    ("tokens",),
+    ("tokens", "names"),
     ("prefix_tree", "soft_bellman", "backbone"),
     ("divergences", "bounds"),
     ("rewards.", "policies."),
@@ -29,9 +29,12 @@ LAYERS = (
     ("report",),
     ("accumulate",),
     ("verify",),
-    ("checkpoint", "tensorboard", "plots"),
-    ("runs", "training"),
+    ("checkpoint", "plots"),
+    ("metrics", "tensorboard", "runs"),
+    ("training",),
+    ("train",),
     ("",),  # rl_ebm itself, the public face
+    ("flags",),
     ("cli",),
     ("__main__",),
 )

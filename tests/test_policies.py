@@ -136,7 +136,7 @@ def test_q_values_and_gradients_by_the_tree_are_those_by_sequences(shape, prompt
     mask = length_mask(lengths, space.max_length)
 
     tree_only = Only(policy, "tree_logits")  # has no logits: the tree must do
-    by_tree = q_values(tree_only, space, tokens, ids, num_prompts)
+    by_tree = q_values(tree_only, space, tokens, ids)
     by_rows = mask_logits(policy.logits(tokens, ids), space)
     close(by_tree[mask], by_rows[mask])
 
@@ -234,7 +234,7 @@ def test_samples_have_the_frequencies_of_the_exact_probabilities(face, shape, pr
     space = TokenSpace(*shape)
     policy, num_prompts = transformer(space, prompts), len(prompts or [[]])
     ids = torch.arange(9_000 * num_prompts) % num_prompts
-    batch = sample(Only(policy, *FACES[face]), space, len(ids), seeded(), ids, num_prompts)
+    batch = sample(Only(policy, *FACES[face]), space, len(ids), seeded(), ids)
     assert torch.equal(batch.prompt_ids, ids)
     assert torch.equal(space.check(batch.tokens, batch.lengths), batch.lengths)
     assert (batch.tokens[~batch.mask] == 0).all()
@@ -282,11 +282,11 @@ def test_prompt_ids_are_checked():
     space = TokenSpace(3, 2)
     policy = transformer(space, PROMPTS)
     with pytest.raises(ValueError, match=r"there are 3 prompts: give prompt_ids, one .* 4 rows"):
-        sample(policy, space, 4, num_prompts=3)
+        sample(policy, space, 4)
     with pytest.raises(ValueError, match=r"prompt_ids has shape \(2,\), expected \(4,\)"):
-        sample(policy, space, 4, prompt_ids=torch.tensor([0, 1]), num_prompts=3)
+        sample(policy, space, 4, prompt_ids=torch.tensor([0, 1]))
     with pytest.raises(ValueError, match=r"prompt_ids must be in \[0, 3\)"):
-        sample(policy, space, 2, prompt_ids=torch.tensor([0, 3]), num_prompts=3)
+        sample(policy, space, 2, prompt_ids=torch.tensor([0, 3]))
     for make in POLICIES:
         with pytest.raises(ValueError, match="the policy has 3 prompts: give prompt_ids"):
             make(space, PROMPTS).logits(torch.zeros(1, 2, dtype=torch.int64))

@@ -62,6 +62,7 @@ class Only:
     """A policy with some of its faces alone; where ``logits`` is not among them it fails."""
 
     def __init__(self, policy, *names):
+        self.prompts = getattr(policy, "prompts", None)
         for name in names:
             setattr(self, name, getattr(policy, name))
 

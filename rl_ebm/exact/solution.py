@@ -150,7 +150,7 @@ class TreeSolution:
         prompt_ids = resolve_prompt_ids(
             len(tokens), prompt_ids, self.ebm.num_prompts, tokens.device
         )
-        return log_prob(self, self.space, tokens, lengths, prompt_ids, self.ebm.num_prompts)
+        return log_prob(self, self.space, tokens, lengths, prompt_ids)
 
     def sample(
         self,
@@ -163,7 +163,7 @@ class TreeSolution:
         Raises:
             ValueError: prompt ids missing, of another length than n, or out of range.
         """
-        return sample(self, self.space, n, generator, prompt_ids, self.ebm.num_prompts)
+        return sample(self, self.space, n, generator, prompt_ids)
 
 
 def _each(prompt: int | Tensor, width: int) -> int | Tensor:

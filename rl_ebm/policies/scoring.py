@@ -59,29 +59,29 @@ def q_values(
     space: TokenSpace,
     tokens: Int64[Tensor, "B T"],
     prompt_ids: Int64[Tensor, "B"] | None = None,
-    num_prompts: int = 1,
 ) -> Float[Tensor, "B T A"]:
     """Masked logits before every token.
 
     Where the whole tree has fewer prefixes than the batch has tokens, and the policy can
     evaluate trees, the tree is evaluated and the batch reads its rows from it.
     """
-    if _tree_is_smaller(policy, space, tokens.shape[0], num_prompts):
-        rows = tree_q_values(policy, space, num_prompts).flatten(0, 1)
+    if _tree_is_smaller(policy, space, tokens.shape[0]):
+        rows = tree_q_values(policy, space, num_prompts(policy)).flatten(0, 1)
         ids = space.state_ids(tokens)
-        if prompt_ids is not None:
+        if num_prompts(policy) > 1:
+            prompt_ids = resolve_prompt_ids(
+                len(tokens), prompt_ids, num_prompts(policy), tokens.device
+            )
             ids = ids + prompt_ids[:, None] * space.num_states
         # embedding: its backward is a parallel scatter-add, that of indexing is not.
         return torch.nn.functional.embedding(ids, rows)
     return mask_logits(policy.logits(tokens, prompt_ids), space)
 
 
-def tree_q_values(
-    policy: Policy, space: TokenSpace, num_prompts: int = 1
-) -> Float[Tensor, "P S A"]:
-    """Masked logits at every state of the space, shallow states first, for every prompt."""
+def tree_q_values(policy: Policy, space: TokenSpace, prompts: int = 1) -> Float[Tensor, "P S A"]:
+    """Masked logits at every state of the space, shallow states first, for each of the prompts."""
     device = device_of(policy)
-    prompt_ids = torch.arange(num_prompts, device=device)
+    prompt_ids = torch.arange(prompts, device=device)
     logits = tree_logits(policy, PrefixTree.full(space, str(device)), prompt_ids)
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
@@ -116,10 +116,9 @@ def log_pi_rows(
     space: TokenSpace,
     tokens: Int64[Tensor, "B T"],
     prompt_ids: Int64[Tensor, "B"] | None = None,
-    num_prompts: int = 1,
 ) -> Float[Tensor, "B T A"]:
     """log pi(.|s) before every token: masked and normalised."""
-    return log_policy(q_values(policy, space, tokens, prompt_ids, num_prompts))
+    return log_policy(q_values(policy, space, tokens, prompt_ids))
 
 
 def log_prob(
@@ -128,10 +127,9 @@ def log_prob(
     tokens: Int64[Tensor, "B T"],
     lengths: Int64[Tensor, "B"],
     prompt_ids: Int64[Tensor, "B"] | None = None,
-    num_prompts: int = 1,
 ) -> Float[Tensor, "B"]:
     """log pi(y|x): the sum over the real tokens."""
-    log_pi = log_pi_rows(policy, space, tokens, prompt_ids, num_prompts)
+    log_pi = log_pi_rows(policy, space, tokens, prompt_ids)
     return sequence_log_prob(log_pi, tokens, lengths)
 
 
@@ -142,7 +140,6 @@ def sample(
     n: int,
     generator: torch.Generator | None = None,
     prompt_ids: Int64[Tensor, "n"] | None = None,
-    num_prompts: int = 1,
     temperature: float = 1.0,
 ) -> Batch:
     """Draw responses, by Gumbel-max on the masked logits: a forbidden token is never drawn.
@@ -150,16 +147,17 @@ def sample(
     Args:
         n: how many.
         generator: on the policy's device; None for the global one.
-        prompt_ids: which prompt each row answers, (n,); needed with several prompts.
-        num_prompts: P of the EBM.
+        prompt_ids: which prompt each row answers, (n,); needed where the policy has several.
         temperature: of the draw; 1 samples the policy itself.
 
     Raises:
         ValueError: ``prompt_ids`` missing or of another length.
     """
-    prompt_ids = resolve_prompt_ids(n, prompt_ids, num_prompts, device_of(policy))
+    # A policy without prompts answers any the same.
+    count = None if getattr(policy, "prompts", None) is None else num_prompts(policy)
+    prompt_ids = resolve_prompt_ids(n, prompt_ids, count, device_of(policy))
     device = prompt_ids.device
-    next_logits = _next_logits(policy, space, n, prompt_ids, num_prompts)
+    next_logits = _next_logits(policy, space, n, prompt_ids)
     mask = space.action_mask(device)
     tokens = torch.zeros(n, space.max_length, dtype=torch.int64, device=device)
     lengths = torch.full((n,), space.max_length, device=device)
@@ -181,16 +179,16 @@ def sample(
 def resolve_prompt_ids(
     n: int,
     prompt_ids: Int64[Tensor, "..."] | None,
-    num_prompts: int,
+    num_prompts: int | None,
     device: torch.device | str,
 ) -> Int64[Tensor, "n"]:
-    """Check ``prompt_ids``, or make those of a single prompt.
+    """Check ``prompt_ids``, or make those of a single prompt; None for any number of prompts.
 
     Raises:
         ValueError: missing with several prompts, of another length, or out of range.
     """
     if prompt_ids is None:
-        if num_prompts > 1:
+        if num_prompts is not None and num_prompts > 1:
             raise ValueError(
                 f"there are {num_prompts} prompts: give prompt_ids, one index for each of the "
                 f"{n} rows"
@@ -199,13 +197,16 @@ def resolve_prompt_ids(
     if prompt_ids.shape != (n,):
         raise ValueError(f"prompt_ids has shape {tuple(prompt_ids.shape)}, expected ({n},)")
     # Reading the values waits for a GPU: there the gather that uses them does the checking.
-    if (
-        prompt_ids.device.type == "cpu"
-        and n
-        and not (int(prompt_ids.min()) >= 0 and int(prompt_ids.max()) < num_prompts)
-    ):
+    if num_prompts is None or prompt_ids.device.type != "cpu" or n == 0:
+        return prompt_ids
+    if int(prompt_ids.min()) < 0 or int(prompt_ids.max()) >= num_prompts:
         raise ValueError(f"prompt_ids must be in [0, {num_prompts})")
     return prompt_ids
+
+
+def num_prompts(policy: object) -> int:
+    """How many prompts a policy tells apart: 1 for one that reads none."""
+    return len(getattr(policy, "prompts", None) or [[]])
 
 
 def device_of(policy: object) -> torch.device:
@@ -227,24 +228,23 @@ def on_device(thing: Any, device: torch.device | str) -> Any:
     return thing.to(device)
 
 
-def _tree_is_smaller(policy: Policy, space: TokenSpace, rows: int, num_prompts: int) -> bool:
+def _tree_is_smaller(policy: Policy, space: TokenSpace, rows: int) -> bool:
     if not hasattr(policy, "tree_logits"):
         return False
-    return num_prompts * space.num_states <= rows * space.max_length
+    return num_prompts(policy) * space.num_states <= rows * space.max_length
 
 
-def _next_logits(
-    policy: Any, space: TokenSpace, n: int, prompt_ids: Tensor, num_prompts: int
-) -> Any:
+def _next_logits(policy: Any, space: TokenSpace, n: int, prompt_ids: Tensor) -> Any:
     """A function (t, tokens) -> (n, A): the fastest way this policy has."""
-    if _tree_is_smaller(policy, space, n, num_prompts):
-        rows = tree_q_values(policy, space, num_prompts).flatten(0, 1)
+    if _tree_is_smaller(policy, space, n):
+        rows = tree_q_values(policy, space, num_prompts(policy)).flatten(0, 1)
+        row = prompt_ids * space.num_states if num_prompts(policy) > 1 else 0
 
         def from_tree(t: int, tokens: Tensor) -> Tensor:
             index = torch.zeros_like(prompt_ids)
             for i in range(t):
                 index = index * space.branching + space.rank(tokens[:, i])
-            return rows[prompt_ids * space.num_states + space.state_offset(t) + index]
+            return rows[row + space.state_offset(t) + index]
 
         return from_tree
     if hasattr(policy, "step"):
