@@ -6,7 +6,7 @@ solution = rl_ebm.solve(ebm)
 policy, report = rl_ebm.train(ebm, agent="soft-q", seconds=60)
 """
 
-__version__ = "0.1.0"
+from importlib.metadata import version
 
 from rl_ebm import agents, envs, policies, rewards
 from rl_ebm.checkpoint import RunError
@@ -19,6 +19,8 @@ from rl_ebm.tokens import Batch, TokenSpace
 from rl_ebm.train import resume, train
 from rl_ebm.training import TrainConfig
 from rl_ebm.verify import verify
+
+__version__ = version("rl-ebm")
 
 __all__ = [
     "EBM",

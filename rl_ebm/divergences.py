@@ -37,10 +37,8 @@ def entropy(log_p: Float[Tensor, "... N"]) -> Float[Tensor, "..."]:
 
 def kl(log_p: Float[Tensor, "... N"], log_q: Float[Tensor, "... N"]) -> Float[Tensor, "..."]:
     """KL(p, q) = sum p (log p - log q), over the last dimension."""
-    # -inf - (-inf) is nan, also in the gradient: places with p = 0 are taken out first.
-    zero = torch.isneginf(log_p)
-    log_ratio = log_p.masked_fill(zero, 0.0) - log_q.masked_fill(zero, 0.0)
-    return expectation(log_p, log_ratio).sum(-1)
+    # Where p = 0 the ratio may be nan: expectation does not read it there, nor its gradient.
+    return expectation(log_p, log_p - log_q).sum(-1)
 
 
 def tv(log_p: Float[Tensor, "... N"], log_q: Float[Tensor, "... N"]) -> Float[Tensor, "..."]:
@@ -50,7 +48,10 @@ def tv(log_p: Float[Tensor, "... N"], log_q: Float[Tensor, "... N"]) -> Float[Te
 
 def js(log_p: Float[Tensor, "... N"], log_q: Float[Tensor, "... N"]) -> Float[Tensor, "..."]:
     """Jensen-Shannon divergence, (KL(p, m) + KL(q, m)) / 2 with m = (p + q) / 2; <= log 2."""
-    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    # The gradient of logaddexp is nan where both are -inf; kl does not read log_m there.
+    neither = torch.isneginf(log_p) & torch.isneginf(log_q)
+    log_m = torch.logaddexp(log_p.masked_fill(neither, 0.0), log_q.masked_fill(neither, 0.0))
+    log_m = log_m - math.log(2)
     return 0.5 * (kl(log_p, log_m) + kl(log_q, log_m))
 
 
@@ -130,7 +131,9 @@ def kl_from_samples(
         terms = log_rho.expm1() - log_rho
     else:
         raise ValueError(f"kind must be 'k1', 'k2' or 'k3', got {kind!r}")
-    return Estimate(terms.mean(), terms.std() / math.sqrt(len(terms)))
+    mean = terms.mean()
+    error = (terms.std() / math.sqrt(len(terms))).masked_fill(torch.isinf(mean), torch.inf)
+    return Estimate(mean, error)
 
 
 def entropy_from_samples(log_p: Float[Tensor, "N"]) -> Estimate:

@@ -3,6 +3,7 @@ r"""The energy-based model: p*(y|x) = p_ref(y|x) exp(R(x, y) / beta) / Z(x)."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -96,7 +97,8 @@ class EBM:
         return self.reward_model(tokens, lengths, prompt_ids)
 
     def score(self, batch: Batch) -> Batch:
-        """The batch with its rewards."""
+        """The batch with its rewards, and token 0 past the end of each response."""
+        batch = replace(batch, tokens=batch.tokens.masked_fill(~batch.mask, 0))
         return batch.with_reward(self.reward(batch.tokens, batch.lengths, batch.prompt_ids))
 
     @torch.no_grad()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import rl_ebm
 from rl_ebm.backbone import TransformerConfig
 from rl_ebm.checkpoint import RunError, load_tensors, save_tensors, write_text
 from rl_ebm.ebm import EBM
@@ -127,7 +127,7 @@ def write_config(run: Path, config: dict[str, Any], ebm: EBM) -> None:
     run.mkdir(parents=True, exist_ok=True)
     if config["ebm"]["reward"] == "table" and isinstance(ebm.reward_model, Table):
         save_tensors(run / SCORES, {"scores": ebm.reward_model.scores})
-    write_text(run / CONFIG, json.dumps({"version": rl_ebm.__version__} | config, indent=1) + "\n")
+    write_text(run / CONFIG, json.dumps({"version": version("rl-ebm")} | config, indent=1) + "\n")
 
 
 def read_config(run: Path) -> dict[str, Any]:

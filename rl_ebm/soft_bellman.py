@@ -127,13 +127,19 @@ def r_along_path(
 def bellman_residual(q: Tables, r: Tables, space: TokenSpace) -> list[Tensor]:
     """b = q - r - V_q(s a) at allowed actions (finite r), else 0; q = M(r + b) exactly.
 
-    Infinite where q forbids what r allows.
+    0 too where q forbids an action after which it forbids everything; infinite where it
+    forbids any other that r allows.
     """
     check_tables(space, q=q, r=r)
-    return [
-        (r_q - r_t).masked_fill(torch.isneginf(r_t), 0.0)
-        for r_q, r_t in zip(r_from_q(q, space), r, strict=True)
-    ]
+    b = []
+    for t, (r_q, r_t) in enumerate(zip(r_from_q(q, space), r, strict=True)):
+        forbidden = torch.isneginf(r_t) | ~space.action_mask(r_t.device)[t]
+        if t + 1 < space.max_length:
+            # Before a dead end both sides of Eq. (1) are -inf.
+            stuck = torch.isneginf(space.spread(soft_value(q[t + 1]), fill=0.0))
+            forbidden = forbidden | (stuck & torch.isneginf(q[t]))
+        b.append((r_q - r_t).masked_fill(forbidden, 0.0))
+    return b
 
 
 def forward_log_marginals(log_pi: Tables, space: TokenSpace) -> list[Tensor]:
@@ -212,7 +218,7 @@ def _minus_value(q: Tensor, v_next: Tensor) -> Tensor:
             "a q; put -inf there"
         )
     # -inf - (-inf) would be nan, in the gradient too: v_next is taken out where q is -inf.
-    return q - v_next.masked_fill(forbidden | stuck, 0.0)
+    return q - v_next.masked_fill(forbidden, 0.0)
 
 
 def _child_values(v: Tensor, children: Tensor) -> Tensor:

@@ -229,7 +229,8 @@ class TokenSpace:
         if self.eos_id is None:
             tokens = self.prefixes(self.max_length, start, stop, device)
             return tokens, torch.full((stop - start,), self.max_length, device=device)
-        parts, lengths = [], []
+        parts = [torch.empty(0, self.max_length, dtype=torch.int64, device=device)]
+        lengths = [torch.empty(0, dtype=torch.int64, device=device)]
         for t in range(self.max_length):
             first, last = self.state_offset(t), self.state_offset(t + 1)
             a, b = max(start, first), min(stop, last)
@@ -269,9 +270,10 @@ class TokenSpace:
             ValueError: wrong shape, a token id out of range, a length out of [1, T], a row
                 without EOS, or one with something after it, in EOS mode.
         """
-        n, t_max = tokens.shape[0], self.max_length
+        t_max = self.max_length
         if tokens.ndim != 2 or tokens.shape[1] != t_max:
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}, expected (B, {t_max})")
+        n = tokens.shape[0]
         if lengths is not None and lengths.shape != (n,):
             raise ValueError(f"lengths has shape {tuple(lengths.shape)}, expected ({n},)")
         if lengths is None:

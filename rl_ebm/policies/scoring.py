@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rl_ebm.prefix_tree import PrefixTree
 from rl_ebm.soft_bellman import log_policy, sequence_log_prob
-from rl_ebm.tokens import Batch, TokenSpace
+from rl_ebm.tokens import Batch, TokenSpace, length_mask
 
 
 @runtime_checkable
@@ -129,6 +129,8 @@ def log_prob(
     prompt_ids: Int64[Tensor, "B"] | None = None,
 ) -> Float[Tensor, "B"]:
     """log pi(y|x): the sum over the real tokens."""
+    # What stands past the end is never read: policies see a legal id there.
+    tokens = tokens.masked_fill(~length_mask(lengths, space.max_length), 0)
     log_pi = log_pi_rows(policy, space, tokens, prompt_ids)
     return sequence_log_prob(log_pi, tokens, lengths)
 
@@ -140,7 +142,7 @@ def sample(
     n: int,
     generator: torch.Generator | None = None,
     prompt_ids: Int64[Tensor, "n"] | None = None,
-    temperature: float = 1.0,
+    temperature: float | int = 1.0,
 ) -> Batch:
     """Draw responses, by Gumbel-max on the masked logits: a forbidden token is never drawn.
 

@@ -1,0 +1,183 @@
+"""The flags of every command, and what they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from rl_ebm.agents import AGENTS
+from rl_ebm.backbone import TransformerConfig
+from rl_ebm.ebm import EBM
+from rl_ebm.envs import TASKS, make_task
+from rl_ebm.names import nearest
+from rl_ebm.policies import Uniform
+from rl_ebm.rewards import read_table
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is distilled or solved."""
+
+    task: str | None = None
+    """a named task: random, pairwise or prompts; random where there is no --table"""
+    table: Path | None = None
+    """a TSV or CSV file with the columns sequence and score"""
+    alphabet: str | None = None
+    """order of the table's tokens, ACGT for example; else the sorted set seen"""
+    normalise: Literal["minmax"] | None = None
+    """minmax maps the table's scores to [0, 1] first"""
+    missing: Literal["error", "forbid"] = "error"
+    """what a sequence that the table lacks is: an error, or impossible (forbid)"""
+    vocab_size: int | None = None
+    """A, number of token ids of the task, EOS included; None for the task's default"""
+    max_length: int | None = None
+    """T, length of the task's responses, at most; None for the task's default"""
+    eos_id: int | None = None
+    """token id that ends a response of the task; None for responses of exactly T tokens"""
+    beta: float = 1.0
+    """temperature of the KL penalty, > 0, in reward units per nat"""
+    reference: Literal["uniform"] | None = None
+    """uniform over the allowed tokens of each state; None for the counting measure"""
+    task_seed: int = 0
+    """seed of what the task draws"""
+
+    def make(self) -> tuple[EBM, dict[str, Any]]:
+        """The EBM, and where it is from (for the run's configuration)."""
+        if self.table is None:
+            if self.alphabet or self.normalise or self.missing != "error":
+                raise ValueError("--alphabet, --normalise and --missing need a --table")
+            name = self.task or "random"
+            if name not in TASKS:
+                raise ValueError(f"there is no task {name!r}{nearest(name, TASKS)}")
+            ebm = make_task(
+                name,
+                vocab_size=self.vocab_size,
+                max_length=self.max_length,
+                eos_id=self.eos_id,
+                beta=self.beta,
+                reference=self.reference,
+                task_seed=self.task_seed,
+            )
+            return ebm, {"task": name, "task_seed": self.task_seed}
+        if self.task or self.vocab_size or self.max_length or self.eos_id is not None:
+            raise ValueError(
+                "a --table has its own sequences: leave out --task, --vocab-size, --max-length "
+                "and --eos-id"
+            )
+        table = read_table(self.table, self.alphabet, self.normalise, self.missing)
+        reference = None if self.reference is None else Uniform(table.space)
+        ebm = EBM(table.space, table.scores, self.beta, reference)
+        return ebm, {"alphabet": list(table.alphabet), "separator": table.separator}
+
+
+@dataclass(frozen=True)
+class Train:
+    """Flags of ``rl-ebm train``; those of the agent's options come on top."""
+
+    out: Path | None = None
+    """run directory to make; needed unless --resume"""
+    agent: str = "soft-q"
+    """what trains: a name that rl-ebm agents lists; its options are flags too"""
+    steps: int | None = None
+    """gradient steps at which the run ends"""
+    seconds: float | None = None
+    """trained seconds at which the run ends; 60 where neither limit is given"""
+    resume: Path | None = None
+    """run directory to go on with, exactly where its last checkpoint was"""
+    overwrite: bool = False
+    """delete a run that --out holds already"""
+    seed: int = 0
+    """of the initial weights and of everything that is drawn in training"""
+    device: str | None = None
+    """cpu or cuda; None for cuda where there is one"""
+    policy: Literal["transformer", "tabular"] = "transformer"
+    """a causal Transformer, or one logit row for each prefix"""
+    compile: bool = False
+    """put the network through torch.compile"""
+    log_every: int = 20
+    """steps between two rows of metrics"""
+    eval_every: float = 5.0
+    """seconds between two exact verifications, at least; never more than a tenth of the time"""
+    checkpoint_every: float = 5.0
+    """seconds between two checkpoints"""
+    target: Target = field(default_factory=Target)
+    network: TransformerConfig = field(default_factory=TransformerConfig)
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Flags of ``rl-ebm verify``."""
+
+    run: tyro.conf.Positional[Path]
+    """run directory"""
+    max_kl: float | None = None
+    """exit code 1 when KL(target, policy) is larger, in nats"""
+    memory: int = 2**28
+    """bytes that one evaluation of the policy may take, about"""
+    device: str | None = None
+    """cpu or cuda; None for cuda where there is one"""
+
+
+@dataclass(frozen=True)
+class Solve:
+    """Flags of ``rl-ebm solve``."""
+
+    json: bool = False
+    """print JSON"""
+    top: int = 10
+    """how many of the most probable sequences to list"""
+    device: str | None = None
+    """cpu or cuda; None for cuda where there is one"""
+    target: Target = field(default_factory=Target)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Flags of ``rl-ebm sample``."""
+
+    run: tyro.conf.Positional[Path]
+    """run directory"""
+    n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 10
+    """how many responses"""
+    seed: int = 0
+    """of the draws"""
+    device: str | None = None
+    """cpu or cuda; None for cuda where there is one"""
+
+
+@dataclass(frozen=True)
+class Agents:
+    """``rl-ebm agents`` has no flags."""
+
+
+def train_flags(agent: str) -> Any:
+    """The flags of ``rl-ebm train`` for one agent: its options are flags too."""
+    config = AGENTS[agent].config
+    return make_dataclass(
+        "TrainWithOptions",
+        [("options", config, field(default_factory=config))],
+        bases=(Train,),
+        frozen=True,
+    )
+
+
+def device_of_flag(name: str | None) -> torch.device:
+    """The device of ``--device``.
+
+    Raises:
+        ValueError: neither cpu nor cuda, or no CUDA here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "--device cuda: there is no CUDA device here, or this build of torch has no CUDA; "
+            "use --device cpu"
+        )
+    return torch.device(name)
