@@ -34,7 +34,7 @@ LAYERS = (
     ("training",),
     ("train",),
     ("",),  # rl_ebm itself, the public face
-    ("flags",),
+    ("flags", "options"),
     ("cli",),
     ("__main__",),
 )

@@ -182,8 +182,8 @@ def test_a_policy_without_prompts_answers_every_prompt_alike(make):
     ids = torch.arange(len(tokens)) % 2
     rows = tree_q_values(policy, space)
     close(tree_q_values(policy, space, 2), rows.expand(2, -1, -1))
-    close(q_values(policy, space, tokens, ids, 2), policy.logits(tokens))
-    batch, alone = (sample(policy, space, 27, seeded(), p, n) for p, n in ((ids, 2), (None, 1)))
+    close(q_values(policy, space, tokens, ids), policy.logits(tokens))
+    batch, alone = (sample(policy, space, 27, seeded(), p) for p in (ids, None))
     assert torch.equal(batch.tokens, alone.tokens)
 
 
@@ -271,7 +271,7 @@ def test_the_same_seed_draws_the_same_bits(n):
     space = TokenSpace(3, 4, eos_id=2)
     policy = transformer(space, PROMPTS)
     ids = torch.arange(n) % 3
-    first, second, other = (sample(policy, space, n, seeded(s), ids, 3) for s in (0, 0, 1))
+    first, second, other = (sample(policy, space, n, seeded(s), ids) for s in (0, 0, 1))
     assert len(first) == n
     assert torch.equal(first.tokens, second.tokens)
     assert torch.equal(first.lengths, second.lengths)
