@@ -6,7 +6,12 @@ solution = rl_ebm.solve(ebm)
 policy, report = rl_ebm.train(ebm, agent="soft-q", seconds=60)
 """
 
+import os
 from importlib.metadata import version
+
+# While they wait, torch's OpenMP threads spin: beside any other process a training step here
+# is then tens of times slower. Read when torch is loaded; a value of the user's stays.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from rl_ebm import agents, envs, policies, rewards
 from rl_ebm.checkpoint import RunError

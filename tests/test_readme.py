@@ -1,0 +1,60 @@
+"""Every command and every example of the README runs; its figures are those of the results."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from rl_ebm import cli
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [line.split("#")[0] for line in re.findall(r"^    (rl-ebm .*)$", README, flags=re.M)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_every_example_runs(example, capsys, monkeypatch):
+    short = re.sub(r"seconds=\d+", "steps=2", example)
+    from rl_ebm.agents import AGENTS
+
+    monkeypatch.setattr("rl_ebm.agents.AGENTS", AGENTS)
+    before = dict(AGENTS)
+    try:
+        exec(compile(short, "README.md", "exec"), {})
+    finally:
+        AGENTS.clear()
+        AGENTS.update(before)
+
+
+def test_a_reward_and_an_agent_take_at_most_twenty_lines():
+    assert len(EXAMPLES) == 3
+    for example in EXAMPLES:
+        assert len([line for line in example.splitlines() if line.strip()]) <= 20
+
+
+@pytest.mark.slow
+def test_every_command_runs_in_the_order_in_which_it_stands(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert len(COMMANDS) == 6
+    for command in COMMANDS:
+        short = re.sub(r"--steps \d(\d)\d", r"--steps \1", command)
+        args = shlex.split(re.sub(r"--steps 0", "--steps 1", short))[1:]
+        assert cli.main(args) == 0, command
+    assert (tmp_path / "runs/first/report.json").exists()
+
+
+def test_the_results_stand_in_the_readme():
+    from benchmarks.readme import filled
+
+    assert filled(README) == README
+    assert "<!-- end -->\n<!-- end -->" not in README
+
+
+def test_pictures_exist():
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
+    assert pictures
+    for picture in pictures:
+        assert (ROOT / picture).is_file(), picture
