@@ -11,7 +11,8 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from rl_ebm.policies.scoring import Policy, device_of, mask_logits, on_device, resolve_prompt_ids
-from rl_ebm.rewards.base import Prompts, Reward, as_reward
+from rl_ebm.rewards.base import Prompts, Reward
+from rl_ebm.rewards.convert import as_reward
 from rl_ebm.rewards.function import Function
 from rl_ebm.soft_bellman import gather_tokens, log_policy
 from rl_ebm.tokens import Batch, TokenSpace, length_mask

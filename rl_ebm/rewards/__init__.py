@@ -4,7 +4,8 @@ A reward is called as ``reward(tokens, lengths, prompt_ids) -> (B,)``; higher is
 is an impossible response. It knows neither p_ref nor beta.
 """
 
-from rl_ebm.rewards.base import Reward, as_reward, check_values
+from rl_ebm.rewards.base import Reward, check_values
+from rl_ebm.rewards.convert import as_reward
 from rl_ebm.rewards.function import Function, from_trl
 from rl_ebm.rewards.table import Table
 from rl_ebm.rewards.table_file import TableFile, read_table

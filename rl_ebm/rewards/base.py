@@ -1,9 +1,9 @@
-"""What every reward can do, and how a user's object becomes one."""
+"""What every reward can do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Shaped
@@ -27,30 +27,6 @@ class Reward(Protocol):
         ...
 
     def to(self, device: torch.device | str) -> Reward: ...
-
-
-def as_reward(
-    reward: Tensor | Callable[..., Any] | Reward, space: TokenSpace, prompts: Prompts | None
-) -> Reward:
-    """A reward from a tensor (one score for each sequence), a function, or a reward.
-
-    Raises:
-        TypeError: none of these.
-        ValueError: a table of another size, or with a score that no EBM has.
-    """
-    from rl_ebm.rewards.function import Function
-    from rl_ebm.rewards.table import Table
-
-    if isinstance(reward, Reward):
-        return reward.bind(space, prompts)
-    if isinstance(reward, Tensor):
-        return Table(reward).bind(space, prompts)
-    if callable(reward):
-        return Function(reward).bind(space, prompts)
-    raise TypeError(
-        f"reward must be a tensor of scores, a callable (tokens, lengths) -> (B,), or one of "
-        f"rl_ebm.rewards, got {type(reward).__name__}"
-    )
 
 
 def check_values(reward: Shaped[Tensor, "..."], where: str) -> None:
