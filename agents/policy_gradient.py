@@ -118,7 +118,7 @@ class PolicyGradientAgent:
         # E[log-weight - log pi] is the ELBO of log Z (arXiv 2512.15605, App. A.8).
         metrics = {
             "losses/loss": loss.detach(),
-            "eval/elbo": (log_weight - log_pi.detach()).mean(),
+            "losses/elbo": (log_weight - log_pi.detach()).mean(),
         }
         return metrics | self.learner.descend(loss, progress)
 

@@ -100,7 +100,9 @@ class EBM:
     def score(self, batch: Batch) -> Batch:
         """The batch with its rewards, and token 0 past the end of each response."""
         batch = replace(batch, tokens=batch.tokens.masked_fill(~batch.mask, 0))
-        return batch.with_reward(self.reward(batch.tokens, batch.lengths, batch.prompt_ids))
+        with torch.no_grad():
+            reward = self.reward(batch.tokens, batch.lengths, batch.prompt_ids)
+        return batch.with_reward(reward)
 
     @torch.no_grad()
     def log_ref_rows(

@@ -157,9 +157,8 @@ class TokenSpace:
         return _action_mask(self, str(device))
 
     def state_action_mask(self, device: torch.device | str = "cpu") -> Bool[Tensor, "S A"]:
-        """:meth:`action_mask` at the depth of every state, shallow ones first."""
-        sizes = torch.tensor([self.num_prefixes(t) for t in range(self.max_length)], device=device)
-        return self.action_mask(device).repeat_interleave(sizes, dim=0)
+        """:meth:`action_mask` at the depth of every state, shallow ones first. Shared as well."""
+        return _state_action_mask(self, str(device))
 
     def replaces(self, actions: Int64[Tensor, "B"], t: Int64[Tensor, "B"]) -> Bool[Tensor, "B"]:
         """True where an action at position ``t`` is executed as EOS instead (EOS mode, last t)."""
@@ -196,8 +195,11 @@ class TokenSpace:
 
     def state_ids(self, tokens: Int64[Tensor, "B T"]) -> Int64[Tensor, "B T"]:
         """Column t: id of the state ``tokens[:, :t]`` among all states, shallow ones first."""
-        offsets = [self.state_offset(t) for t in range(tokens.shape[1])]
-        return self.prefix_indices(tokens) + torch.tensor(offsets, device=tokens.device)
+        return self.prefix_indices(tokens) + self.state_offsets(tokens.device)
+
+    def state_offsets(self, device: torch.device | str = "cpu") -> Int64[Tensor, "T"]:
+        """:meth:`state_offset` of every depth. Shared: do not write into it."""
+        return _state_offsets(self, str(device))
 
     def prefixes(
         self, depth: int, start: int = 0, stop: int | None = None, device: str = "cpu"
@@ -331,3 +333,17 @@ def _action_mask(space: TokenSpace, device: str) -> Tensor:
         mask[-1] = False
         mask[-1, space.eos_id] = True
     return mask
+
+
+# Cached by device: a tensor made from a list would wait for a GPU.
+
+
+@lru_cache(maxsize=64)
+def _state_action_mask(space: TokenSpace, device: str) -> Tensor:
+    sizes = [space.num_prefixes(t) for t in range(space.max_length)]
+    return _action_mask(space, "cpu").repeat_interleave(torch.tensor(sizes), dim=0).to(device)
+
+
+@lru_cache(maxsize=64)
+def _state_offsets(space: TokenSpace, device: str) -> Tensor:
+    return torch.tensor([space.state_offset(t) for t in range(space.max_length)], device=device)

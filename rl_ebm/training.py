@@ -219,7 +219,12 @@ class Trainer:
         self.check_finite()
         policy: Any = self.agent.policy
         self.report = verify(policy, self.solution)
-        self._write({f"exact/{name}": value for name, value in self.report.scalars().items()})
+        report = self.report
+        values = {f"exact/{name}": value for name, value in report.scalars().items()}
+        # What bounds log Z from both sides (arXiv 2512.15605, App. A.8), here exactly.
+        values["eval/elbo"] = report.log_z - report.kl_policy_target
+        values["eval/eubo"] = report.log_z + report.kl_target_policy
+        self._write(values)
         if pictures and self.board is not None:
             self.board.states(logit_errors(policy, self.solution), int(self.tokens))
 

@@ -93,8 +93,7 @@ class Tabular(nn.Module):
         for level in range(1, tree.ancestors.shape[1]):
             step = index * self.space.branching + rank[tree.ancestors[:, level]]
             index = torch.where(tree.depth >= level, step, index)
-        offsets = [self.space.state_offset(t) for t in range(self.space.max_length)]
-        ids = index + torch.tensor(offsets, device=index.device)[tree.depth]
+        ids = index + self.space.state_offsets(index.device)[tree.depth]
         return self.table[prompt_ids][:, ids]
 
 
