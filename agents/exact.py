@@ -77,10 +77,13 @@ class ExactAgent:
     ) -> None:
         if teacher is None:
             raise ValueError("exact needs a teacher: pass teacher=rl_ebm.solve(ebm)")
+        ebm.check_policy(policy)
         self.config = ExactConfig() if config is None else config
         self.ebm, self.policy = ebm, policy
         self.learner = Learner(policy, self.config.lr, self.config.max_grad_norm)
-        star = log_policy(tree_q_values(teacher, ebm.space, ebm.num_prompts))
+        ebm.check_policy(teacher, "the teacher")
+        with torch.no_grad():
+            star = log_policy(tree_q_values(teacher, ebm.space, ebm.num_prompts))
         if self.config.direction == "reverse" and bool(
             (torch.isneginf(star) & ebm.space.state_action_mask(star.device)).any()
         ):

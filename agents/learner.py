@@ -69,7 +69,9 @@ def immediate_log_weights(
     r = ebm.log_ref(batch.tokens, batch.lengths, batch.prompt_ids).float()
     last = batch.lengths - 1
     r = r.index_put((rows, last), r[rows, last] + (batch.reward / ebm.beta).float())
-    return r if forbidden_log_weight is None else r.clamp(min=forbidden_log_weight)
+    if forbidden_log_weight is None:
+        return r
+    return r.masked_fill(torch.isneginf(r), forbidden_log_weight)
 
 
 def check_finite_weights(ebm: EBM, forbidden_log_weight: float | int | None) -> None:

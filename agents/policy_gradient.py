@@ -98,6 +98,7 @@ class PolicyGradientAgent:
     ) -> None:
         self.config = PolicyGradientConfig() if config is None else config
         check_finite_weights(ebm, self.config.forbidden_log_weight)
+        ebm.check_policy(policy)
         self.ebm, self.policy = ebm, policy
         self.generator = torch.Generator(ebm.device) if generator is None else generator
         self.learner = Learner(policy, self.config.lr, self.config.max_grad_norm)

@@ -85,7 +85,7 @@ def lambda_returns(
     v: Float[Tensor, "B T"],
     log_pi: Float[Tensor, "B T"],
     lengths: Int64[Tensor, "B"],
-    lam: float,
+    lam: float | int,
 ) -> Float[Tensor, "B T"]:
     """G_t of the module's docstring; 0 past the end.
 
@@ -94,12 +94,13 @@ def lambda_returns(
         v: V(s_t) before each token.
         log_pi: log pi(a_t|s_t) of the tokens.
     """
-    inner = length_mask(lengths - 1, r.shape[1])  # another token follows
-    v, log_pi = (x.masked_fill(~length_mask(lengths, r.shape[1]), 0.0) for x in (v, log_pi))
+    past = ~length_mask(lengths, r.shape[1])
+    # Past the end nothing is paid and V is 0: the recursion starts itself at each row's end.
+    r, v, log_pi = (x.masked_fill(past, 0.0) for x in (r, v, log_pi))
     returns = [r[:, -1]]
     for t in reversed(range(r.shape[1] - 1)):
         later = (1 - lam) * v[:, t + 1] + lam * (returns[-1] - log_pi[:, t + 1])
-        returns.append(r[:, t] + later.masked_fill(~inner[:, t], 0.0))
+        returns.append(r[:, t] + later)
     return torch.stack(returns[::-1], dim=1)
 
 
@@ -148,8 +149,9 @@ class SoftQAgent:
     ) -> None:
         self.config = SoftQConfig() if config is None else config
         check_finite_weights(ebm, self.config.forbidden_log_weight)
+        ebm.check_policy(policy)
         self.ebm, self.policy = ebm, policy
-        self.explorer: Policy = ebm.reference or Uniform(ebm.space)
+        self.explorer: Policy = Uniform(ebm.space) if ebm.reference is None else ebm.reference
         self.generator = torch.Generator(ebm.device) if generator is None else generator
         self.learner = Learner(policy, self.config.lr, self.config.max_grad_norm)
         # With tau = 1 the target is the online network: no copy, no second pass.
@@ -161,7 +163,7 @@ class SoftQAgent:
         space, p = self.ebm.space, self.ebm.num_prompts
         prompt_ids = draw_prompts(self.config.batch_size, p, 1, self.generator)
         others = round(self.config.explore * len(prompt_ids))
-        # Strided, so that every prompt gets its share of both.
+        # Shuffled, so that every prompt gets its share of both.
         order = torch.randperm(len(prompt_ids), generator=self.generator, device=prompt_ids.device)
         parts = [
             sample(policy, space, len(ids), self.generator, ids)
@@ -188,7 +190,10 @@ class SoftQAgent:
                 q_target = q_values(self.target, space, batch.tokens, batch.prompt_ids)
             returns = self.returns(q_target, batch)
         loss = soft_q_loss(q, returns, batch.tokens, batch.lengths)
-        metrics = {"losses/loss": loss.detach(), "losses/log_z": soft_value(q_target[:, 0]).mean()}
+        metrics = {
+            "losses/loss": loss.detach(),
+            "losses/root_value": soft_value(q_target[:, 0]).mean(),
+        }
         metrics |= self.learner.descend(loss, progress)
         if self.target is not self.policy:
             with torch.no_grad():

@@ -66,6 +66,8 @@ class TeacherForcingAgent:
     ) -> None:
         if teacher is None:
             raise ValueError("teacher-forcing needs a teacher: pass teacher=rl_ebm.solve(ebm)")
+        ebm.check_policy(policy)
+        ebm.check_policy(teacher, "the teacher")
         self.config = TeacherForcingConfig() if config is None else config
         self.ebm, self.policy, self.teacher = ebm, policy, teacher
         self.generator = torch.Generator(ebm.device) if generator is None else generator

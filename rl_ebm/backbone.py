@@ -124,13 +124,19 @@ def gathered(keys: Int64[Tensor, "L W"], mask: Bool[Tensor, "P L W"]) -> Attend:
 class Context:
     """Left-padded prompts behind a BOS, as ids, positions and a mask of what is real.
 
+    A separator ends each prompt: without it, a prompt and a shorter one with a response that
+    has begun would be the same input. Without prompts there is a BOS alone.
+
     Args:
-        prompts: int sequences; None for a single empty prompt.
-        bos_id: the id of BOS: the first that no token has.
+        prompts: int sequences; None without prompts.
+        vocab_size: A.
     """
 
-    def __init__(self, prompts: Sequence[Sequence[int]] | None, bos_id: int) -> None:
-        lists = [[]] if prompts is None else [list(p) for p in prompts]
+    def __init__(self, prompts: Sequence[Sequence[int]] | None, vocab_size: int) -> None:
+        largest = max((i for p in prompts or [] for i in p), default=0)
+        bos_id = max(vocab_size, largest + 1)
+        self.num_ids = bos_id + (1 if prompts is None else 2)
+        lists = [[]] if prompts is None else [[*p, bos_id + 1] for p in prompts]
         self.width = 1 + max(len(p) for p in lists)
         rows = [[bos_id] * (self.width - len(p)) + p for p in lists]
         self.ids = torch.tensor(rows)

@@ -56,10 +56,12 @@ def naive_logits(shape, prompted):
     """(prompt, prefix) to its logits, for the policy of :func:`transformer`."""
     space, prompts = TokenSpace(*shape), PROMPTS if prompted else [[]]
     policy = transformer(space, PROMPTS if prompted else None)
-    bos = 7 if prompted else space.vocab_size
+    bos, separator = (7, [8]) if prompted else (space.vocab_size, [])
     return {
         (i, s): policy.head(
-            naive_features(policy.backbone, [bos, *prompt, *s], lambda j: range(j + 1))[-1]
+            naive_features(policy.backbone, [bos, *prompt, *separator, *s], lambda j: range(j + 1))[
+                -1
+            ]
         ).detach()
         for i, prompt in enumerate(prompts)
         for t in range(space.max_length)
@@ -126,12 +128,12 @@ def test_cached_steps_are_those_of_the_naive_transformer(shape, prompts):
 def test_the_reward_transformer_is_the_mean_over_the_real_positions(shape, prompts):
     space = TokenSpace(*shape)
     reward = randomised(TransformerReward(space, SMALL, prompts))
-    bos = 7 if prompts else space.vocab_size
+    bos, separator = (7, [8]) if prompts else (space.vocab_size, [])
     tokens, lengths = brute_force.padded(responses(space), space.max_length, pad=2)
     for i, prompt in enumerate(prompts or [[]]):
         got = reward(tokens, lengths, torch.full((len(tokens),), i))
         for y, r in zip(responses(space), got, strict=True):
-            ids = [bos, *prompt, *y]
+            ids = [bos, *prompt, *separator, *y]
             everything = range(len(ids))
             x = naive_features(reward.backbone, ids, lambda _, seen=everything: seen)
             close(r, reward.head(x.mean(0))[0])
@@ -170,3 +172,12 @@ def test_a_config_that_cannot_be_is_refused():
         TransformerConfig(dim=10)
     with pytest.raises(ValueError, match="layers must be an integer >= 1, got 0"):
         TransformerConfig(layers=0)
+
+
+def test_a_prompt_is_no_response_that_has_begun():
+    """The empty prompt with a response that begins with 1 is another input than the prompt 1."""
+    space, prompts = TokenSpace(3, 3), [[], [1]]
+    policy = randomised(Transformer(space, SMALL, prompts))
+    begun = policy.logits(torch.tensor([[1, 2, 0]]), torch.tensor([0]))[0, 1:]
+    other = policy.logits(torch.tensor([[2, 0, 0]]), torch.tensor([1]))[0, :2]
+    assert float((begun - other).detach().abs().min()) > 1e-4

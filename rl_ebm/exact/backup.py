@@ -21,7 +21,7 @@ _SAFE = {torch.float32: 60.0, torch.float64: 600.0}
 
 
 def backup_leaves(
-    scores: Float[Tensor, "N"], beta: float, branching: int, v: list[Float[Tensor, "n"]]
+    scores: Float[Tensor, "N"], beta: float, branching: int, v: list[Tensor]
 ) -> Float[Tensor, ""]:
     """Fill the values of all states of a fixed-length tree without reference.
 

@@ -44,8 +44,8 @@ class TreeSolution:
         self,
         ebm: EBM,
         scores: Float[Tensor, "P N"],
-        v: Sequence[Float[Tensor, "P n"]],
-        log_ref: Sequence[float] | Sequence[Float[Tensor, "P n A"]],
+        v: Sequence[Tensor],
+        log_ref: Sequence[float] | Sequence[Tensor],
         log_z: Float[Tensor, "P"],
     ) -> None:
         self.ebm, self.space, self.prompts = ebm, ebm.space, ebm.prompts
@@ -99,7 +99,7 @@ class TreeSolution:
             reward[:, space.eos_id] = self.scores[prompt, rows].double()
         return reward
 
-    def tables(self) -> list[Float[Tensor, "P n A"]]:
+    def tables(self) -> list[Tensor]:
         """q* of all prefixes, by depth: (P, branching**t, A) float64."""
         return [
             torch.stack(

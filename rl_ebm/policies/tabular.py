@@ -64,8 +64,8 @@ class Tabular(nn.Module):
         """Whether some action has logit ``-inf``."""
         return bool(torch.isneginf(self.table).any())
 
-    def tables(self) -> list[Float[Tensor, "P n A"]]:
-        """The logits by depth."""
+    def tables(self) -> list[Tensor]:
+        """The logits by depth: entry t is (P, branching**t, A)."""
         sizes = [self.space.num_prefixes(t) for t in range(self.space.max_length)]
         return list(self.table.split(sizes, dim=1))
 

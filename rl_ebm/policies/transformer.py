@@ -58,14 +58,12 @@ class Transformer(nn.Module):
         self.space, self.config = space, config
         self.prompts = None if prompts is None else [list(p) for p in prompts]
         self.logits_are_values = logits_are_values
-        largest = max((i for p in self.prompts or [] for i in p), default=0)
-        bos_id = max(space.vocab_size, largest + 1)
-        context = Context(self.prompts, bos_id)
+        context = Context(self.prompts, space.vocab_size)
         self.context_width, self.context_padded = context.width, context.padded
         self.register_buffer("context_ids", context.ids, persistent=False)
         self.register_buffer("context_positions", context.positions, persistent=False)
         self.register_buffer("context_real", context.real, persistent=False)
-        self.backbone = Backbone(bos_id + 1, context.width + space.max_length, config)
+        self.backbone = Backbone(context.num_ids, context.width + space.max_length, config)
         self.head = nn.Linear(config.dim, space.vocab_size)
 
     context_ids: Tensor

@@ -35,13 +35,11 @@ class TransformerReward(nn.Module):
         config = TransformerConfig() if config is None else config
         self.space, self.config = space, config
         self.prompts = None if prompts is None else [list(p) for p in prompts]
-        largest = max((i for p in self.prompts or [] for i in p), default=0)
-        bos_id = max(space.vocab_size, largest + 1)
-        context = Context(self.prompts, bos_id)
+        context = Context(self.prompts, space.vocab_size)
         self.register_buffer("context_ids", context.ids, persistent=False)
         self.register_buffer("context_positions", context.positions, persistent=False)
         self.register_buffer("context_real", context.real, persistent=False)
-        self.backbone = Backbone(bos_id + 1, context.width + space.max_length, config)
+        self.backbone = Backbone(context.num_ids, context.width + space.max_length, config)
         self.head = nn.Linear(config.dim, 1)
 
     context_ids: Tensor
