@@ -4,7 +4,8 @@ A **policy** is any object with ``logits(tokens, prompt_ids=None) -> (B, T, A)``
 on ``tokens[:, :t]`` alone, and need be neither normalised nor masked. Three optional members
 make it faster, and nothing else: they must give the same numbers.
 
-* ``tree_logits(tree, prompt_ids) -> (P, N, A)``: all prefixes of a tree in one pass;
+* ``tree_logits(tree, prompt_ids) -> (P, N, A)``: all prefixes of a tree in one pass
+  (``tree_bytes_per_node`` says what a node takes, for those who cut trees to size);
 * ``start(prompt_ids) -> state`` and ``step(state, tokens | None) -> (B, A)``: decoding with a
   cache, one token for each row at a time;
 * ``logits_are_values = True`` declares that the raw logits are q, not just log pi + c(s).

@@ -102,6 +102,12 @@ class Transformer(nn.Module):
         out: Tensor = self.head(features[:, self.context_width - 1 :])
         return out
 
+    @property
+    def tree_bytes_per_node(self) -> int:
+        """About what one node of a tree takes while it is evaluated without gradients."""
+        seen = self.context_width + self.space.max_length
+        return 4 * (4 * seen * self.config.dim + 8 * self.config.dim + 2 * self.config.hidden)
+
     # One pass over a prefix tree ---------------------------------------------------------------
 
     def tree_logits(
