@@ -30,8 +30,9 @@ class _Edges:
     log_pi: Tensor
     rest: Tensor
     """q - r of the edge on raw logits: what V_q(child) should be; inf - inf counts as inf"""
+    allowed: Tensor
     weight: Tensor
-    """of the edge in the mean residual; 0 where the action is not allowed"""
+    """of the edge in the mean residual"""
 
 
 @dataclass
@@ -58,13 +59,14 @@ class Accumulator:
         self.sums: dict[str, float] = {}
         self.max_span = self.max_residual = 0.0
         self.ratio_low, self.ratio_high = float("inf"), -float("inf")
+        self.forbidden_reached = False
         self.worst: list[tuple[float, int, Prefix]] = []
 
     def add(self, block: Block) -> None:
         """Add the states of one block.
 
         Raises:
-            ValueError: logits that are NaN or +inf.
+            ValueError: logits that are NaN or +inf, or all -inf where the policy gets.
         """
         rows = slice(block.start, block.stop)
         q_star = self.solution.q_rows(block.depth, rows, self.prompt)
@@ -74,6 +76,11 @@ class Accumulator:
                 f"the policy's logits are NaN or +inf at depth {block.depth}: it cannot be verified"
             )
         log_s_star, log_s = self._arrivals(block, q)
+        if bool((torch.isneginf(q).all(-1) & ~torch.isneginf(log_s)).any()):
+            raise ValueError(
+                f"the policy forbids every action at a prefix of depth {block.depth} that it "
+                "reaches: its probabilities do not sum to one"
+            )
         log_pi_star, log_pi = log_policy(q_star), log_policy(q)
         # Beyond an impossible prefix the target has no conditional: nothing counts there.
         allowed = torch.isfinite(q_star) & ~torch.isneginf(log_s_star)[:, None]
@@ -86,12 +93,12 @@ class Accumulator:
         log_star, log_path = log_s_star[:, None] + log_pi_star, log_s[:, None] + log_pi
         self._add_responses(block, log_star, log_path)
         weight = log_s_star.exp()[:, None] / allowed.sum(-1, keepdim=True).clamp(min=1)
+        weight = weight.expand_as(q)
         rest = _minus(q, self.solution.r_rows(block.depth, rows, self.prompt))
-        self._add_residuals(block, q, rest, torch.where(allowed, weight, 0.0))
+        self._add_residuals(block, q, rest, allowed, weight)
         if block.depth < self.space.max_length - 1:
             children = [
-                self.space.gather_children(x)
-                for x in (log_star, log_path, rest, torch.where(allowed, weight, 0.0))
+                self.space.gather_children(x) for x in (log_star, log_path, rest, allowed, weight)
             ]
             first = block.start * self.space.branching
             self.edges[block.depth] = _Edges(first, *children)
@@ -99,7 +106,7 @@ class Accumulator:
     def report(self) -> Report:
         """The figures of all blocks that were added: a whole tree of them."""
         s = self.sums
-        impossible = s["impossible"] > 0
+        impossible = self.forbidden_reached
         span = torch.tensor(torch.inf if impossible else self.max_span, dtype=torch.float64)
         return Report(
             mode=self.solution.mode,
@@ -163,16 +170,18 @@ class Accumulator:
         spans = bounds.logit_span(q, q_star)
         self._plus("occupancy", expectation(log_s, bounds.span_kl(spans)))
         self.max_span = max(self.max_span, float(spans.max()))
-        delta = bounds.centre(q_star.masked_fill(~allowed, 0.0) - q, q_star)
+        delta = bounds.centre(q - q_star.masked_fill(~allowed, 0.0), q_star)
         linf = delta.abs().amax(-1)
         depth = self.depths[block.depth]
         depth.states += int(allowed.any(-1).sum())
         depth.linf = max(depth.linf, float(linf.max()))
-        top, places = linf.topk(min(WORST, len(linf)))
-        for error, place in zip(top.tolist(), places.tolist(), strict=True):
-            if error == 0 or (len(self.worst) == WORST and error <= self.worst[0][0]):
-                continue
+        # Ties go to the state that comes first, however the tree was cut into blocks.
+        places = linf.sort(descending=True, stable=True).indices[:WORST]
+        for error, place in zip(linf[places].tolist(), places.tolist(), strict=True):
             index = block.start + place
+            order = -self.space.state_offset(block.depth) - index
+            if error == 0 or (len(self.worst) == WORST and (error, order) <= self.worst[0][:2]):
+                continue
             prefix = Prefix(
                 prefix=self.space.prefixes(block.depth, index, index + 1)[0].tolist(),
                 prompt_id=self.prompt,
@@ -181,8 +190,7 @@ class Accumulator:
                 delta=delta[place].tolist(),
                 kl=max(float(kl_star[place]), 0.0),
             )
-            # The second entry breaks ties: the state that comes first is the worse.
-            entry = (error, -self.space.state_offset(block.depth) - index, prefix)
+            entry = (error, order, prefix)
             (heapq.heappush if len(self.worst) < WORST else heapq.heappushpop)(self.worst, entry)
 
     def _add_responses(self, block: Block, log_star: Tensor, log_pi: Tensor) -> None:
@@ -201,33 +209,39 @@ class Accumulator:
         self._plus("reward_target", expectation(log_star, reward))
         self._plus("reward_policy", expectation(log_pi, reward))
         impossible = torch.isneginf(log_star)
-        mass = log_pi[impossible].exp().sum()
-        self._plus("impossible", mass)
+        self._plus("impossible", log_pi[impossible].exp())
+        # Not by the mass: that may be too small for a float.
+        reached = bool((~torch.isneginf(log_pi[impossible])).any())
+        self.forbidden_reached |= reached
         ratio = (log_pi - log_star)[~impossible]
         if len(ratio):
             self.ratio_low = min(self.ratio_low, float(ratio.min()))
             self.ratio_high = max(self.ratio_high, float(ratio.max()))
-        if float(mass) > 0:
+        if reached:
             self.ratio_high = torch.inf
 
-    def _add_residuals(self, block: Block, q: Tensor, rest: Tensor, weight: Tensor) -> None:
+    def _add_residuals(
+        self, block: Block, q: Tensor, rest: Tensor, allowed: Tensor, weight: Tensor
+    ) -> None:
         """|q - r - V_q(s a)|: of the edges that lead here, and of those that end here."""
         if not self.values:
             return
         if block.depth > 0:
             edges, places = self.edges[block.depth - 1], self._places(block)
             residual = _minus(edges.rest[places], soft_value(q))
-            self._plus_residual(residual, edges.weight[places])
+            self._plus_residual(residual, edges.allowed[places], edges.weight[places])
         eos = self.space.eos_id
         if block.depth == self.space.max_length - 1:
-            self._plus_residual(rest, weight)
+            self._plus_residual(rest, allowed, weight)
         elif eos is not None:
-            self._plus_residual(rest[:, eos], weight[:, eos])
+            self._plus_residual(rest[:, eos], allowed[:, eos], weight[:, eos])
 
-    def _plus_residual(self, residual: Tensor, weight: Tensor) -> None:
-        size = residual.abs().masked_fill(weight == 0, 0.0)
-        self.max_residual = max(self.max_residual, float(size.max()))
-        self._plus("residual", weight * size)
+    def _plus_residual(self, residual: Tensor, allowed: Tensor, weight: Tensor) -> None:
+        size, weight = residual[allowed].abs(), weight[allowed]
+        if len(size):
+            self.max_residual = max(self.max_residual, float(size.max()))
+        infinite = torch.isinf(size)
+        self._plus("residual", torch.where(infinite, size, weight * size.masked_fill(infinite, 0)))
         self._plus("weight", weight)
 
     def _plus(self, name: str, terms: Tensor) -> None:

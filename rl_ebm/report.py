@@ -24,7 +24,7 @@ class Depth:
     states: int
     """prefixes with p*(s) > 0"""
     linf: float
-    """max |delta|, delta = q* - q centred at each state"""
+    """max |delta|, delta = q - q* centred at each state"""
     mean_kl: float
     """E_{s ~ p*} KL(pi*(.|s), pi(.|s)); over the depths they sum to kl_target_policy"""
 
@@ -39,7 +39,7 @@ class Prefix:
     """p*(s), of a response to begin so"""
     probability_policy: float
     delta: list[float]
-    """q* - q for each action, centred; 0 at actions that p* forbids"""
+    """delta = q - q* for each action, centred; 0 at actions that p* forbids"""
     kl: float
     """KL(pi*(.|s), pi(.|s))"""
 
@@ -80,8 +80,6 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: infinite numbers are the strings "Infinity" and "-Infinity"."""
         out: dict[str, Any] = _plain(self)
-        if not self.per_prompt:
-            del out["per_prompt"]
         return out
 
     def scalars(self) -> dict[str, float]:
@@ -153,5 +151,7 @@ def _plain(x: Any) -> Any:
     if isinstance(x, (list, tuple)):
         return [_plain(item) for item in x]
     if hasattr(x, "__dataclass_fields__"):
-        return {f.name: _plain(getattr(x, f.name)) for f in fields(x)}
+        # Without prompts there is no per_prompt.
+        kept = [f.name for f in fields(x) if f.name != "per_prompt" or x.per_prompt]
+        return {name: _plain(getattr(x, name)) for name in kept}
     return x

@@ -141,13 +141,13 @@ def _error(prefix: Prefix) -> float:
 
 @contextmanager
 def _evaluating(policy: Policy) -> Iterator[None]:
-    """A module in evaluation mode, and back in the mode it was in."""
-    if not isinstance(policy, torch.nn.Module):
-        yield
-        return
-    training = policy.training
-    policy.eval()
+    """A module in evaluation mode, and each part of it back in the mode it was in."""
+    modules = list(policy.modules()) if isinstance(policy, torch.nn.Module) else []
+    training = [module.training for module in modules]
+    for module in modules:
+        module.training = False
     try:
         yield
     finally:
-        policy.train(training)
+        for module, mode in zip(modules, training, strict=True):
+            module.training = mode

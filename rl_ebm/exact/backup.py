@@ -53,7 +53,8 @@ def backup_leaves(
             for t in range(roots, depth)
         ]
         low, high = _finite_range(leaves)
-        if -safe <= low and high <= safe:
+        # A beta that is next to nothing in float32 is left to the other way.
+        if -safe <= low and high <= safe and 1e-30 < beta < 1e30:
             _sum_up(leaves, beta, branching, levels, buffer[: len(leaves)])
         else:
             _logsumexp_up(leaves, beta, branching, levels)
@@ -74,7 +75,7 @@ def _finite_range(x: Tensor) -> tuple[float, float]:
 def _sum_up(
     leaves: Tensor, beta: float, branching: int, levels: list[Tensor], buffer: Tensor
 ) -> None:
-    weight = leaves if beta == 1 else torch.mul(leaves, 1 / beta, out=buffer)
+    weight = leaves if beta == 1 else torch.div(leaves, beta, out=buffer)
     total = torch.exp(weight, out=buffer)
     for v in reversed(levels):
         total = _row_sums(total.view(-1, branching))
@@ -85,7 +86,7 @@ def _row_sums(x: Tensor) -> Tensor:
     if x.shape[1] > 8:
         return x.sum(1)
     # torch reduces short rows one by one; adding columns is several times faster.
-    total = x[:, 0] + x[:, 1] if x.shape[1] > 1 else x[:, 0].clone()
+    total = x[:, 0] + x[:, 1]
     for column in x.unbind(1)[2:]:
         total += column
     return total

@@ -59,7 +59,7 @@ class TreeSolution:
     @property
     def forbids(self) -> bool:
         """Whether some action has q* = -inf (where the space allows it)."""
-        return self.ebm.forbids
+        return self.ebm.forbids or bool(torch.isneginf(self.scores).any())
 
     # By rows of a depth ---------------------------------------------------------------------
 
@@ -163,6 +163,7 @@ class TreeSolution:
         Raises:
             ValueError: prompt ids missing, of another length than n, or out of range.
         """
+        prompt_ids = resolve_prompt_ids(n, prompt_ids, self.ebm.num_prompts, self.device)
         return sample(self, self.space, n, generator, prompt_ids)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from rl_ebm.exact.solution import TreeSolution
-from rl_ebm.soft_bellman import expectation, log_policy
+from rl_ebm.soft_bellman import expectation
 
 _BLOCK = 2**18
 
@@ -40,19 +40,20 @@ def summarise(solution: TreeSolution, top: int = 10, prompt: int = 0) -> Summary
     best_log_p = torch.empty(0, dtype=torch.float64, device=solution.device)
     best_score, best_index = best_log_p, best_log_p.long()
     last = space.max_length - 1
-    log_s = torch.zeros(1, dtype=torch.float64, device=solution.device)
+    # Sums of r from the root on: equally probable responses tie exactly, as sums of log pi do not.
+    path = torch.zeros(1, dtype=torch.float64, device=solution.device)
     for t in range(space.max_length):
         children = []
         block = max(1, _BLOCK // space.vocab_size)
-        for start in range(0, len(log_s), block):
-            rows = slice(start, min(start + block, len(log_s)))
-            log_edge = log_s[rows, None] + log_policy(solution.q_rows(t, rows, prompt))
+        for start in range(0, len(path), block):
+            rows = slice(start, min(start + block, len(path)))
+            log_weight = path[rows, None] + solution.r_rows(t, rows, prompt)
             if t < last:
-                children.append(space.gather_children(log_edge))
+                children.append(space.gather_children(log_weight))
             if space.eos_id is None and t < last:
                 continue
             columns = slice(None) if space.eos_id is None else slice(space.eos_id, space.eos_id + 1)
-            log_p = log_edge[:, columns].flatten()
+            log_p = log_weight[:, columns].flatten() - solution.log_z[prompt]
             score = solution.reward_rows(t, rows, prompt)[:, columns].flatten()
             entropy -= float(expectation(log_p, log_p).sum())
             expected_reward += float(expectation(log_p, score).sum())
@@ -70,7 +71,7 @@ def summarise(solution: TreeSolution, top: int = 10, prompt: int = 0) -> Summary
                 x[best] for x in (best_log_p, best_score, best_index)
             )
         if t < last:
-            log_s = torch.cat(children)
+            path = torch.cat(children)
     responses = [
         Response(_tokens(solution, i), p, s)
         for i, p, s in zip(
