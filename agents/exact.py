@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rl_ebm import divergences
-from rl_ebm.agents.learner import Learner
+from rl_ebm.agents.learner import Learner, check_rates
 from rl_ebm.ebm import EBM
 from rl_ebm.policies.scoring import Policy, Trainable, tree_q_values
 from rl_ebm.soft_bellman import log_policy
@@ -37,6 +37,7 @@ class ExactConfig:
     """gradients are clipped to this norm"""
 
     def __post_init__(self) -> None:
+        check_rates(self.lr, self.max_grad_norm)
         if self.direction not in ("forward", "reverse"):
             raise ValueError(f"direction must be 'forward' or 'reverse', got {self.direction!r}")
 

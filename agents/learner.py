@@ -27,6 +27,19 @@ def learning_rate(peak: float, progress: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP)))
 
 
+def check_rates(lr: float | int, max_grad_norm: float | int) -> None:
+    """Raise ValueError unless both are finite and > 0."""
+    for name, value in (("lr", lr), ("max_grad_norm", max_grad_norm)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a finite number > 0, got {value}")
+
+
+def check_batch_size(name: str, value: int) -> None:
+    """Raise ValueError unless a number of responses is in [1, 2**24]."""
+    if not 1 <= value <= 2**24:
+        raise ValueError(f"{name} must be in [1, {2**24}], got {value}")
+
+
 class Learner:
     """Adam with a schedule and gradient clipping. It never waits for the device."""
 

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from rl_ebm.agents.learner import (
     Learner,
+    check_batch_size,
     check_finite_weights,
+    check_rates,
     draw_prompts,
     immediate_log_weights,
 )
@@ -48,6 +50,8 @@ class PolicyGradientConfig:
     """log-weight trained on in the place of -inf, nats"""
 
     def __post_init__(self) -> None:
+        check_rates(self.lr, self.max_grad_norm)
+        check_batch_size("batch_size", self.batch_size)
         if not 2 <= self.group_size <= self.batch_size:
             raise ValueError(
                 f"group_size must be in [2, batch_size={self.batch_size}], got {self.group_size}: "

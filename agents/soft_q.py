@@ -26,7 +26,9 @@ from torch import Tensor
 
 from rl_ebm.agents.learner import (
     Learner,
+    check_batch_size,
     check_finite_weights,
+    check_rates,
     draw_prompts,
     immediate_log_weights,
     token_values,
@@ -65,8 +67,8 @@ class SoftQConfig:
     """log-weight trained on in the place of -inf, nats"""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
+        check_rates(self.lr, self.max_grad_norm)
+        check_batch_size("batch_size", self.batch_size)
         for name in ("explore", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.agents.learner import Learner, draw_prompts
+from rl_ebm.agents.learner import Learner, check_batch_size, check_rates, draw_prompts
 from rl_ebm.ebm import EBM
 from rl_ebm.policies.scoring import Policy, Trainable, q_values, sample
 from rl_ebm.soft_bellman import log_policy, sequence_log_prob
@@ -34,8 +34,8 @@ class TeacherForcingConfig:
     """gradients are clipped to this norm"""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
+        check_rates(self.lr, self.max_grad_norm)
+        check_batch_size("batch_size", self.batch_size)
 
 
 def teacher_forcing_loss(

@@ -15,6 +15,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from rl_ebm.ebm import EBM
+from rl_ebm.names import count_text
 from rl_ebm.policies import Policy, Uniform
 from rl_ebm.rewards.base import Prompts, Reward
 from rl_ebm.tokens import TokenSpace
@@ -226,7 +227,7 @@ def _scores(space: TokenSpace, task_seed: int, num_prompts: int) -> Float64[Tens
     count = num_prompts * space.num_sequences
     if count > MAX_SCORES:
         raise ValueError(
-            f"this task draws one score for each response, {count} here, and at most "
+            f"this task draws one score for each response, {count_text(count)} here, and at most "
             f"{MAX_SCORES} fit: take a smaller vocab_size or max_length, or the task 'pairwise'"
         )
     rng = np.random.default_rng(task_seed)

@@ -45,8 +45,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors as safetensors, atomically."""
+    """Write tensors as safetensors, atomically; a file that holds them already stays."""
     data = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()})
+    if path.exists() and path.read_bytes() == data:
+        return
     write_atomically(path, lambda file: file.write(data))
 
 
@@ -80,7 +82,8 @@ def load_state(path: Path, device: torch.device | str) -> dict[str, Any]:
         state: Any = torch.load(path, map_location=device, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError,
             KeyError, OSError) as error:  # fmt: skip
-        raise RunError(f"{foreign} ({str(error).splitlines()[0][:80]})") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
+        raise RunError(f"{foreign} ({reason})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise RunError(f"{foreign}: it has another format")
     return state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -11,7 +12,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-import tyro
 
 from rl_ebm import __version__, flags
 from rl_ebm.agents import AGENTS
@@ -39,6 +39,8 @@ def run_train(args: Sequence[str]) -> int:
     """Train an agent, or go on with a run."""
     if flags.value_of("--resume", args) is not None:
         return _run_resume(args)
+    if sum(arg == "--agent" or arg.startswith("--agent=") for arg in args) > 1:
+        raise ValueError("--agent is given twice: a run has one agent")
     name = flags.value_of("--agent", args) or "soft-q"
     if name not in AGENTS:
         raise ValueError(f"there is no agent {name!r}{nearest(name, AGENTS)}")
@@ -73,7 +75,9 @@ def run_train(args: Sequence[str]) -> int:
 
 def _run_resume(args: Sequence[str]) -> int:
     usable = {"--resume", "--steps", "--seconds", "--device", "--help"}
-    known = flags.flag_names(Train)
+    known = flags.flag_names(Train).union(
+        *(flags.flag_names(entry.config) for entry in AGENTS.values())
+    )
     extra = sorted((flags.given(args) - usable) & known)
     if extra:
         raise ValueError(
@@ -95,6 +99,10 @@ def _run_resume(args: Sequence[str]) -> int:
 def run_verify(args: Sequence[str]) -> int:
     """Verify a run's policy exactly; print the report, and write report.json."""
     a = flags.parse(Verify, args, "rl-ebm verify", _ABOUT["verify"])
+    if a.max_kl is not None and not a.max_kl >= 0:
+        raise ValueError(f"--max-kl must be a number >= 0, got {a.max_kl}")
+    if a.memory < 1:
+        raise ValueError(f"--memory must be >= 1 byte, got {a.memory}")
     policy, ebm = load(a.run, device=device_of_flag(a.device))
     report = verify(policy, solve(ebm), a.memory)
     write_text(a.run / REPORT, json.dumps(report.to_dict(), indent=1) + "\n")
@@ -194,17 +202,10 @@ def help_text() -> str:
     lines += ["", "rl-ebm COMMAND --help is one of the following alone.", ""]
     kinds = {"train": Train, "verify": Verify, "solve": Solve, "sample": Sample}
     for name, kind in kinds.items():
-        lines.append(_help(kind, f"rl-ebm {name}"))
+        lines.append(flags.help_text(kind, f"rl-ebm {name}"))
     for name, entry in AGENTS.items():
-        lines.append(_help(entry.config, f"rl-ebm train --agent {name}"))
+        lines.append(flags.help_text(entry.config, f"rl-ebm train --agent {name}"))
     return "\n".join(lines)
-
-
-def _help(kind: Any, prog: str) -> str:
-    text: str = tyro.extras.get_parser(
-        kind, prog=prog, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-    ).format_help()
-    return text
 
 
 def _say_trained(run: Path, report: Report | None) -> None:
@@ -235,7 +236,15 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         flags.fail("stopped; a run goes on with rl-ebm train --resume RUN")
         return 130
+    except BrokenPipeError:  # whoever reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
     except OSError as error:
         return flags.fail(f"{error.strerror or error}: {error.filename or 'file system'}")
-    except (ValueError, TypeError, torch.cuda.OutOfMemoryError) as error:
-        return flags.fail(str(error))
+    except (ValueError, TypeError, MemoryError, torch.cuda.OutOfMemoryError) as error:
+        return flags.fail(str(error) or "not enough memory")
+    except RuntimeError as error:
+        # What torch's allocators say when a size is too large for the machine.
+        if "allocate" not in str(error) and "too large" not in str(error):
+            raise
+        return flags.fail(f"not enough memory for these sizes ({str(error).splitlines()[0]})")

@@ -49,6 +49,8 @@ class EBM:
             raise TypeError(f"space must be a TokenSpace, got {type(space).__name__}")
         if not (isinstance(beta, (int, float)) and 0 < beta < float("inf")):
             raise ValueError(f"beta must be a finite number > 0, got {beta!r}")
+        if beta < 1e-300:
+            raise ValueError(f"beta must be at least 1e-300, got {beta!r}: R / beta overflows")
         if reference is not None and not callable(getattr(reference, "logits", None)):
             raise TypeError(
                 "reference must be a policy, with a method logits(tokens, prompt_ids=None) -> "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import fields, is_dataclass
 from io import StringIO
 from typing import Any, TypeVar, get_type_hints
@@ -15,6 +15,8 @@ import tyro
 from rl_ebm.names import nearest
 
 T = TypeVar("T")
+
+_STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
 
 class FlagError(ValueError):
@@ -37,13 +39,20 @@ def parse(kind: type[T], args: Sequence[str], prog: str, description: str) -> T:
     try:
         with redirect_stderr(complaint):
             return tyro.cli(
-                kind, args=list(args), prog=prog, description=description,
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-            )  # fmt: skip
+                kind, args=list(args), prog=prog, description=description, config=_STYLE
+            )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise FlagError(_sentence(complaint.getvalue(), prog)) from None
+
+
+def help_text(kind: Any, prog: str) -> str:
+    """What ``--help`` prints."""
+    text = StringIO()
+    with suppress(SystemExit), redirect_stdout(text):
+        tyro.cli(kind, args=["--help"], prog=prog, config=_STYLE)
+    return text.getvalue()
 
 
 def flag_names(kind: Any) -> set[str]:
@@ -64,13 +73,14 @@ def given(args: Iterable[str]) -> set[str]:
 
 
 def value_of(flag: str, args: Sequence[str]) -> str | None:
-    """The value that follows a flag, before the rest can be parsed; None where it is absent."""
+    """The value of a flag (its last one), before the rest can be parsed; None without it."""
+    value = None
     for i, arg in enumerate(args):
         if arg == flag and i + 1 < len(args):
-            return args[i + 1]
-        if arg.startswith(flag + "="):
-            return arg.split("=", 1)[1]
-    return None
+            value = args[i + 1]
+        elif arg.startswith(flag + "="):
+            value = arg.split("=", 1)[1]
+    return value
 
 
 def fail(message: str) -> int:
@@ -81,10 +91,13 @@ def fail(message: str) -> int:
 
 def _sentence(box: str, prog: str) -> str:
     """The first paragraph of what tyro prints in a box."""
-    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
+    # Without a terminal that has them, tyro draws its lines with ASCII characters.
     text: list[str] = []
-    for line in lines[1:]:
-        if set(line) <= {"─"}:
-            break
-        text.append(line)
+    for line in box.splitlines()[1:]:
+        words = line.strip("│╭╮╰╯|+ ")
+        if set(words) <= {"─", "-"}:
+            if text:
+                break
+            continue
+        text.append(words)
     return (" ".join(text) or "wrong flags").rstrip(".") + f"; {prog} --help explains every flag"

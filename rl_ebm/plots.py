@@ -47,7 +47,7 @@ def _heat_map(axes: Any, states: Sequence[State], max_columns: int) -> None:
     grid = torch.stack([_cells(s.linf.float().cpu(), width) for s in states])
     finite = grid[torch.isfinite(grid)]
     top = float(finite.max()) if len(finite) else 1.0
-    image = axes.imshow(grid, aspect="auto", cmap="magma", vmin=0, vmax=max(top, 1e-12))
+    image = axes.imshow(grid.numpy(), aspect="auto", cmap="magma", vmin=0, vmax=max(top, 1e-12))
     axes.figure.colorbar(image, ax=axes, label="max |q* - q| over actions (nats)")
     axes.set(
         title="Logit error by prefix",
@@ -72,7 +72,12 @@ def _scatter(axes: Any, states: Sequence[State]) -> None:
     mass = torch.cat([s.log_edge[s.allowed] for s in states]).cpu()
     order = mass.argsort()
     points = axes.scatter(
-        exact[order], learned[order], c=mass[order], s=6, cmap="viridis_r", linewidths=0
+        exact[order].numpy(),
+        learned[order].numpy(),
+        c=mass[order].numpy(),
+        s=6,
+        cmap="viridis_r",
+        linewidths=0,
     )
     axes.figure.colorbar(points, ax=axes, label="log p*(prefix and action) (nats)")
     low, high = float(exact.min()), float(exact.max())

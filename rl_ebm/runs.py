@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -93,7 +94,10 @@ def rebuild_ebm(
             task_seed=kind["task_seed"],
         )
     if kind == "table":
-        scores = load_tensors(run / SCORES)["scores"]
+        tensors = load_tensors(run / SCORES)
+        if "scores" not in tensors or tensors["scores"].ndim != 2:
+            raise RunError(f"{run / SCORES} holds no scores: it is damaged")
+        scores = tensors["scores"]
         reward = scores if config["prompts"] is not None else scores[0]
     elif reward is None:
         raise RunError(
@@ -140,12 +144,23 @@ def read_config(run: Path) -> dict[str, Any]:
         config: Any = json.loads((run / CONFIG).read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise RunError(f"{run} holds no run: there is no {CONFIG} in it") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{run / CONFIG} is damaged ({error})") from None
     parts = ("ebm", "policy", "agent", "train")
     if not isinstance(config, dict) or any(part not in config for part in parts):
         raise RunError(f"{run / CONFIG} is not the configuration of an rl-ebm run")
     return config
+
+
+@contextmanager
+def damage_told(path: Path) -> Iterator[None]:
+    """Errors of a shape that no written configuration causes, as a sentence about the file."""
+    try:
+        yield
+    except RunError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise RunError(f"{path} is damaged ({error!r})") from None
 
 
 def load(
@@ -167,12 +182,10 @@ def load(
     """
     run = Path(run)
     config = read_config(run)
-    try:
+    with damage_told(run / CONFIG):
         ebm = rebuild_ebm(config["ebm"], run, reward, reference).to(device)
         values = bool(config["agent"]["logits_are_values"])
         policy = make_policy(config["policy"], ebm, seed=0, values=values)
-    except (KeyError, TypeError) as error:
-        raise RunError(f"{run / CONFIG} is damaged ({error!r})") from None
     load_weights(policy, load_tensors(run / POLICY), run / POLICY)
     return policy, ebm
 

@@ -23,6 +23,7 @@ from rl_ebm.runs import (
     CONFIG,
     FILES,
     STATE,
+    damage_told,
     describe_ebm,
     make_policy,
     read_config,
@@ -77,6 +78,8 @@ def train(
         RunError: ``out`` holds a run already, or the run had to stop.
     """
     run = None if out is None else Path(out)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be in [0, 2**63), got {seed}")
     if agent not in AGENTS:
         raise ValueError(f"there is no agent {agent!r}{nearest(agent, AGENTS)}")
     options = AGENTS[agent].config() if options is None else options
@@ -109,9 +112,11 @@ def train(
         "train": {"seed": seed, "compile": compile, **asdict(config)},
     }
     if run is not None:
-        clear(run, overwrite)
+        check_free(run, overwrite)
     trainer = _trainer(ebm, description, run, progress)
     if run is not None:
+        # Only now: what cannot begin deletes nothing.
+        clear(run)
         write_config(run, description, ebm)
     report = trainer.train()
     return trainer.agent.policy, report
@@ -145,12 +150,14 @@ def resume(
     run = Path(out)
     description = read_config(run)
     extended = steps is not None or seconds is not None
-    if extended:
-        description["train"] |= {"steps": steps, "seconds": seconds}
-    ebm = rebuild_ebm(description["ebm"], run, reward, reference).to(device)
-    trainer = _trainer(ebm, description, run, progress)
+    with damage_told(run / CONFIG):
+        ebm = rebuild_ebm(description["ebm"], run, reward, reference).to(device)
+        if extended:
+            description["train"] |= {"steps": steps, "seconds": seconds}
+        trainer = _trainer(ebm, description, run, progress)
     trainer.resume()
-    if trainer.finished:
+    if trainer.finished and trainer.complete:
+        trainer.save_policy()
         return trainer.agent.policy, None, False
     if extended:
         write_config(run, {k: v for k, v in description.items() if k != "version"}, ebm)
@@ -167,12 +174,9 @@ def _trainer(
     entry = AGENTS[name]
     solution = solution_for_training(ebm, entry.needs_teacher, progress)
     seed, compiled = train.pop("seed"), train.pop("compile")
-    try:
-        policy = make_policy(description["policy"], ebm, seed, entry.agent.logits_are_values)
-        options = entry.config(**description["agent"]["options"])
-        config = TrainConfig(**train)
-    except TypeError as error:
-        raise RunError(f"{CONFIG} is damaged ({error})") from None
+    policy = make_policy(description["policy"], ebm, seed, entry.agent.logits_are_values)
+    options = entry.config(**description["agent"]["options"])
+    config = TrainConfig(**train)
     if compiled and isinstance(policy, Transformer):
         policy.compiled = True
     generator = torch.Generator(ebm.device).manual_seed(seed)
@@ -195,20 +199,29 @@ def solution_for_training(
         return None
 
 
-def clear(run: Path, overwrite: bool) -> None:
-    """Make room for a run: nothing there, or one that may be deleted.
+def check_free(run: Path, overwrite: bool) -> None:
+    """Check that a run may be made here: nothing there, or a run that may be deleted.
 
     Raises:
-        RunError: a run is there.
+        RunError: a run is there, or files that one would overwrite.
     """
     if run.exists() and not run.is_dir():
         raise RunError(f"{run} is a file: give a folder for the run")
-    held = [name for name in (CONFIG, STATE) if (run / name).exists()]
-    if held and not overwrite:
-        raise RunError(
-            f"{run} holds a run already: go on with it (--resume {run}), delete it (--overwrite), "
-            "or choose another folder"
-        )
-    if run.is_dir():
-        for path in [*(run / name for name in FILES), *run.glob(EVENTS)]:
-            path.unlink(missing_ok=True)
+    if any((run / name).exists() for name in (CONFIG, STATE)):
+        if not overwrite:
+            raise RunError(
+                f"{run} holds a run already: go on with it (--resume {run}), delete it "
+                "(--overwrite), or choose another folder"
+            )
+    elif files := _files(run):
+        raise RunError(f"{files[0]} is of no run, and would be lost: choose another folder")
+
+
+def clear(run: Path) -> None:
+    """Delete the files of a run, and no others."""
+    for path in _files(run):
+        path.unlink()
+
+
+def _files(run: Path) -> list[Path]:
+    return [p for p in [*(run / name for name in FILES), *run.glob(EVENTS)] if p.exists()]

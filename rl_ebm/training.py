@@ -101,6 +101,7 @@ class Trainer:
         self.board: Board | None = None
         self.metrics_file: MetricsFile | None = None
         self.saved_step: int | None = None
+        self.complete = False  # ended, with the last look at it written
         self.kept_rows, self.kept_events = 0, dict[str, int]()
 
     # The loop -----------------------------------------------------------------------------------
@@ -131,7 +132,9 @@ class Trainer:
         started, before = time.monotonic(), self.seconds
         checkpointed = time.monotonic()
         logged_step, logged_time, logged_tokens = self.step, started, int(self.tokens)
-        evaluated, evaluation = -math.inf, 0.0
+        # A run that goes on was looked at where it stopped.
+        evaluated, evaluation = (-math.inf if self.saved_step is None else started), 0.0
+        self.complete = False
         if self.saved_step is None:
             self.save()
         bar = self._bar()
@@ -161,8 +164,10 @@ class Trainer:
             if self.evaluates:
                 self._evaluate(pictures=True)
                 self._show(bar, metrics)
+            self.check_finite()
             if self.board is not None and self.report is not None and self.description is not None:
                 self.board.hparams(self.description, self.report)
+            self.complete = True
             self.save()
         finally:
             bar.close()
@@ -268,6 +273,8 @@ class Trainer:
             "seconds": self.seconds,
             "tokens": int(self.tokens),
             "reward_calls": self.reward_calls,
+            "complete": self.complete,
+            "kind": self._kind(),
             "policy": self.agent.policy.state_dict(),
             "agent": self.agent.state_dict(),
             "generator": self.generator.get_state(),
@@ -282,7 +289,17 @@ class Trainer:
         self.check_finite()
         save_state(self.run / STATE, self.state_dict())
         self.saved_step = self.step
+        self.save_policy()
+
+    def save_policy(self) -> None:
+        """Write the policy's weights, where they are not those in the file already."""
+        assert self.run is not None
         save_tensors(self.run / POLICY, self.agent.policy.state_dict())
+
+    def _kind(self) -> str:
+        """Which agent and policy a checkpoint is of."""
+        shapes = [tuple(p.shape) for p in self.agent.policy.parameters()]
+        return f"{type(self.agent).__name__} {shapes}"
 
     def resume(self) -> None:
         """Continue from the run's checkpoint; from step 0 where there is none yet.
@@ -295,19 +312,24 @@ class Trainer:
         if not path.exists():
             return
         state = load_state(path, self.ebm.device)
+        _check_state(path, state)
+        if state["kind"] != self._kind():
+            raise RunError(
+                f"{path} is of another agent or network than the run's configuration says"
+            )
         try:
             load_weights(self.agent.policy, state["policy"], path)
             self.agent.load_state_dict(state["agent"])
             # A generator's state lives on the CPU, whatever its device.
             self.generator.set_state(state["generator"].cpu())
-            self.step, self.seconds = state["step"], state["seconds"]
-            self.tokens.fill_(state["tokens"])
-            self.reward_calls = state["reward_calls"]
-            self.kept_rows, self.kept_events = state["metrics_rows"], state["event_sizes"]
-        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
             if isinstance(error, RunError):
                 raise
             raise RunError(f"{path} does not fit the run's configuration ({error!r})") from None
+        self.step, self.seconds = state["step"], float(state["seconds"])
+        self.tokens.fill_(state["tokens"])
+        self.reward_calls, self.complete = state["reward_calls"], state["complete"]
+        self.kept_rows, self.kept_events = state["metrics_rows"], state["event_sizes"]
         self.saved_step = self.step
 
     def _open(self) -> None:
@@ -330,3 +352,29 @@ class Trainer:
             self.board.close()
         if self.metrics_file is not None:
             self.metrics_file.close()
+
+
+_STATE = {
+    "step": int,
+    "seconds": (int, float),
+    "tokens": int,
+    "reward_calls": int,
+    "complete": bool,
+    "kind": str,
+    "policy": dict,
+    "agent": dict,
+    "generator": Tensor,
+    "metrics_rows": int,
+    "event_sizes": dict,
+}
+
+
+def _check_state(path: Path, state: Mapping[str, Any]) -> None:
+    for name, kind in _STATE.items():
+        value: Any = state.get(name)
+        negative = isinstance(value, (int, float)) and value < 0
+        if not isinstance(value, kind) or negative:  # type: ignore[arg-type]
+            raise RunError(f"{path} is damaged or no checkpoint of rl-ebm: its {name} is missing")
+    sizes = state["event_sizes"].items()
+    if not all(isinstance(name, str) and isinstance(size, int) for name, size in sizes):
+        raise RunError(f"{path} is damaged or no checkpoint of rl-ebm: its event_sizes are wrong")

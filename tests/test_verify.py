@@ -104,7 +104,7 @@ def test_a_planted_fault_is_named_first(shape, prompted):
     assert first.probability_target == pytest.approx(p_s, rel=1e-10)
     assert first.probability_policy == pytest.approx(p_s, rel=0.01)
     q = exact.truths[prompt].q(s)
-    log_p, log_pi = log_softmax(q), log_softmax([x - e for x, e in zip(q, error, strict=True)])
+    log_p, log_pi = log_softmax(q), log_softmax([x + e for x, e in zip(q, error, strict=True)])
     kl = sum(math.exp(a) * (a - b) for a, b in zip(log_p, log_pi, strict=True))
     assert first.kl == pytest.approx(kl, rel=1e-9)
     assert report.logits_linf == pytest.approx(max(map(abs, want)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 
 import torch
@@ -13,6 +12,7 @@ from tqdm.auto import tqdm
 from rl_ebm.ebm import EBM, end_reference
 from rl_ebm.exact.backup import backup_leaves
 from rl_ebm.exact.solution import TreeSolution
+from rl_ebm.names import bytes_text, count_text
 from rl_ebm.policies.walk import walk
 from rl_ebm.rewards.base import check_values
 from rl_ebm.soft_bellman import log_policy, soft_value
@@ -161,8 +161,8 @@ def check_memory(ebm: EBM, memory: int | None = None) -> None:
     free = _free_bytes(ebm.device) if memory is None else memory
     if need > free:
         raise TooLargeError(
-            f"{_count(space.num_sequences)} sequences need {_bytes(need)} to be solved exactly, "
-            f"and {_bytes(free)} may be used: make vocab_size or max_length smaller, or pass "
+            f"{count_text(space.num_sequences)} sequences need {bytes_text(need)} to be solved exactly, "
+            f"and {bytes_text(free)} may be used: make vocab_size or max_length smaller, or pass "
             "memory= where there is more"
         )
 
@@ -178,18 +178,6 @@ def _free_bytes(device: torch.device) -> int:
     except OSError:  # not Linux: count all of the memory
         return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
-
-
-def _count(n: int) -> str:
-    return f"{n:,}" if n < 10**15 else f"about 10^{math.log10(n):.0f}"
-
-
-def _bytes(n: int) -> str:
-    power = int(math.log10(max(n, 1))) // 3
-    units = ("bytes", "KB", "MB", "GB", "TB", "PB")
-    if power < len(units):
-        return f"{n / 1000**power:.3g} {units[power]}"
-    return f"about 10^{math.log10(n):.0f} bytes"
 
 
 def _hide(progress: bool | None) -> bool | None:
