@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from rl_ebm.ebm import EBM
-from rl_ebm.policies.scoring import Trainable
+from rl_ebm.policies.scoring import Policy, Trainable
 from rl_ebm.soft_bellman import gather_tokens
 from rl_ebm.tokens import Batch
 
@@ -87,11 +87,18 @@ def immediate_log_weights(
     return r.masked_fill(torch.isneginf(r), forbidden_log_weight)
 
 
-def check_finite_weights(ebm: EBM, forbidden_log_weight: float | int | None) -> None:
-    """Raise ValueError where a loss would be infinite: -inf weights without a stand-in."""
+def check_finite_weights(
+    ebm: EBM, forbidden_log_weight: float | int | None, teacher: Policy | None = None
+) -> None:
+    """Raise ValueError where a loss would be infinite: -inf weights without a stand-in.
+
+    Args:
+        teacher: the exact solution, where there is one: it knows more than the EBM.
+    """
     if forbidden_log_weight is not None and not math.isfinite(forbidden_log_weight):
         raise ValueError(f"forbidden_log_weight must be finite, got {forbidden_log_weight}")
-    if ebm.forbids and forbidden_log_weight is None:
+    forbids = ebm.forbids or bool(getattr(teacher, "forbids", False))
+    if forbids and forbidden_log_weight is None:
         raise ValueError(
             "some responses have log-weight -inf, and this agent's loss would be infinite there: "
             "give forbidden_log_weight (nats, for example -30) to train on in their place, or "

@@ -101,7 +101,7 @@ class PolicyGradientAgent:
         teacher: Policy | None = None,
     ) -> None:
         self.config = PolicyGradientConfig() if config is None else config
-        check_finite_weights(ebm, self.config.forbidden_log_weight)
+        check_finite_weights(ebm, self.config.forbidden_log_weight, teacher)
         ebm.check_policy(policy)
         self.ebm, self.policy = ebm, policy
         self.generator = torch.Generator(ebm.device) if generator is None else generator
@@ -115,6 +115,7 @@ class PolicyGradientAgent:
 
     def update(self, batch: Batch, progress: float = 0.0) -> dict[str, Tensor]:
         """One gradient step on responses of the current policy, with their rewards."""
+        batch = batch.clean()
         p = self.ebm.num_prompts
         log_weight = immediate_log_weights(self.ebm, batch, self.config.forbidden_log_weight).sum(1)
         q = q_values(self.policy, self.ebm.space, batch.tokens, batch.prompt_ids)

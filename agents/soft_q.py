@@ -150,7 +150,7 @@ class SoftQAgent:
         teacher: Policy | None = None,
     ) -> None:
         self.config = SoftQConfig() if config is None else config
-        check_finite_weights(ebm, self.config.forbidden_log_weight)
+        check_finite_weights(ebm, self.config.forbidden_log_weight, teacher)
         ebm.check_policy(policy)
         self.ebm, self.policy = ebm, policy
         self.explorer: Policy = Uniform(ebm.space) if ebm.reference is None else ebm.reference
@@ -179,6 +179,7 @@ class SoftQAgent:
 
     def update(self, batch: Batch, progress: float = 0.0) -> dict[str, Tensor]:
         """One gradient step on a batch of anybody's responses with their rewards."""
+        batch = batch.clean()
         cfg, space = self.config, self.ebm.space
         if cfg.replay_size:
             fresh = batch

@@ -81,6 +81,7 @@ class TeacherForcingAgent:
 
     def update(self, batch: Batch, progress: float = 0.0) -> dict[str, Tensor]:
         """One gradient step; the rewards of the batch are not read."""
+        batch = batch.clean()
         q = q_values(self.policy, self.ebm.space, batch.tokens, batch.prompt_ids)
         loss = teacher_forcing_loss(q, batch.tokens, batch.lengths)
         return {"losses/loss": loss.detach()} | self.learner.descend(loss, progress)

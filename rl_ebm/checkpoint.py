@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import pickle
-import zipfile
+import warnings
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,6 +34,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
     except BaseException:
         part.unlink(missing_ok=True)
         raise
@@ -68,7 +71,10 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint, atomically."""
-    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+    # Through memory: on a full disk torch's writer hides the file system's own error.
+    data = BytesIO()
+    torch.save({"format": FORMAT, **state}, data)
+    write_atomically(path, lambda file: file.write(data.getbuffer()))
 
 
 def load_state(path: Path, device: torch.device | str) -> dict[str, Any]:
@@ -79,11 +85,14 @@ def load_state(path: Path, device: torch.device | str) -> dict[str, Any]:
     """
     foreign = f"{path} is damaged or no checkpoint of rl-ebm"
     try:
-        state: Any = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError,
-            KeyError, OSError) as error:  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that are not torch's
+            state: Any = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # a damaged file can fail anywhere in the reader
         reason = (str(error) or type(error).__name__).splitlines()[0][:80]
         raise RunError(f"{foreign} ({reason})") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    written = state.get("format") if isinstance(state, dict) else None
+    if not isinstance(written, int) or written != FORMAT:
         raise RunError(f"{foreign}: it has another format")
-    return state
+    checked: dict[str, Any] = state
+    return checked

@@ -146,7 +146,10 @@ def run_solve(args: Sequence[str]) -> int:
 
 def _mean(parts: list[dict[str, Any]]) -> dict[str, Any]:
     means = {k: fmean(p[k] for p in parts) for k in ("log_z", "entropy", "expected_reward")}
-    return means | {"num_sequences": parts[0]["num_sequences"], "per_prompt": parts}
+    top = [x | {"prompt_id": i} for i, p in enumerate(parts) for x in p["top"]]
+    top.sort(key=lambda x: -x["probability"])
+    merged = {"num_sequences": parts[0]["num_sequences"], "top": top[: len(parts[0]["top"])]}
+    return means | merged | {"per_prompt": parts}
 
 
 def run_sample(args: Sequence[str]) -> int:

@@ -3,7 +3,8 @@ r"""The energy-based model: p*(y|x) = p_ref(y|x) exp(R(x, y) / beta) / Z(x)."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from numbers import Real
+from operator import index
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class EBM:
     ) -> None:
         if not isinstance(space, TokenSpace):
             raise TypeError(f"space must be a TokenSpace, got {type(space).__name__}")
-        if not (isinstance(beta, (int, float)) and 0 < beta < float("inf")):
+        if not (_is_number(beta) and 0 < beta < float("inf")):
             raise ValueError(f"beta must be a finite number > 0, got {beta!r}")
         if beta < 1e-300:
             raise ValueError(f"beta must be at least 1e-300, got {beta!r}: R / beta overflows")
@@ -101,7 +102,7 @@ class EBM:
 
     def score(self, batch: Batch) -> Batch:
         """The batch with its rewards, and token 0 past the end of each response."""
-        batch = replace(batch, tokens=batch.tokens.masked_fill(~batch.mask, 0))
+        batch = batch.clean()
         with torch.no_grad():
             reward = self.reward(batch.tokens, batch.lengths, batch.prompt_ids)
         return batch.with_reward(reward)
@@ -175,6 +176,10 @@ class EBM:
         return copy
 
 
+def _is_number(x: object) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool)
+
+
 def end_reference(log_ref: Float[Tensor, "... T A"], space: TokenSpace) -> Float[Tensor, "... T A"]:
     """log p_ref with its last position of EOS mode set: 0 at EOS, ``-inf`` elsewhere."""
     if space.eos_id is None:
@@ -190,7 +195,12 @@ def check_prompts(prompts: Prompts) -> list[list[int]]:
     Raises:
         ValueError: no prompt, or a token that is no int >= 0.
     """
-    lists = [[int(token) for token in prompt] for prompt in prompts]
+    try:
+        lists = [[index(token) for token in prompt] for prompt in prompts]
+    except TypeError:
+        raise ValueError(
+            "prompts must be a list of int sequences, for example [[0], [1, 2], []]"
+        ) from None
     if not lists:
         raise ValueError("prompts is empty: give at least one prompt, or None")
     if any(token < 0 for prompt in lists for token in prompt):

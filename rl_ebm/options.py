@@ -63,7 +63,7 @@ class Target:
                 task_seed=self.task_seed,
             )
             return ebm, {"task": name, "task_seed": self.task_seed}
-        if self.task or self.vocab_size or self.max_length or self.eos_id is not None:
+        if any(x is not None for x in (self.task, self.vocab_size, self.max_length, self.eos_id)):
             raise ValueError(
                 "a --table has its own sequences: leave out --task, --vocab-size, --max-length "
                 "and --eos-id"

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -55,6 +56,10 @@ class Batch:
     def mask(self) -> Bool[Tensor, "B T"]:
         """True at real tokens; from the lengths, never from pad ids."""
         return length_mask(self.lengths, self.tokens.shape[1])
+
+    def clean(self) -> Batch:
+        """The batch with token 0 past the end of each response: what stands there is not read."""
+        return replace(self, tokens=self.tokens.masked_fill(~self.mask, 0))
 
     def with_reward(self, reward: Shaped[Tensor, "B"]) -> Batch:
         return replace(self, reward=reward)
@@ -100,16 +105,17 @@ class TokenSpace:
     eos_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value, least in (
-            ("vocab_size", self.vocab_size, 2),
-            ("max_length", self.max_length, 1),
+        for name, value, least, most in (
+            ("vocab_size", self.vocab_size, 2, 2**31),
+            ("max_length", self.max_length, 1, 2**20),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if not _is_integer(value) or value < least:
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+            if value > most:
+                raise ValueError(f"{name} must be at most {most}, got {value!r}")
+            object.__setattr__(self, name, int(value))
         eos = self.eos_id
-        if eos is not None and (
-            isinstance(eos, bool) or not isinstance(eos, int) or not 0 <= eos < self.vocab_size
-        ):
+        if eos is not None and not (_is_integer(eos) and 0 <= eos < self.vocab_size):
             raise ValueError(
                 f"eos_id must be a token id in [0, {self.vocab_size}), or None for responses "
                 f"of fixed length, got {eos!r}"
@@ -333,6 +339,10 @@ def _action_mask(space: TokenSpace, device: str) -> Tensor:
         mask[-1] = False
         mask[-1, space.eos_id] = True
     return mask
+
+
+def _is_integer(x: object) -> bool:
+    return isinstance(x, Integral) and not isinstance(x, bool)
 
 
 # Cached by device: a tensor made from a list would wait for a GPU.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -15,12 +16,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rl_ebm.agents import Agent
-from rl_ebm.checkpoint import RunError, load_state, save_state, save_tensors
+from rl_ebm.checkpoint import RunError, load_state, save_state, save_tensors, write_text
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import TreeSolution
 from rl_ebm.metrics import MetricsFile
 from rl_ebm.report import Report
-from rl_ebm.runs import METRICS, POLICY, STATE, load_weights
+from rl_ebm.runs import METRICS, POLICY, REPORT, STATE, load_weights
 from rl_ebm.tensorboard import EVENTS, Board
 from rl_ebm.verify import logit_errors, verify
 
@@ -167,6 +168,8 @@ class Trainer:
             self.check_finite()
             if self.board is not None and self.report is not None and self.description is not None:
                 self.board.hparams(self.description, self.report)
+            if self.run is not None and self.report is not None:
+                write_text(self.run / REPORT, json.dumps(self.report.to_dict(), indent=1) + "\n")
             self.complete = True
             self.save()
         finally:
@@ -198,13 +201,17 @@ class Trainer:
         """Raise NonFiniteError if a loss or gradient has been NaN or infinite."""
         step = int(self.first_bad)
         if step < 0:
-            return
+            # The weights too: the last step can have spoiled them.
+            if all(bool(torch.isfinite(p).all()) for p in self.agent.policy.parameters()):
+                return
+            step = self.step
         kept = ""
         if self.run is not None and self.saved_step is not None:
             kept = f"; the checkpoint of step {self.saved_step} is kept in {self.run}"
         raise NonFiniteError(
             f"the loss or its gradient became NaN or infinite at step {step}{kept}: lower the "
-            "learning rate, or look for rewards that are -inf or huge"
+            "learning rate, or look for rewards that are huge, or -inf (forbidden_log_weight "
+            "stands in for those)"
         )
 
     # Looking ------------------------------------------------------------------------------------
@@ -336,6 +343,9 @@ class Trainer:
         """Open the logs, cut back to the checkpoint."""
         if self.run is None:
             return
+        (self.run / REPORT).unlink(missing_ok=True)  # of where the run was
+        for part in self.run.glob("*.part"):
+            part.unlink()  # of a write that was cut short
         for path in self.run.glob(EVENTS):
             if path.name in self.kept_events:
                 os.truncate(path, self.kept_events[path.name])

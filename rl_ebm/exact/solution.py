@@ -59,7 +59,13 @@ class TreeSolution:
     @property
     def forbids(self) -> bool:
         """Whether some action has q* = -inf (where the space allows it)."""
-        return self.ebm.forbids or bool(torch.isneginf(self.scores).any())
+        if self.ebm.forbids or bool(torch.isneginf(self.scores).any()):
+            return True
+        mask = self.space.action_mask(self.device)
+        return any(
+            isinstance(table, Tensor) and bool((torch.isneginf(table) & mask[t]).any())
+            for t, table in enumerate(self.log_ref)
+        )
 
     # By rows of a depth ---------------------------------------------------------------------
 

@@ -66,6 +66,11 @@ def solve(ebm: EBM, memory: int | None = None, progress: bool | None = None) -> 
             log_z[prompt] += sum(constants)
         else:
             log_z[prompt] = _by_level(solution, prompt)
+    if not bool((log_z < torch.finfo(scores.dtype).max).all()):
+        raise ValueError(
+            f"R / beta is too large for {str(scores.dtype).removeprefix('torch.')}: log Z is "
+            f"{log_z.max():.3g}; scale the rewards down, or beta up"
+        )
     if bool(torch.isneginf(log_z).any()):
         raise ValueError(
             "every response of a prompt is impossible (log-weight -inf), so there is no "
@@ -161,9 +166,9 @@ def check_memory(ebm: EBM, memory: int | None = None) -> None:
     free = _free_bytes(ebm.device) if memory is None else memory
     if need > free:
         raise TooLargeError(
-            f"{count_text(space.num_sequences)} sequences need {bytes_text(need)} to be solved exactly, "
-            f"and {bytes_text(free)} may be used: make vocab_size or max_length smaller, or pass "
-            "memory= where there is more"
+            f"{count_text(space.num_sequences)} sequences need {bytes_text(need)} to be solved "
+            f"exactly, and {bytes_text(free)} may be used: make vocab_size or max_length smaller, "
+            "or pass memory= where there is more"
         )
 
 

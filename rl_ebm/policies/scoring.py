@@ -49,10 +49,24 @@ class Trainable(Policy, Protocol):
 
 
 def mask_logits(logits: Float[Tensor, "B T A"], space: TokenSpace) -> Float[Tensor, "B T A"]:
-    """Logits in float32 at least, ``-inf`` where the space allows no action."""
+    """Logits in float32 at least, ``-inf`` where the space allows no action.
+
+    Raises:
+        ValueError: logits of another space.
+    """
+    check_shape(logits, space)
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
     return logits.masked_fill(~space.action_mask(logits.device), -torch.inf)
+
+
+def check_shape(logits: Tensor, space: TokenSpace) -> None:
+    """Raise ValueError unless logits are (B, T, A) of the space."""
+    if logits.ndim != 3 or logits.shape[1:] != (space.max_length, space.vocab_size):
+        raise ValueError(
+            f"the policy's logits have shape {tuple(logits.shape)}, expected (B, "
+            f"{space.max_length}, {space.vocab_size}): it is a policy for another space"
+        )
 
 
 def q_values(
@@ -83,31 +97,33 @@ def tree_q_values(policy: Policy, space: TokenSpace, prompts: int = 1) -> Float[
     """Masked logits at every state of the space, shallow states first, for each of the prompts."""
     device = device_of(policy)
     prompt_ids = torch.arange(prompts, device=device)
-    logits = tree_logits(policy, PrefixTree.full(space, str(device)), prompt_ids)
+    logits = tree_logits(policy, PrefixTree.full(space, str(device)), prompt_ids, space)
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
     return logits.masked_fill(~space.state_action_mask(device), -torch.inf)
 
 
 def tree_logits(
-    policy: Policy, tree: PrefixTree, prompt_ids: Int64[Tensor, "P"]
+    policy: Policy, tree: PrefixTree, prompt_ids: Int64[Tensor, "P"], space: TokenSpace
 ) -> Float[Tensor, "P N A"]:
     """Raw logits at every node of a tree: by the policy's own tree pass where it has one.
 
     Otherwise from sequences: one for each leaf, whose rows are the logits of its ancestors.
     """
+    other = getattr(policy, "space", space)
+    if other != space:
+        raise ValueError(f"the policy is for {other}, and {space} is asked for")
     own: Any = getattr(policy, "tree_logits", None)
     if own is not None:
         logits: Tensor = own(tree, prompt_ids)
         return logits
-    tokens, depth = tree.leaf_tokens, tree.leaf_depth
+    tokens = tree.leaf_tokens
     leaf, column = tree.owner
     parts = []
     for prompt in prompt_ids.tolist():
         ids = torch.full((len(tokens),), prompt, device=tokens.device)
         rows = policy.logits(tokens, ids)
-        if rows.shape[1] < int(depth.max()) + 1:
-            raise ValueError(f"logits has {rows.shape[1]} rows, expected one for each position")
+        check_shape(rows, space)
         parts.append(rows[leaf, column])
     return torch.stack(parts)
 

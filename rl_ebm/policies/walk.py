@@ -55,7 +55,7 @@ def walk(
             width, end = width * b, end + 1
             total += width
         tree, slices = PrefixTree.below(space, depth, start, stop, end, str(device))
-        logits = tree_logits(policy, tree, prompt_ids)[0]
+        logits = tree_logits(policy, tree, prompt_ids, space)[0]
         for t, nodes in enumerate(slices, start=depth):
             scale = b ** (t - depth)
             rows = logits[nodes].double().masked_fill(forced[t], -torch.inf)
