@@ -36,8 +36,10 @@ def check_rates(lr: float | int, max_grad_norm: float | int) -> None:
 
 def check_batch_size(name: str, value: int) -> None:
     """Raise ValueError unless a number of responses is in [1, 2**24]."""
-    if not 1 <= value <= 2**24:
-        raise ValueError(f"{name} must be in [1, {2**24}], got {value}")
+    if value < 1:
+        raise ValueError(f"{name} must be >= 1, got {value}")
+    if value > 2**24:
+        raise ValueError(f"{name} must be at most {2**24}, got {value}: no memory would do")
 
 
 class Learner:

@@ -51,12 +51,12 @@ class PolicyGradientConfig:
 
     def __post_init__(self) -> None:
         check_rates(self.lr, self.max_grad_norm)
-        check_batch_size("batch_size", self.batch_size)
         if not 2 <= self.group_size <= self.batch_size:
             raise ValueError(
                 f"group_size must be in [2, batch_size={self.batch_size}], got {self.group_size}: "
                 "the baseline of a response is the mean of the others"
             )
+        check_batch_size("batch_size", self.batch_size)
 
 
 def leave_one_out(

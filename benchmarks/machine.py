@@ -19,7 +19,8 @@ def describe() -> str:
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
-        device = f"{torch.get_num_threads()} threads of {_processor()}"
+        threads = torch.get_num_threads()
+        device = f"{threads} thread{'s' if threads > 1 else ''} of {_processor()}"
     return f"Measured on {device}; torch {torch.__version__}, Python {platform.python_version()}."
 
 

@@ -39,12 +39,16 @@ def run_train(args: Sequence[str]) -> int:
     """Train an agent, or go on with a run."""
     if flags.value_of("--resume", args) is not None:
         return _run_resume(args)
-    if sum(arg == "--agent" or arg.startswith("--agent=") for arg in args) > 1:
-        raise ValueError("--agent is given twice: a run has one agent")
     name = flags.value_of("--agent", args) or "soft-q"
     if name not in AGENTS:
         raise ValueError(f"there is no agent {name!r}{nearest(name, AGENTS)}")
     kind = train_flags(name)
+    for flag in flags.given(args) - flags.flag_names(kind):
+        others = [o for o, e in AGENTS.items() if flag in flags.flag_names(e.config)]
+        if others:
+            raise ValueError(
+                f"{flag} is no option of --agent {name}, but of {' and '.join(others)}"
+            )
     a: Any = flags.parse(kind, args, "rl-ebm train", _ABOUT["train"])
     if a.out is None:
         raise ValueError("say where the run goes: --out FOLDER (or --resume RUN)")

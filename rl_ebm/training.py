@@ -136,6 +136,7 @@ class Trainer:
         # A run that goes on was looked at where it stopped.
         evaluated, evaluation = (-math.inf if self.saved_step is None else started), 0.0
         self.complete = False
+        looked = self.step if self.saved_step is not None else -1
         if self.saved_step is None:
             self.save()
         bar = self._bar()
@@ -143,9 +144,8 @@ class Trainer:
         try:
             while not self.finished:
                 now = time.monotonic()
-                if self.evaluates and now - evaluated >= max(
-                    self.config.eval_every, 9 * evaluation
-                ):
+                due = now - evaluated >= max(self.config.eval_every, 9 * evaluation)
+                if self.evaluates and due and self.step != looked:
                     self._evaluate()
                     evaluated = time.monotonic()
                     evaluation = evaluated - now
@@ -205,11 +205,14 @@ class Trainer:
             if all(bool(torch.isfinite(p).all()) for p in self.agent.policy.parameters()):
                 return
             step = self.step
+        raise self._stop(step, "the loss or its gradient became NaN or infinite")
+
+    def _stop(self, step: int, reason: str) -> NonFiniteError:
         kept = ""
         if self.run is not None and self.saved_step is not None:
             kept = f"; the checkpoint of step {self.saved_step} is kept in {self.run}"
-        raise NonFiniteError(
-            f"the loss or its gradient became NaN or infinite at step {step}{kept}: lower the "
+        return NonFiniteError(
+            f"{reason} at step {step}{kept}: lower the "
             "learning rate, or look for rewards that are huge, or -inf (forbidden_log_weight "
             "stands in for those)"
         )
@@ -230,7 +233,10 @@ class Trainer:
         assert self.solution is not None
         self.check_finite()
         policy: Any = self.agent.policy
-        self.report = verify(policy, self.solution)
+        try:
+            self.report = verify(policy, self.solution)
+        except ValueError as error:  # finite weights, too large for finite logits
+            raise self._stop(self.step, str(error)) from None
         report = self.report
         values = {f"exact/{name}": value for name, value in report.scalars().items()}
         # What bounds log Z from both sides (arXiv 2512.15605, App. A.8), here exactly.
@@ -322,7 +328,7 @@ class Trainer:
         _check_state(path, state)
         if state["kind"] != self._kind():
             raise RunError(
-                f"{path} is of another agent or network than the run's configuration says"
+                f"{path} does not fit the run's configuration: it is of another agent or network"
             )
         try:
             load_weights(self.agent.policy, state["policy"], path)

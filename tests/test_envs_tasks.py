@@ -86,8 +86,8 @@ def test_a_task_of_ones_own():
     [
         ("pairwize", {}, "unknown task 'pairwize': did you mean 'pairwise'"),
         ("x", {}, "There are random, pairwise, prompts"),
-        ("random", {"max_length": 9}, "134217728 here, and at most 67108864 fit"),
-        ("prompts", {"max_length": 13}, "201326592 here, and at most 67108864 fit"),
+        ("random", {"max_length": 9}, "134,217,728 here, and at most 67108864 fit"),
+        ("prompts", {"max_length": 13}, "201,326,592 here, and at most 67108864 fit"),
         ("pairwise", {"eos_id": 0}, "leave out eos_id"),
         ("pairwise", {"max_length": 1}, "needs max_length >= 2, got 1"),
         ("random", {"reference": "unifrom"}, "unknown reference 'unifrom': give 'uniform'"),

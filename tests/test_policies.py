@@ -172,7 +172,7 @@ def test_an_object_with_logits_alone_is_a_policy(shape):
     close(tree_q_values(plain, space, 2), torch.cat(q, dim=1), 0.0)
     part = PrefixTree.below(space, space.max_length - 1, 0, 1, space.max_length)[0]
     ids = torch.tensor([1, 0])
-    close(tree_logits(plain, part, ids), table.tree_logits(part, ids), 0.0)
+    close(tree_logits(plain, part, ids, space), table.tree_logits(part, ids), 0.0)
 
 
 @pytest.mark.parametrize("make", POLICIES)

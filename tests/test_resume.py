@@ -194,7 +194,7 @@ def test_finished_by_a_checkpoint_before_the_last_evaluation(whole, tmp_path):
     # As a kill right after the loop's own checkpoint of the last step leaves it.
     state = load_state(run)
     lines = (run / "metrics.csv").read_text().splitlines(keepends=True)
-    state["metrics_rows"] = len(lines) - 2
+    state["metrics_rows"], state["complete"] = len(lines) - 2, False
     torch.save(state, run / "state.pt")
     (run / "metrics.csv").write_text("".join(lines[:-1]))
     assert main(["train", "--resume", str(run)]) == 0
