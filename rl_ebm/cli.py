@@ -218,8 +218,8 @@ def help_text() -> str:
 def _say_trained(run: Path, report: Report | None) -> None:
     if report is not None:
         print(
-            f"KL(target, policy) {report.kl_target_policy:.6f} nats, KL(policy, target) "
-            f"{report.kl_policy_target:.6f} nats, total variation {report.tv:.6f}"
+            f"KL(target, policy) {report.kl_target_policy:.3g} nats, KL(policy, target) "
+            f"{report.kl_policy_target:.3g} nats, total variation {report.tv:.3g}"
         )
     print(f"run: {run}; next: rl-ebm verify {run}; tensorboard --logdir {run}")
 

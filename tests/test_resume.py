@@ -121,6 +121,7 @@ def subprocess_case(agent: str, tmp_path: Path, kills: list[tuple[float, str]]) 
     check_whole(run, reference)
 
 
+@pytest.mark.slow
 def test_sigkill_of_a_process(tmp_path):
     subprocess_case("soft-q", tmp_path, [(0.1, "state.pt")])
 
