@@ -10,6 +10,7 @@ warm-up, the two sides of a ratio in turn.
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -207,12 +208,11 @@ def stepper(name: str, entry: Any, options: Options, compiled: bool) -> Callable
 def main(options: Options) -> None:
     if options.device == "cpu":
         torch.set_num_threads(2)
-    rows = [
-        *solve_rows(options),
-        sampling_row(options),
-        verifier_row(options),
-        *training_rows(options),
-    ]
+    rows = []
+    for measure in (solve_rows, sampling_row, verifier_row, training_rows):
+        found = measure(options)
+        rows += found if isinstance(found, list) else [found]
+        print(rows[-1], file=sys.stderr, flush=True)
     lines = ["| what | ours | the other | ratio |", "|---|---|---|---|"]
     lines += [f"| {r.what} | {r.ours} | {r.other} | {r.ratio} |" for r in rows]
     text = "\n".join(lines) + f"\n\n{describe()}\n"
