@@ -16,7 +16,7 @@ from rl_ebm.tokens import Batch
 
 # Ids that no response has come first: a prompt is not another one with a response begun.
 PROMPTS = [[], [5, 0, 6], [7]]
-NETWORK = TransformerConfig(layers=1, heads=2, dim=32, hidden=64)
+NETWORK = TransformerConfig(layers=2, heads=2, dim=32, hidden=64)
 
 # (vocab_size, max_length, eos_id), prompts, whether there is a reference
 KINDS = [

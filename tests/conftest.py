@@ -1,12 +1,15 @@
-"""Threads that wait without spinning, and GPU tests only where there is one."""
+"""One thread for each process, and GPU tests only where there is a GPU."""
 
 import os
 
-# As rl_ebm sets it, but tests may import torch first.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Set before torch is loaded, for subprocesses too: a child that is forked from a process whose
+# OpenMP threads have worked hangs at its first parallel loop.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):

@@ -339,7 +339,7 @@ def test_it_reaches_the_ebm_and_log_z_from_a_random_start(kind, network, options
     assert problem.kl(policy) > 0.1
     config = SoftQConfig(batch_size=512, lr=1e-2 if network else 0.2, **options)
     agent = SoftQAgent(problem.ebm, policy, config, seeded(2))
-    train(agent, problem.ebm, 800 if network else 250)
+    train(agent, problem.ebm, 250)
     assert problem.kl(policy) < 2e-3
     logits = logits_by_prefix(policy, problem.space, len(problem.truth))
     for p, truth in enumerate(problem.truth):
