@@ -62,7 +62,8 @@ def solve(ebm: EBM, memory: int | None = None, progress: bool | None = None) -> 
             levels = [level[prompt] for level in v]
             log_z[prompt] = backup_leaves(scores[prompt], ebm.beta, space.branching, levels)
             for t, level in enumerate(levels):
-                level += sum(constants[t:])
+                if any(constants[t:]):
+                    level += sum(constants[t:])
             log_z[prompt] += sum(constants)
         else:
             log_z[prompt] = _by_level(solution, prompt)
