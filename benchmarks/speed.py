@@ -171,7 +171,7 @@ def training_rows(options: Options) -> list[Row]:
         steps = {c: stepper(name, entry, options, c) for c in (False, True)}
         if not options.compile:
             x = statistics.median(seconds(steps[False], options.device) for _ in range(9))
-            rows.append(Row(f"`{name}`, a training step", f"{1 / x:.1f} /s", "", ""))
+            rows.append(Row(f"`{name}`, 10 training steps", f"{10 / x:.1f} steps/s", "", ""))
             continue
         for _ in range(3):  # compiles
             steps[True]()

@@ -178,7 +178,7 @@ def test_a_checkpoint_of_another_agent_or_size(run, capsys, tmp_path):
     shutil.copy(tmp_path / "run.pt", run / "state.pt")
     (run / "config.json").write_text(json.dumps(config))
     assert "another agent or network" in refused(capsys, "train", "--resume", run, "--steps", 9)
-    assert "another agent or network" in refused(capsys, "verify", run)
+    assert "another policy" in refused(capsys, "verify", run)
 
 
 class Bomb:
