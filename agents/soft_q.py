@@ -10,8 +10,7 @@ q* - log pi* = V* along every path, G_t = q*(s_t, a_t) at the fixed point whoeve
 tokens: no importance weights are needed, and a wrong q is corrected from the end backwards.
 lam = 0, or n = 1, is the one-step backup of Haarnoja et al. 2017 (arXiv 1702.08165, Eq. 11),
 by which values must travel T levels, one target update each; lam = 1 is the semi-gradient
-form of path consistency (Nachum et al. 2017, arXiv 1702.08892, Eq. 15), which is the default
-because it was measured to be the fastest by far (see the README).
+form of path consistency (Nachum et al. 2017, arXiv 1702.08892, Eq. 15), and the default.
 """
 
 from __future__ import annotations

@@ -205,7 +205,8 @@ def test_the_target_moves_by_tau_after_the_online_network_has_moved():
         before = agent.target.table.detach().clone()
         agent.update(problem.batch(), 0.3)
         close(agent.target.table.detach(), (1 - tau) * before + tau * agent.policy.table.detach())
-    assert SoftQAgent(problem.ebm, problem.table()).target is not None
+    online = SoftQAgent(problem.ebm, problem.table())
+    assert online.target is online.policy  # tau = 1
 
 
 # Replay -----------------------------------------------------------------------------------------
