@@ -17,6 +17,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rl_ebm.tiles import Tile
+
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q, k, v), each (..., H, L, D / H), to the context, of the shape of q."""
 
@@ -103,22 +105,59 @@ def masked(mask: Bool[Tensor, "..."]) -> Attend:
     return attend
 
 
-def gathered(keys: Int64[Tensor, "L W"], mask: Bool[Tensor, "P L W"]) -> Attend:
-    """Position l sees the positions ``keys[l]`` where the mask allows: a prefix tree."""
+def tiled(tiles: Sequence[Tile], real: Bool[Tensor, "P C"]) -> Attend:
+    """Positions are a context, then the tiles of a prefix tree whose root ends the context.
+
+    Args:
+        real: False at the padding of the contexts; a padded position sees itself, so that its
+            softmax is no 0 / 0.
+    """
+    c = real.shape[1]
+    eye = torch.eye(c, dtype=torch.bool, device=real.device)
+    context = (torch.ones_like(eye).tril() & real[:, None]) | eye
+    top, *lower = tiles
+    # The first tile attends together with the context, which sees nothing of it.
+    size = c + top.nodes.numel()
+    top_mask = torch.cat([F.pad(context, (0, size - c)), _looks(real, top)], 1)[:, None]
+    masks = [_looks(real, tile)[:, None, None] for tile in lower]  # (P, H, G, n, C + W + n)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        p, h, length, d = q.shape
-        # (P, H, L, d) to (L, P H d), so that one embedding look-up fetches all heads; its
-        # backward is a parallel scatter-add, that of indexing is not.
-        kv = torch.stack([k, v]).permute(3, 0, 1, 2, 4)
-        rows = F.embedding(keys, kv.flatten(1)).view(length, -1, 2, p, h, d)
-        k_rows, v_rows = rows.permute(2, 3, 0, 4, 1, 5)  # each (P, L, H, W, d)
-        context = F.scaled_dot_product_attention(
-            q.permute(0, 2, 1, 3)[..., None, :], k_rows, v_rows, attn_mask=mask[:, :, None, None]
-        )
-        return context[..., 0, :].permute(0, 2, 1, 3)
+        at = size
+        parts = [
+            F.scaled_dot_product_attention(
+                q[:, :, :at], k[:, :, :at], v[:, :, :at], attn_mask=top_mask
+            )
+        ]
+        for tile, mask in zip(lower, masks, strict=True):
+            groups = tile.nodes.shape
+            own = slice(at, at + tile.nodes.numel())
+            keys, values = (
+                torch.cat(
+                    [
+                        x[:, :, None, :c].expand(-1, -1, groups[0], -1, -1),
+                        # The root, place 0, is the context's last position.
+                        x[:, :, tile.above.flatten() + (c - 1)].unflatten(2, tile.above.shape),
+                        x[:, :, own].unflatten(2, groups),
+                    ],
+                    dim=3,
+                )
+                for x in (k, v)
+            )
+            part = F.scaled_dot_product_attention(
+                q[:, :, own].unflatten(2, groups), keys, values, attn_mask=mask
+            )
+            parts.append(part.flatten(2, 3))
+            at = own.stop
+        return torch.cat(parts, dim=2)
 
     return attend
+
+
+def _looks(real: Bool[Tensor, "P C"], tile: Tile) -> Bool[Tensor, "P n W"]:
+    """What the nodes of a tile see: the real context, all above them, some of their group."""
+    inside = F.pad(tile.seen, (tile.above.shape[1], 0), value=True)
+    context = real[:, None].expand(-1, len(inside), -1)
+    return torch.cat([context, inside.expand(len(real), -1, -1)], 2)
 
 
 class Context:

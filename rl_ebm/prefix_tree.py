@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from rl_ebm.tiles import Layout, layout
 from rl_ebm.tokens import TokenSpace
 
 
@@ -26,12 +27,16 @@ class PrefixTree:
             prefix's own depth it repeats the prefix.
         depth: number of tokens of each prefix, (N,).
         max_length: T of the space, for policies that take whole sequences only.
+        branching, regular_from: every node that is ``regular_from`` deep or deeper, but for the
+            deepest, has ``branching`` children, in the order of their parents; 0 for no node.
     """
 
     tokens: Int64[Tensor, "N"]
     ancestors: Int64[Tensor, "N D"]
     depth: Int64[Tensor, "N"]
     max_length: int
+    branching: int = 0
+    regular_from: int = 2**31
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -85,10 +90,20 @@ class PrefixTree:
         depth_of = [
             torch.full((len(p),), t, device=device) for p, t in zip(padded, depths, strict=True)
         ]
-        return (
-            PrefixTree(torch.cat(tokens), torch.cat(padded), torch.cat(depth_of), space.max_length),
-            slices,
+        tree = PrefixTree(
+            torch.cat(tokens),
+            torch.cat(padded),
+            torch.cat(depth_of),
+            space.max_length,
+            space.branching,
+            depth,
         )
+        return tree, slices
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The nodes in the order in which a network attends among them."""
+        return layout(self.ancestors, self.depth, self.branching, self.regular_from)
 
     @cached_property
     def is_leaf(self) -> Bool[Tensor, "N"]:

@@ -20,7 +20,7 @@ ROOT = Path(rl_ebm.__file__).parent
 
 # From the bottom up. A name ending in "." is a package: a room for all modules below it.
 LAYERS = (
-    ("tokens", "names"),
+    ("tokens", "tiles", "names"),
     ("prefix_tree", "soft_bellman", "backbone"),
     ("divergences", "bounds"),
     ("rewards.", "policies."),
@@ -45,6 +45,7 @@ SHARED_BY_AGENTS = {"agents.learner", "agents.replay"}
 # What lives elsewhere: room, and the packages that it must leave alone.
 FORBIDDEN = {
     "tokens": {"torch.nn", "torch.optim"},
+    "tiles": {"torch.nn", "torch.optim"},
     "prefix_tree": {"torch.nn", "torch.optim"},
     "soft_bellman": {"torch.nn", "torch.optim", "logging"},
     "divergences": {"torch.nn", "torch.optim", "logging"},

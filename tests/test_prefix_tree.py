@@ -89,6 +89,45 @@ def check_block(space, depth, start, stop, end):
     assert len(slices) == end - depth
 
 
+def check_layout(tree):
+    """Each node but the root is in one tile, and sees exactly its ancestors and itself."""
+    names, layout = prefixes_of(tree), tree.layout
+    assert layout.order[0] == 0
+    assert sorted(layout.order.tolist()) == list(range(len(tree)))
+    assert layout.order[layout.place].tolist() == list(range(len(tree)))
+    nodes = [node for tile in layout.tiles for node in tile.nodes.flatten().tolist()]
+    assert nodes == layout.order[1:].tolist()
+    assert len(layout.tiles[0].nodes) == 1
+    before = {0}
+    for tile in layout.tiles:
+        for group, above in zip(tile.nodes.tolist(), tile.above.tolist(), strict=True):
+            over = [layout.order[place].item() for place in above]
+            assert before.issuperset(over)
+            for node, row in zip(group, tile.seen.tolist(), strict=True):
+                sees = over + [other for other, seen in zip(group, row, strict=True) if seen]
+                prefix = names[node]
+                assert sorted(names[j] for j in sees) == [
+                    prefix[:t] for t in range(1, len(prefix) + 1)
+                ]
+        before.update(tile.nodes.flatten().tolist())
+
+
+# Top tile alone, several levels in a tile, one level, and node by node (wider than 64).
+@pytest.mark.parametrize(("a", "t"), [(3, 3), (3, 9), (2, 9), (4, 5), (6, 4), (20, 3), (70, 3)])
+@pytest.mark.parametrize("eos_id", [None, 1])
+def test_the_layout_of_a_full_tree_shows_every_node_its_ancestors(a, t, eos_id):
+    space = TokenSpace(a, t, eos_id)
+    check_layout(PrefixTree.full(space))
+
+
+@pytest.mark.parametrize(
+    ("depth", "start", "stop"), [(1, 0, 4), (2, 3, 7), (4, 31, 33), (4, 0, 256)]
+)
+def test_the_layout_below_a_block_shows_every_node_its_ancestors(depth, start, stop):
+    tree, _ = PrefixTree.below(TokenSpace(4, 7), depth, start, stop, min(depth + 3, 7))
+    check_layout(tree)
+
+
 def test_a_tree_of_any_shape_knows_its_leaves_and_their_tokens():
     names = [(), (2,), (1,), (2, 0), (1, 1), (2, 2), (2, 0, 1)]  # leaves of depths 2, 2 and 3
     place = {s: i for i, s in enumerate(names)}
@@ -97,6 +136,7 @@ def test_a_tree_of_any_shape_knows_its_leaves_and_their_tokens():
     depth = [len(s) for s in names]
     tree = PrefixTree(torch.tensor(last), torch.tensor(paths), torch.tensor(depth), max_length=5)
     assert check_consistent(tree, 5) == names
+    check_layout(tree)
 
 
 # The map M on trees ---------------------------------------------------------------------------

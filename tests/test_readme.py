@@ -1,7 +1,10 @@
 """Every command and every example of the README runs; its figures are those of the results."""
 
+import itertools
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from rl_ebm import cli
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+SCRIPTS = sorted(set(re.findall(r"python -m (benchmarks\.\w+)", README)))
 COMMANDS = [line.split("#")[0] for line in re.findall(r"^    (rl-ebm .*)$", README, flags=re.M)]
 
 
@@ -44,6 +48,29 @@ def test_every_command_runs_in_the_order_in_which_it_stands(tmp_path, monkeypatc
         args = shlex.split(re.sub(r"--steps 0", "--steps 1", short))[1:]
         assert cli.main(args) == 0, command
     assert (tmp_path / "runs/first/report.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_benchmark_runs(script, tmp_path):
+    quick = {
+        "benchmarks.curves": ["--quick", "--seeds", "2"],
+        "benchmarks.returns": ["--quick", "--seeds", "2"],
+        "benchmarks.speed": ["--quick", "--no-compile", "--repeat", "1"],
+        "benchmarks.tables": [str(tmp_path / "table.tsv"), "--seconds", "1", "--dry"],
+    }[script]
+    rows = [f"{a}{b}\t{ord(a) * ord(b) % 7}" for a, b in itertools.product("ACGT", repeat=2)]
+    (tmp_path / "table.tsv").write_text("\n".join(["sequence\tscore", *rows]) + "\n")
+    results = sorted(path.stat().st_mtime_ns for path in ROOT.glob("benchmarks/results/*"))
+
+    done = subprocess.run(
+        [sys.executable, "-m", script, *quick], cwd=ROOT, capture_output=True, text=True
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "Measured on" in done.stdout
+    now = sorted(path.stat().st_mtime_ns for path in ROOT.glob("benchmarks/results/*"))
+    assert now == results, "a trial run overwrote the measured results"
 
 
 def test_the_results_stand_in_the_readme():

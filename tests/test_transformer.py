@@ -107,6 +107,31 @@ def test_tree_logits_are_those_of_the_naive_transformer(shape, prompts):
         close(rows[:, node], torch.stack([want[i, state] for i in prompt_ids.tolist()]))
 
 
+# Trees of several tiles: of many levels, of one, node by node.
+@pytest.mark.parametrize("shape", [(2, 9, None), (4, 5, None), (6, 4, 2), (70, 3, None)], ids=str)
+@with_and_without_prompts
+def test_tree_logits_and_their_gradient_are_those_of_sequences(shape, prompts):
+    space = TokenSpace(*shape)
+    policy = transformer(space, prompts)
+    tree = PrefixTree.full(space)
+    assert len(tree.layout.tiles) > 1
+    prompt_ids = torch.tensor([2, 0] if prompts else [0])
+    weight = torch.randn(len(prompt_ids), len(tree), space.vocab_size).double()
+    leaf, column = tree.owner
+
+    rows = [
+        policy.logits(tree.leaf_tokens, torch.full((len(tree.leaf_tokens),), i))[leaf, column]
+        for i in prompt_ids.tolist()
+    ]
+    want, got = torch.stack(rows), policy.tree_logits(tree, prompt_ids)
+
+    close(got, want)
+    parameters = list(policy.parameters())
+    gradients = [torch.autograd.grad((x * weight).sum(), parameters) for x in (got, want)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+
+
 @in_all_spaces
 @with_and_without_prompts
 def test_cached_steps_are_those_of_the_naive_transformer(shape, prompts):

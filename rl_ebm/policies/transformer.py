@@ -17,10 +17,11 @@ from rl_ebm.backbone import (
     Context,
     TransformerConfig,
     causal,
-    gathered,
     masked,
+    tiled,
 )
 from rl_ebm.prefix_tree import PrefixTree
+from rl_ebm.tiles import Tile
 from rl_ebm.tokens import TokenSpace
 
 
@@ -114,26 +115,22 @@ class Transformer(nn.Module):
         self, tree: PrefixTree, prompt_ids: Int64[Tensor, "P"]
     ) -> Float[Tensor, "P N A"]:
         """q at every node of a tree, for each of the prompts, each node evaluated once."""
-        prompt_ids = self._prompt_rows(len(prompt_ids), prompt_ids)
+        rows = self._prompt_rows(len(prompt_ids), prompt_ids)
+        ids, depth = tree.tokens[tree.layout.order], tree.depth[tree.layout.order]
         out: Tensor = (_compiled_tree_pass() if self.compiled else Transformer._tree_pass)(
-            self, tree, prompt_ids
+            self, ids[1:], depth[1:], tree.layout.tiles, rows
         )
-        return out
+        return out[:, tree.layout.place]
 
-    def _tree_pass(self, tree: PrefixTree, prompt_ids: Tensor) -> Tensor:
-        c, n = self.context_width, len(tree)
-        context = self.context_ids[prompt_ids]
-        p = len(context)
-        ids = torch.cat([context, tree.tokens[1:].expand(p, -1)], dim=1)
-        start = self.context_positions[prompt_ids]
-        positions = torch.cat([start, start[:, -1:] + tree.depth[1:]], dim=1)
-        keys, look = _tree_keys(tree, c)
-        real = F.pad(self.context_real[prompt_ids], (0, n - 1), value=True)
-        mask = look & real[:, keys]
-        # The first key is the node itself, always seen: no softmax is 0 / 0.
-        mask[..., 0] = True
-        features = self.backbone(ids, positions, gathered(keys, mask))
-        out: Tensor = self.head(features[:, c - 1 :])
+    def _tree_pass(
+        self, tokens: Tensor, depth: Tensor, tiles: Sequence[Tile], rows: Tensor
+    ) -> Tensor:
+        """q at the root and at further nodes, in the order of their tiles."""
+        ids = torch.cat([self.context_ids[rows], tokens.expand(len(rows), -1)], dim=1)
+        start = self.context_positions[rows]
+        positions = torch.cat([start, start[:, -1:] + depth], dim=1)
+        features = self.backbone(ids, positions, tiled(tiles, self.context_real[rows]))
+        out: Tensor = self.head(features[:, self.context_width - 1 :])
         return out
 
     # Decoding with a cache ---------------------------------------------------------------------
@@ -191,27 +188,6 @@ class Transformer(nn.Module):
                 )
             return torch.zeros(n, dtype=torch.int64, device=self.context_ids.device)
         return prompt_ids
-
-
-def _tree_keys(tree: PrefixTree, context_width: int) -> tuple[Tensor, Tensor]:
-    """Positions that each position of (context, nodes but the root) sees, itself first.
-
-    Returns keys (L, W) and where they count (L, W): the context's own causal triangle, and for
-    a node the whole context and its ancestors. The root stands at the end of the context.
-    """
-    device, c = tree.tokens.device, context_width
-    width = c + tree.ancestors.shape[1] - 1
-    row = torch.arange(c, device=device)
-    column = torch.arange(width, device=device)
-    context = (row[:, None] - column).clamp(min=0)
-    seen = column <= row[:, None]
-    # Node j > 0 stands at position c + j - 1; nearest ancestor first, then the context.
-    depth = tree.depth[1:, None]
-    up = depth - column
-    nodes = tree.ancestors[1:].gather(1, up.clamp(min=0, max=tree.ancestors.shape[1] - 1))
-    keys = torch.where(up >= 1, nodes + c - 1, c - 1 + up).clamp(min=0)
-    counts = c - 1 + up >= 0
-    return torch.cat([context, keys]), torch.cat([seen, counts])
 
 
 @lru_cache(maxsize=1)
