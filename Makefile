@@ -7,7 +7,7 @@ RUN ?= runs/demo
 SECONDS ?= 60
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow install clean
+.PHONY: demo test test-slow paper install clean
 
 install: $(VENV)/.installed
 
@@ -31,6 +31,11 @@ test: install
 
 test-slow: install
 	$(BIN)/pytest -m slow
+
+# Every claim of the paper: hours the first time, nothing where the results are there already.
+PAPER := function_space figures harder_data bounds scale weights samples traces sampled_ebm
+paper: install
+	for name in $(PAPER); do $(BIN)/python -m benchmarks.paper.$$name $(if $(QUICK),--quick) || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -26,6 +26,8 @@ def describe() -> str:
 
 def interval(values: Sequence[float]) -> str:
     """Mean and half-width of the 95% interval of the mean (Student's t), as text."""
+    if not values:
+        return "not run"
     mean = statistics.fmean(values)
     if len(values) < 2:
         return f"{mean:.2g} (one run)"

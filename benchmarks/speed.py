@@ -1,6 +1,6 @@
 """One table of speed, every figure a ratio of two things measured in the same run.
 
-    python -m benchmarks.speed             # about 5 minutes on 2 cores
+    python -m benchmarks.speed             # about 3 minutes on 2 cores
     python -m benchmarks.speed --quick     # small sizes: only to see that it works
 
 Writes ``benchmarks/results/speed_DEVICE.md``. Times are medians over repetitions, after a

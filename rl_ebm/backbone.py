@@ -96,6 +96,11 @@ def causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+def everything(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every position sees all positions."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 def masked(mask: Bool[Tensor, "..."]) -> Attend:
     """Every position sees the keys where the mask, broadcast to (..., H, L, L), is True."""
 

@@ -8,6 +8,7 @@ its own keys; a tile gathers those above it once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -94,6 +95,7 @@ def _tiles(
     return found
 
 
+@lru_cache(maxsize=64)
 def _family(branching: int, height: int) -> Bool[Tensor, "n n"]:
     """Ancestor-or-self among all nodes of ``height`` levels below one anchor."""
     levels = [(k, i) for k in range(1, height + 1) for i in range(branching**k)]

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rl_ebm.backbone import Backbone, Context, TransformerConfig, masked
+from rl_ebm.backbone import Attend, Backbone, Context, TransformerConfig, everything, masked
 from rl_ebm.rewards.base import Prompts
 from rl_ebm.tokens import TokenSpace, length_mask
 
@@ -36,6 +36,7 @@ class TransformerReward(nn.Module):
         self.space, self.config = space, config
         self.prompts = None if prompts is None else [list(p) for p in prompts]
         context = Context(self.prompts, space.vocab_size)
+        self.context_padded = context.padded
         self.register_buffer("context_ids", context.ids, persistent=False)
         self.register_buffer("context_positions", context.positions, persistent=False)
         self.register_buffer("context_real", context.real, persistent=False)
@@ -59,7 +60,10 @@ class TransformerReward(nn.Module):
         later = start[:, -1:] + 1 + torch.arange(tokens.shape[1], device=tokens.device)
         mask = length_mask(lengths, tokens.shape[1])
         real = torch.cat([self.context_real[prompt_ids], mask], dim=1)
-        x = self.backbone(ids, torch.cat([start, later], dim=1), masked(real[:, None, None]))
+        attend: Attend = masked(real[:, None, None])
+        if self.space.eos_id is None and not self.context_padded:
+            attend = everything  # the same, without a mask to apply
+        x = self.backbone(ids, torch.cat([start, later], dim=1), attend)
         weight = F.normalize(real.to(x.dtype), p=1.0, dim=1)
         out: Tensor = self.head((weight[..., None] * x).sum(1))[:, 0]
         return out

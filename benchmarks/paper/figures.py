@@ -1,0 +1,328 @@
+"""Figures 2 to 4 of arXiv 2512.15605: an EBM and an ARM learn the same law by exact risk.
+
+    python -m benchmarks.paper.figures [--quick] [--large]
+
+The ARM of N = 3 at V = 4, T = 8 takes an hour a seed, and the EBM there, which has no prefix
+tree, three hours even at N = 2: they run only with ``--large``, and stay in the results.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import tyro
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from benchmarks.machine import interval
+from benchmarks.paper import laws
+from benchmarks.paper.common import (
+    ROOT,
+    Options,
+    Rows,
+    collect,
+    curve,
+    ends,
+    measured,
+    publish,
+    select,
+    table,
+)
+from benchmarks.paper.fit import (
+    SIZES,
+    Schedule,
+    descend_arm,
+    descend_ebm,
+    fit,
+    gap,
+    make_arm,
+    make_ebm,
+    marks,
+    scores,
+)
+from rl_ebm import EBM, TokenSpace, solve
+from rl_ebm.policies.scoring import q_values, tree_q_values
+from rl_ebm.soft_bellman import log_policy, sequence_log_probs
+
+RATES = (3e-3, 1e-3, 1e-4)
+"""the paper's grid; it takes the one with the smallest area under the EBM's curve"""
+
+PAPER = {
+    (8, 4, 2): (3.2e-6, 4.2e-6, 5.7, 0.023),
+    (8, 4, 3): (2.1e-7, 4.6e-7, 2.8, 0.0082),
+    (4, 8, 2): (7.9e-6, 8.2e-6, 14.0, 0.039),
+    (4, 8, 3): (3.1e-7, 1.1e-6, 3.7, 0.017),
+}
+"""read off its figures at step 5,000: ARM gap, EBM gap, logit distance before and after the map"""
+
+
+@dataclass(frozen=True)
+class Flags(Options):
+    """Flags of this script."""
+
+    large: bool = False
+    """also train, at V = 4 and T = 8, the ARM of N = 3 and the EBM of N = 2 (one seed): hours"""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """The EBM for a short while at one learning rate."""
+
+    vocab_size: int
+    max_length: int
+    layers: int
+    steps: int
+    lr: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both models, or the ARM alone (its distances are then to the law itself)."""
+
+    vocab_size: int
+    max_length: int
+    layers: int
+    steps: int
+    lr: float
+    seed: int
+    ebm: bool = True
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The ARM's pass through the prefix tree against one over all sequences."""
+
+    vocab_size: int
+    max_length: int
+    layers: int
+    repeat: int
+    seed: int = 0
+
+
+def fit_ebm(job: Any, rows: Rows) -> Tensor:
+    """The EBM's curve into rows; R of every sequence at the end."""
+    space = TokenSpace(job.vocab_size, job.max_length)
+    log_rho = laws.zipf(space)
+    reward = make_ebm(space, SIZES[job.layers], job.seed)
+    look, started = marks(job.steps), time.perf_counter()
+    name = f"ebm_{job.vocab_size}_{job.max_length}_{job.layers}_{job.steps}_{job.lr}_{job.seed}"
+    schedule = Schedule(job.steps, job.lr)
+    checkpoint = ROOT / "runs" / "paper" / f"{name}.pt" if space.num_sequences > 10_000 else None
+    for step in fit(reward, descend_ebm(reward, log_rho), schedule, rows, checkpoint):
+        if step in look:
+            log_p = torch.log_softmax(scores(reward), 0)
+            rows.append(
+                {
+                    "model": "EBM",
+                    "step": step,
+                    "gap": gap(log_rho, log_p),
+                    "seconds": round(time.perf_counter() - started, 2),
+                }
+            )
+    return scores(reward)
+
+
+def centred(x: Tensor) -> Tensor:
+    """Less its mean over the last dimension."""
+    return x - x.mean(-1, keepdim=True)
+
+
+def fit_arm(job: Pair, r_star: Tensor, rows: Rows) -> None:
+    """The ARM's curve into rows: gap, and distances to the EBM before and after the map."""
+    space = TokenSpace(job.vocab_size, job.max_length)
+    log_rho = laws.zipf(space)
+    policy = make_arm(space, SIZES[job.layers], job.seed)
+    q_star = tree_q_values(solve(EBM(space, r_star)), space)[0]
+    sizes = [space.num_prefixes(t) for t in range(space.max_length)]
+    tokens, _ = space.sequences()
+    states = space.state_ids(tokens)
+    look, started = marks(job.steps), time.perf_counter()
+    for step in fit(policy, descend_arm(policy, log_rho), Schedule(job.steps, job.lr)):
+        if step not in look:
+            continue
+        with torch.no_grad():
+            q = tree_q_values(policy, space)[0].double()
+        log_p = sequence_log_probs(list(log_policy(q).split(sizes)), space)
+        path = q[states, tokens].sum(1)
+        rows.append(
+            {
+                "model": "ARM",
+                "step": step,
+                "gap": gap(log_rho, log_p),
+                "before": float((centred(path) - centred(r_star)).abs().max()),
+                "after": float((centred(q) - centred(q_star)).abs().max()),
+                "invariant": float((centred(log_p) - centred(r_star)).abs().max()),
+                "seconds": round(time.perf_counter() - started, 2),
+            }
+        )
+
+
+def measure_cost(job: Cost) -> Rows:
+    """Seconds of a pass with its gradient, both ways, in turn."""
+    space = TokenSpace(job.vocab_size, job.max_length)
+    policy = make_arm(space, SIZES[job.layers], job.seed)
+    tokens, _ = space.sequences()
+
+    def by_tree() -> Tensor:
+        return tree_q_values(policy, space).square().sum()
+
+    class Sequences:
+        """The same policy without its tree pass."""
+
+        prompts, logits = None, staticmethod(policy.logits)
+
+    def by_sequence() -> Tensor:
+        total = torch.zeros(())
+        for part in tokens.split(8192):
+            loss = q_values(Sequences, space, part).square().sum()
+            loss.backward()
+            total += loss.detach()
+        return total.requires_grad_()
+
+    pairs = []
+    for i in range(job.repeat + 1):
+        times = []
+        for f in (by_tree, by_sequence):
+            start = time.perf_counter()
+            f().backward()
+            times.append(time.perf_counter() - start)
+        if i:  # the first pair warms up
+            pairs.append(times)
+    tree, sequence = (statistics.median(x) for x in zip(*pairs, strict=True))
+    return [{"model": "cost", "seconds": tree, "seconds_sequences": sequence}]
+
+
+def measure(job: Rate | Pair | Cost) -> Rows:
+    rows: Rows = []
+    if isinstance(job, Cost):
+        return measure_cost(job)
+    if isinstance(job, Rate):
+        fit_ebm(job, rows)
+        return [row | {"model": "rate"} for row in rows]
+    space = TokenSpace(job.vocab_size, job.max_length)
+    r_star = fit_ebm(job, rows) if job.ebm else laws.zipf(space)
+    fit_arm(job, r_star, rows)
+    return rows
+
+
+def chosen_rate(rows: Rows, layers: int) -> float:
+    """The paper's rule: the smallest area under the EBM's curve."""
+    area = {lr: sum(r["gap"] for r in select(rows, layers=layers, lr=lr)) for lr in RATES}
+    return min(area, key=lambda lr: area[lr])
+
+
+def picture(rows: Rows, settings: list[tuple[int, int, int]]) -> Figure:
+    figure = Figure(figsize=(10, 3 * len(settings)), layout="constrained")
+    axes = figure.subplots(len(settings), 2, squeeze=False)
+    for (v, t, n), (left, right) in zip(settings, axes, strict=True):
+        mine = select(rows, vocab_size=v, max_length=t, layers=n)
+        for colour, model in enumerate(("ARM", "EBM")):
+            lines = select(mine, model=model)
+            for i, run in enumerate(dict.fromkeys(r["run"] for r in lines)):
+                xs, ys = curve(select(lines, run=run), "step", "gap")
+                left.plot(xs, ys, color=f"C{colour}", linewidth=1, label=model if i == 0 else None)
+        for value, colour in zip(PAPER[v, t, n][:2], ("C0", "C1"), strict=True):
+            left.plot([5000], [value], marker="*", color=colour, markersize=11)
+        left.set(yscale="log", ylabel="risk less H(Y) (nats)", title=f"V={v}, T={t}, N={n}: gap")
+        left.legend()
+        arm = select(mine, model="ARM")
+        labels = {"before": "before the map", "after": "after the map"}
+        for colour, key in enumerate(labels):
+            for i, run in enumerate(dict.fromkeys(r["run"] for r in arm)):
+                xs, ys = curve(select(arm, run=run), "step", key)
+                right.plot(
+                    xs,
+                    ys,
+                    color=f"C{colour + 2}",
+                    linewidth=1,
+                    label=labels[key] if i == 0 else None,
+                )
+            right.plot(
+                [5000], [PAPER[v, t, n][2 + colour]], marker="*", color=f"C{colour + 2}", ms=11
+            )
+        right.set(yscale="log", ylabel="largest logit distance", title="ARM against EBM")
+        right.legend()
+    for ax in axes[-1]:
+        ax.set_xlabel("steps (stars: read off the paper's figures)")
+    return figure
+
+
+def compared(values: list[float], paper: float) -> str:
+    """Ours, the paper's, and their ratio."""
+    if not values:
+        return "not run"
+    return f"{interval(values)} / {paper:.2g} ({statistics.fmean(values) / paper:.2g} x)"
+
+
+def main(options: Flags) -> None:
+    settings = [(8, 4, 2), (8, 4, 3), (4, 8, 2), (4, 8, 3)]
+    steps, trial, seeds = 5000, 500, range(options.seeds)
+    if options.quick:
+        settings, steps, trial = [(8, 4, 2)], 120, 40
+    rates = collect(
+        "figures_rates",
+        [Rate(8, 4, n, trial, lr, 0) for n in sorted({n for *_, n in settings}) for lr in RATES],
+        measure,
+        options,
+    )
+    jobs: list[Pair | Cost] = [Cost(v, t, n, 5) for v, t, n in settings]
+    hours: list[Pair] = []
+    for v, t, n in settings:
+        lr = chosen_rate(rates, n)
+        found = [Pair(v, t, n, steps, lr, seed, ebm=(v, t) == (8, 4)) for seed in seeds]
+        (hours if (v, t, n) == (4, 8, 3) else jobs).extend(found)
+    hours.append(Pair(4, 8, 2, steps, chosen_rate(rates, 2), 0, ebm=True))
+    jobs += hours if options.large else measured("figures", hours, options)
+    rows = collect("figures", jobs, measure, options)
+    lines = []
+    for v, t, n in settings:
+        mine = select(rows, vocab_size=v, max_length=t, layers=n)
+        arm, ebm = select(mine, model="ARM"), select(mine, model="EBM")
+        # Distances to the trained EBM, where there is one; without one to the law.
+        far = select(arm, ebm=True) or arm
+        values = [ends(arm, "gap"), ends(ebm, "gap"), ends(far, "before"), ends(far, "after")]
+        paper = zip(values, PAPER[v, t, n], strict=True)
+        lines.append(
+            (f"{v}, {t}, {n}", f"{chosen_rate(rates, n):g}", *(compared(*x) for x in paper))
+        )
+    head = ["V, T, N", "rate", "ARM gap", "EBM gap", "before", "after"]
+    costs = [
+        (
+            f"{r['vocab_size']}, {r['max_length']}, {r['layers']}",
+            f"{float(r['seconds']) * 1e3:.3g} ms",
+            f"{float(r['seconds_sequences']) * 1e3:.3g} ms",
+            f"{float(r['seconds_sequences']) / float(r['seconds']):.1f} x",
+        )
+        for r in select(rows, model="cost")
+    ]
+    cost_head = ["V, T, N", "through the prefix tree", "over all sequences", "cheaper by"]
+    text = f"""
+Zipf data (exponent 1, ranks in lexicographic order), exact risk over all sequences, {steps:,} steps of Adam
+with a trapezoid schedule, Flax's default initial weights. Ours / the paper's, read off its figures (their ratio):
+
+{table(head, lines)}
+
+Gaps in nats. *Before* is the largest distance between the ARM's summed logits and the EBM's rewards, centred over
+sequences; *after* is that between the ARM's logits and M of the EBM's rewards, centred over actions. At V=4, T=8
+the ARM's distances are to the law itself where the EBM was not run. The learning rate is the paper's choice
+(smallest area under the EBM's curve, here over {trial:,} steps at V=8, T=4 with seed 0).
+
+*Before* is not invariant: shifting the logits of a state changes it and leaves the policy as it is. The invariant
+distance, between centred log p and centred R, ends at
+{"; ".join(f"{interval(ends(select(rows, model='ARM', vocab_size=v, max_length=t, layers=n), 'invariant'))} (V={v}, T={t}, N={n})" for v, t, n in settings)}.
+
+The ARM's gradient through the prefix tree, each prefix evaluated once, against all sequences (one thread):
+
+{table(cost_head, costs)}
+"""
+    figure = picture(rows, settings)
+    publish("figures", "Figures 2 to 4: two models, one law", text, figure, rows, options)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Flags, description=__doc__))

@@ -1,0 +1,76 @@
+"""Laws of data over all sequences of a space, as log-probabilities in enumeration order."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from rl_ebm import TokenSpace
+
+
+def zipf(space: TokenSpace) -> Float64[Tensor, "N"]:
+    """p of rank k proportional to 1 / k, ranks in enumeration order: close sequences, close p.
+
+    The exponent and the order are what the paper's curves point to; it states neither.
+    """
+    rank = torch.arange(1, space.num_sequences + 1).double()
+    return torch.log_softmax(-rank.log(), 0)
+
+
+def permuted_zipf(space: TokenSpace, seed: int) -> Float64[Tensor, "N"]:
+    """The same probabilities on sequences in random order: nothing to generalise."""
+    order = np.random.default_rng(seed).permutation(space.num_sequences)
+    return zipf(space)[torch.from_numpy(order)]
+
+
+def normal(space: TokenSpace, temperature: float, seed: int) -> Float64[Tensor, "N"]:
+    """softmax(z / temperature) with z ~ N(0, I): arXiv 2512.15605, App. C (temperature 0.1)."""
+    z = np.random.default_rng(seed).standard_normal(space.num_sequences)
+    return torch.log_softmax(torch.from_numpy(z) / temperature, 0)
+
+
+def lookahead(space: TokenSpace, seed: int, penalty: float = 8.0) -> Float64[Tensor, "N"]:
+    """The first token decides what the last may be: a random set, of 1 to A - 1 tokens.
+
+    All else is uniform; the last tokens that it rules out lose ``penalty`` nats. Whoever picks
+    the first token must know how many ways it leaves open.
+    """
+    rng = np.random.default_rng(seed)
+    a = space.vocab_size
+    allowed = torch.zeros(a, a, dtype=torch.bool)
+    for first in range(a):
+        allowed[first, torch.from_numpy(rng.permutation(a)[: rng.integers(1, a)])] = True
+    tokens, _ = space.sequences()
+    score = torch.where(allowed[tokens[:, 0], tokens[:, -1]], 0.0, -penalty)
+    return torch.log_softmax(score.double(), 0)
+
+
+def parity(space: TokenSpace, seed: int, strength: float = 3.0) -> Float64[Tensor, "N"]:
+    """R = +-strength by the parity of the sum of tokens that a random map sends to 0 or 1.
+
+    An easy R (one bit of the whole), a hard q: no prefix says anything before the last token.
+    """
+    bits = np.random.default_rng(seed).permutation(space.vocab_size) % 2
+    tokens, _ = space.sequences()
+    odd = torch.from_numpy(bits)[tokens].sum(1) % 2
+    return torch.log_softmax(strength * (1 - 2 * odd).double(), 0)
+
+
+def additive_logits(space: TokenSpace, seed: int, scale: float = 1.5) -> Float64[Tensor, "N"]:
+    """An ARM whose logits are sums of pairwise terms: q(s, a) = sum_i J_ti[s_i, a].
+
+    An easy q; its R subtracts V(s), a log-sum-exp of the whole prefix, at every position.
+    """
+    rng = np.random.default_rng(seed)
+    tokens, _ = space.sequences()
+    total = torch.zeros(len(tokens), dtype=torch.float64)
+    a = space.vocab_size
+    for t in range(space.max_length):
+        q = torch.from_numpy(scale * rng.standard_normal(a)).expand(len(tokens), -1).clone()
+        for i in range(t):
+            j = torch.from_numpy(scale / t**0.5 * rng.standard_normal((a, a)))
+            q += j[tokens[:, i]]
+        total += torch.log_softmax(q, 1).gather(1, tokens[:, t : t + 1])[:, 0]
+    return total

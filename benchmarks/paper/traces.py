@@ -1,0 +1,192 @@
+"""Thinking traces: latent tokens before the answer, which the reward does not see.
+
+    python -m benchmarks.paper.traces [--quick]
+
+A trace z of k tokens, then an answer y of T. What counts is the policy's law of the answer,
+
+    pi(y) = sum_z pi(z) pi(y|z),
+
+exact by enumeration here, against p*(y), proportional to exp R(y). Two losses on samples of
+(z, y), both zero in expectation only where pi(y) = p*(y):
+
+    policy gradient:   - A log pi(z, y),  A = G - mean G,  G = R(y) - log pi(y)
+    path consistency:  half the variance of R(y) - log pi(y) over the batch
+
+with log pi(y) the exact marginal (without gradient in G).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import tyro
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from benchmarks.machine import interval
+from benchmarks.paper import laws
+from benchmarks.paper.common import Options, Rows, collect, curve, ends, publish, select, table
+from benchmarks.paper.fit import Schedule, fit, gap, make_arm, marks
+from rl_ebm import TokenSpace
+from rl_ebm.backbone import TransformerConfig
+from rl_ebm.policies import Transformer
+from rl_ebm.policies.scoring import tree_q_values
+from rl_ebm.soft_bellman import log_policy, sequence_log_probs
+
+TINY = TransformerConfig(layers=1, heads=2, dim=8, hidden=8)
+LAWS = {"parity": "parity of the answer", "normal": "softmax(N(0, I) / 0.5)"}
+LOSSES = ("policy gradient", "path consistency")
+BATCH = 1024
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One tiny ARM with k latent tokens."""
+
+    law: str
+    loss: str
+    trace: int
+    vocab_size: int
+    max_length: int
+    steps: int
+    lr: float
+    seed: int
+
+
+def law(name: str, space: TokenSpace, seed: int) -> Tensor:
+    """log p* of a name of :data:`LAWS`."""
+    return laws.parity(space, seed) if name == "parity" else laws.normal(space, 0.5, seed)
+
+
+def joint(policy: Transformer) -> Tensor:
+    """log pi(z, y), (A^k, A^T): traces by answers, both in enumeration order."""
+    space = policy.space
+    sizes = [space.num_prefixes(t) for t in range(space.max_length)]
+    log_pi = list(log_policy(tree_q_values(policy, space)[0]).split(sizes))
+    return sequence_log_probs(log_pi, space)
+
+
+def loss(log_joint: Tensor, log_star: Tensor, kind: str, generator: torch.Generator) -> Tensor:
+    """One of :data:`LOSSES` on a batch drawn from the policy."""
+    flat = log_joint.flatten()
+    answers = len(log_star)
+    draws = torch.multinomial(flat.detach().exp(), BATCH, replacement=True, generator=generator)
+    marginal = torch.logsumexp(log_joint, 0)
+    y = draws % answers
+    if kind == "path consistency":
+        return 0.5 * (log_star[y] - marginal[y]).var()
+    returns = (log_star[y] - marginal[y]).detach()
+    advantage = (returns - returns.mean()) * BATCH / (BATCH - 1)  # leave-one-out
+    return -(advantage * flat[draws]).mean()
+
+
+def measure(job: Trace) -> Rows:
+    answers = TokenSpace(job.vocab_size, job.max_length)
+    space = TokenSpace(job.vocab_size, job.trace + job.max_length)
+    log_star = law(job.law, answers, job.seed)
+    policy = make_arm(space, TINY, job.seed)
+    generator = torch.Generator().manual_seed(job.seed)
+    target = log_star.float()
+
+    def risk() -> Tensor:
+        value = loss(joint(policy).view(-1, answers.num_sequences), target, job.loss, generator)
+        value.backward()
+        return value.detach()
+
+    rows, look = [], marks(job.steps, 25)
+    for step in fit(policy, risk, Schedule(job.steps, job.lr)):
+        if step in look:
+            with torch.no_grad():
+                log_joint = joint(policy).view(-1, answers.num_sequences).double()
+                log_p = torch.logsumexp(log_joint, 0)
+            log_trace = torch.logsumexp(log_joint, 1)
+            rows.append(
+                {
+                    "step": step,
+                    "kl": gap(log_star, log_p),
+                    "kl_policy_target": gap(log_p, log_star),
+                    "trace_entropy": -float((log_trace.exp() * log_trace).sum()),
+                }
+            )
+    return rows
+
+
+def picture(rows: Rows, names: list[str]) -> Figure:
+    figure = Figure(figsize=(5 * len(names), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False)[0]
+    for name, ax in zip(names, axes, strict=True):
+        mine = select(rows, law=name)
+        for colour, k in enumerate(sorted({r["trace"] for r in mine})):
+            for kind, style in zip(LOSSES, ("-", "--"), strict=True):
+                xs, ys = curve(select(mine, trace=k, loss=kind), "step", "kl")
+                label = f"{k} trace tokens" if style == "-" else None
+                ax.plot(xs, ys, style, color=f"C{colour}", linewidth=1.2, label=label)
+        ax.set(
+            yscale="log",
+            xlabel="steps (solid: policy gradient, dashed: path consistency)",
+            ylabel="exact KL(p*, answer) (nats), median",
+            title=LAWS[name],
+        )
+        ax.legend(fontsize=8)
+    return figure
+
+
+def main(options: Options) -> None:
+    space, steps, names, traces = TokenSpace(4, 4), 2000, list(LAWS), (0, 1, 2, 4)
+    if options.quick:
+        space, steps, names, traces = TokenSpace(3, 2), 60, ["normal"], (0, 1)
+    rate = 1e-2
+    jobs = [
+        Trace(name, kind, k, space.vocab_size, space.max_length, steps, rate, seed)
+        for name in names
+        for kind in LOSSES
+        for k in traces
+        for seed in range(options.seeds)
+    ]
+    rows = collect("traces", jobs, measure, options)
+    lines = []
+    helped = []
+    for name in names:
+        for kind in LOSSES:
+            mine = select(rows, law=name, loss=kind)
+            kls = [ends(select(mine, trace=k), "kl") for k in traces]
+            lines.append((LAWS[name], kind, *map(interval, kls)))
+            most = kls[-1]
+            helped.append(
+                (LAWS[name], kind, interval([a / b for a, b in zip(kls[0], most, strict=True)]))
+            )
+    entropies = [
+        (LAWS[name], kind, *(
+            interval(ends(select(rows, law=name, loss=kind, trace=k), "trace_entropy"))
+            for k in traces[1:]
+        ))
+        for name in names
+        for kind in LOSSES
+    ]  # fmt: skip
+    uniform = torch.full((space.num_sequences,), -math.log(space.num_sequences)).double()
+    floors = "; ".join(
+        f"{LAWS[n]}: {interval([gap(law(n, space, s), uniform) for s in range(options.seeds)])}"
+        for n in names
+    )
+    text = f"""
+V={space.vocab_size}, answers of T={space.max_length} tokens ({space.num_sequences:,} of them), a Transformer of one block of width {TINY.dim}, {steps:,} steps of
+{BATCH:,} responses from the policy itself, learning rate {rate:g}. The trace is not scored; the answer's law is the sum over all traces,
+exactly. KL(p*, answer) in nats at the end (uniform policy: {floors}):
+
+{table(["target", "trained by", *(f"{k} trace tokens" for k in traces)], lines)}
+
+KL without a trace over KL with {traces[-1]}, by seed:
+
+{table(["target", "trained by", "ratio"], helped)}
+
+Entropy of the trace in nats (at most k log V); 0 would be a trace that says nothing:
+
+{table(["target", "trained by", *(f"{k} trace tokens" for k in traces[1:])], entropies)}
+"""
+    publish("traces", "Thinking traces", text, picture(rows, names), rows, options)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

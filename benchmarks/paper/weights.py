@@ -1,0 +1,346 @@
+"""What the weights hold: the price of a causal mask, ranks, CKA, and a probe for V(s).
+
+    python -m benchmarks.paper.weights [--quick]
+
+Three models of equal size on the same laws: the EBM, the EBM with a causal mask (mean-pooled
+all the same), the ARM. Features are those of every layer at every position of every sequence.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+
+import torch
+import tyro
+from jaxtyping import Float64
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from benchmarks.machine import interval
+from benchmarks.paper import laws
+from benchmarks.paper.common import Options, Rows, collect, publish, select, table
+from benchmarks.paper.fit import (
+    SMALL,
+    Schedule,
+    descend_arm,
+    descend_ebm,
+    fit,
+    flax_init,
+    gap,
+    make_arm,
+    make_ebm,
+    scores,
+)
+from rl_ebm import EBM, TokenSpace, solve
+from rl_ebm.backbone import causal, everything
+from rl_ebm.policies import Transformer
+from rl_ebm.policies.scoring import tree_q_values
+from rl_ebm.rewards import TransformerReward
+from rl_ebm.soft_bellman import log_policy, sequence_log_probs
+
+LAWS = {
+    "zipf": "Zipf in order",
+    "normal": "softmax(N(0, I) / 0.3)",
+    "lookahead": "planted lookahead",
+}
+MODELS = {"EBM": "EBM, no mask", "EBM-causal": "EBM, causal mask", "ARM": "ARM"}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One model on one law; the probe and the ranks are taken at ``looks`` of its steps."""
+
+    model: str
+    law: str
+    vocab_size: int
+    max_length: int
+    steps: int
+    seed: int
+
+
+class CausalReward(TransformerReward):
+    """The EBM whose positions see earlier ones only; its mean is still over all of them."""
+
+    def forward(self, tokens: Tensor, lengths: Tensor, prompt_ids: Tensor) -> Tensor:
+        ids = torch.cat([self.context_ids[prompt_ids], tokens], dim=1)
+        features = self.backbone(ids, torch.arange(ids.shape[1]).expand_as(ids), causal)
+        out: Tensor = self.head(features.mean(1))[:, 0]
+        return out
+
+
+def law(name: str, space: TokenSpace, seed: int) -> Tensor:
+    """log rho of a name of :data:`LAWS`."""
+    if name == "zipf":
+        return laws.zipf(space)
+    return laws.normal(space, 0.3, seed) if name == "normal" else laws.lookahead(space, seed)
+
+
+@torch.no_grad()
+def features(model: nn.Module, space: TokenSpace) -> list[Float64[Tensor, "N L D"]]:
+    """After the embedding and after each block, at BOS and the tokens of every sequence."""
+    tokens, _ = space.sequences()
+    bos = torch.full((len(tokens), 1), space.vocab_size)
+    ids = torch.cat([bos, tokens], 1)
+    if not isinstance(model, TransformerReward):
+        ids = ids[:, :-1]  # the ARM never reads the last token
+    bidirectional = isinstance(model, TransformerReward) and not isinstance(model, CausalReward)
+    attend = everything if bidirectional else causal
+    backbone = model.backbone
+    x = backbone.token(ids) + backbone.position(torch.arange(ids.shape[1]))
+    found = [x.double()]
+    for layer, block in enumerate(backbone.blocks):
+        x = block(x, layer, attend)
+        found.append(x.double())
+    return found
+
+
+def effective_rank(x: Float64[Tensor, "N D"]) -> float:
+    """exp of the entropy of the normalised singular values (Roy and Vetterli 2007)."""
+    values = torch.linalg.svdvals(x - x.mean(0))
+    p = values / values.sum()
+    return float(torch.exp(-(p * p.clamp(min=1e-300).log()).sum()))
+
+
+def cka(x: Float64[Tensor, "N D"], y: Float64[Tensor, "N E"]) -> float:
+    """Linear centred kernel alignment (Kornblith et al. 2019, arXiv 1905.00414)."""
+    x, y = x - x.mean(0), y - y.mean(0)
+    cross = torch.linalg.matrix_norm(x.mT @ y) ** 2
+    own = torch.linalg.matrix_norm(x.mT @ x) * torch.linalg.matrix_norm(y.mT @ y)
+    return float(cross / own)
+
+
+def probe(x: Float64[Tensor, "N D"], y: Float64[Tensor, "N"], folds: int = 5) -> float:
+    """Share of the variance of y that ridge regression on x leaves unexplained, held out.
+
+    Cross-validated over random folds; 1 is what the mean alone leaves, above 1 is worse.
+    """
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    x, y = torch.cat([x, torch.ones(len(x), 1)], 1)[order], y[order]
+    lost = torch.zeros((), dtype=torch.float64)
+    for k in range(folds):
+        held = torch.arange(len(y)) % folds == k
+        a, b = x[~held], y[~held]
+        scale = a.square().mean(0).clamp(min=1e-12).sqrt()
+        a = a / scale
+        gram = a.mT @ a + 1e-3 * len(a) * torch.eye(a.shape[1], dtype=a.dtype)
+        w = torch.linalg.solve(gram, a.mT @ (b - b.mean()))
+        lost += (y[held] - b.mean() - x[held] / scale @ w).square().sum()
+    return float(lost / (y - y.mean()).square().sum())
+
+
+@torch.no_grad()
+def looks(model: nn.Module, space: TokenSpace, log_rho: Tensor, v_star: list[Tensor]) -> Rows:
+    """Rows of ranks and, for the ARM, of probes: one for each layer."""
+    tokens, _ = space.sequences()
+    index = space.prefix_indices(tokens)
+    if isinstance(model, Transformer):
+        log_pi = log_policy(tree_q_values(model, space)[0].double())
+        sizes = [space.num_prefixes(t) for t in range(space.max_length)]
+        log_p = sequence_log_probs(list(log_pi.split(sizes)), space)
+    else:
+        log_p = torch.log_softmax(scores(model), 0)
+    rows: Rows = []
+    for layer, x in enumerate(features(model, space)):
+        row = {
+            "layer": layer,
+            "gap": gap(log_rho, log_p),
+            "rank": effective_rank(x[:, : space.max_length].flatten(0, 1)),
+        }
+        if isinstance(model, Transformer):
+            for t in range(2, space.max_length):
+                # Position t has read t tokens; one sequence for each prefix of that depth.
+                first = torch.arange(space.num_prefixes(t)) * space.vocab_size ** (
+                    space.max_length - t
+                )
+                assert torch.equal(index[first, t], torch.arange(space.num_prefixes(t)))
+                row[f"probe_{t}"] = probe(x[first, t], v_star[t])
+                one_hot = nn.functional.one_hot(tokens[first, :t], space.vocab_size)
+                row[f"tokens_{t}"] = probe(one_hot.flatten(1).double(), v_star[t])
+        rows.append(row)
+    return rows
+
+
+def make(job: Weights, space: TokenSpace) -> nn.Module:
+    """A model with Flax's initial weights."""
+    if job.model == "ARM":
+        return make_arm(space, SMALL, job.seed)
+    if job.model == "EBM":
+        return make_ebm(space, SMALL, job.seed)
+    torch.manual_seed(job.seed)
+    model = CausalReward(space, SMALL)
+    flax_init(model)
+    return model
+
+
+def measure(job: Weights) -> Rows:
+    space = TokenSpace(job.vocab_size, job.max_length)
+    log_rho = law(job.law, space, job.seed)
+    q_star = tree_q_values(solve(EBM(space, log_rho)), space)[0]
+    sizes = [space.num_prefixes(t) for t in range(space.max_length)]
+    v_star = list(torch.logsumexp(q_star, 1).split(sizes))
+    model = make(job, space)
+    risk = (descend_arm if job.model == "ARM" else descend_ebm)(model, log_rho)
+    rows: Rows = []
+    at = {0, job.steps // 50, job.steps // 10, job.steps // 3, job.steps}
+    for step in fit(model, risk, Schedule(job.steps)):
+        if step in at:
+            rows += [{"step": step, **row} for row in looks(model, space, log_rho, v_star)]
+    if job.model == "EBM":
+        # The ARM of the same law and seed, on the same positions of the same sequences.
+        policy = make_arm(space, SMALL, job.seed)
+        for _ in fit(policy, descend_arm(policy, log_rho), Schedule(job.steps)):
+            pass
+        for i, x in enumerate(features(policy, space)):
+            for j, y in enumerate(features(model, space)):
+                value = cka(x.flatten(0, 1), y[:, : space.max_length].flatten(0, 1))
+                rows.append({"step": job.steps, "layer": i, "other": j, "cka": value})
+    return rows
+
+
+def spearman(x: list[float], y: list[float]) -> float:
+    """Rank correlation."""
+    ranks = [torch.tensor(v).argsort().argsort().double() for v in (x, y)]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+
+
+def at_end(rows: Rows, key: str, **fields: object) -> list[float]:
+    """A column at the last step, where it was measured."""
+    found = select(rows, **fields)
+    return [float(r[key]) for r in found if r["step"] == r["steps"] and r.get(key, "") != ""]
+
+
+def picture(rows: Rows, names: list[str], layers: int, depth: int) -> Figure:
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for colour, name in enumerate(names):
+        probes = [
+            at_end(rows, f"probe_{depth}", law=name, model="ARM", layer=k) for k in range(layers)
+        ]
+        left.plot(
+            range(layers),
+            [statistics.median(p) for p in probes],
+            marker="o",
+            color=f"C{colour}",
+            label=LAWS[name],
+        )
+        tokens = statistics.median(at_end(rows, f"tokens_{depth}", law=name, model="ARM", layer=0))
+        left.axhline(tokens, color=f"C{colour}", linestyle=":", linewidth=1)
+        arm = select(rows, law=name, model="ARM", layer=layers - 1)
+        middle.scatter(
+            [float(r["gap"]) for r in arm],
+            [float(r[f"probe_{depth}"]) for r in arm],
+            s=12,
+            color=f"C{colour}",
+            label=LAWS[name],
+        )
+    left.set(
+        xlabel="layer (0: embedding)",
+        ylabel=f"variance of V(s) unexplained, depth {depth}",
+        title="Probe for V(s); dotted: from the tokens",
+    )
+    left.set_xticks(range(layers))
+    left.legend(fontsize=8)
+    middle.set(
+        xscale="log",
+        xlabel="KL(law, ARM) (nats), every checkpoint",
+        ylabel="variance of V(s) unexplained, last layer",
+        title="Does the probe's error go with the KL?",
+    )
+    grid = torch.tensor(
+        [
+            [
+                statistics.fmean(at_end(rows, "cka", law=names[0], layer=i, other=j))
+                for j in range(layers)
+            ]
+            for i in range(layers)
+        ]
+    )
+    image = right.imshow(grid, vmin=0, vmax=1, origin="lower")
+    right.set(xlabel="layer of the EBM", ylabel="layer of the ARM", title=f"CKA, {LAWS[names[0]]}")
+    figure.colorbar(image, ax=right)
+    return figure
+
+
+def main(options: Options) -> None:
+    space, steps, names = TokenSpace(8, 4), 2000, list(LAWS)
+    if options.quick:
+        space, steps, names = TokenSpace(4, 3), 100, ["normal", "lookahead"]
+    jobs = [
+        Weights(model, name, space.vocab_size, space.max_length, steps, seed)
+        for name in names
+        for model in MODELS
+        for seed in range(options.seeds)
+    ]
+    rows = collect("weights", jobs, measure, options)
+    layers, depth = SMALL.layers + 1, space.max_length - 1
+    gaps = [
+        (
+            LAWS[name],
+            *(interval(at_end(rows, "gap", law=name, model=m, layer=0)) for m in MODELS),
+        )
+        for name in names
+    ]
+    ranks = [
+        (
+            f"{LAWS[name]}, {MODELS[m]}",
+            *(interval(at_end(rows, "rank", law=name, model=m, layer=k)) for k in range(layers)),
+        )
+        for name in names
+        for m in MODELS
+    ]
+    probes = [
+        (
+            LAWS[name],
+            interval(at_end(rows, f"tokens_{depth}", law=name, model="ARM", layer=0)),
+            *(
+                interval(at_end(rows, f"probe_{depth}", law=name, model="ARM", layer=k))
+                for k in range(layers)
+            ),
+        )
+        for name in names
+    ]
+    correlations = []
+    for seed in range(options.seeds):
+        mine = [r for r in select(rows, model="ARM", layer=layers - 1, seed=seed) if r["step"] > 0]
+        xs, ys = ([float(r[key]) for r in mine] for key in ("gap", f"probe_{depth}"))
+        correlations.append(spearman(xs, ys))
+    alike = [
+        (
+            f"ARM layer {i}",
+            *(interval(at_end(rows, "cka", law=names[0], layer=i, other=j)) for j in range(layers)),
+        )
+        for i in range(layers)
+    ]
+    names_of_layers = ["embedding", *(f"block {k}" for k in range(1, layers))]
+    spread = math.prod([space.vocab_size] * depth)
+    text = f"""
+V={space.vocab_size}, T={space.max_length}, N=2 (3,600 to 3,800 parameters at V=8), exact risk, {steps:,} steps. **What the mask costs**: KL(law,
+model) in nats with the same Transformer; the causal EBM scores whole sequences too, but no position sees later ones:
+
+{table(["law", *MODELS.values()], gaps)}
+
+**Effective rank** (of {SMALL.dim}) of the features of all positions:
+
+{table(["law, model", *names_of_layers], ranks)}
+
+**Is the value of the future in there?** V(s) = log of the sum of exp R over all continuations of s, ridge regression from the hidden
+state at s, over the {spread} prefixes of depth {depth}, five-fold cross-validation: share of the variance left unexplained, against the
+same regression on the tokens one-hot:
+
+{table(["law", "tokens", *names_of_layers], probes)}
+
+Exact risk fixes an ARM's logits only up to a constant at each state, and V(s) is that constant: nothing in the loss asks for it. Rank
+correlation of the last layer's probe error with KL(law, ARM), over trained checkpoints of all laws, by seed: {interval(correlations)}.
+
+**CKA** of ARM and EBM features at the same positions, {LAWS[names[0]]}:
+
+{table(["", *(f"EBM {x}" for x in names_of_layers)], alike)}
+"""
+    figure = picture(rows, names, layers, depth)
+    publish("weights", "Weights, not functions", text, figure, rows, options)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

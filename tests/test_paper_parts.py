@@ -1,0 +1,192 @@
+"""The measures that the paper's scripts report, against closed forms and enumeration."""
+
+import math
+
+import pytest
+import torch
+
+from benchmarks.paper import function_space, sampled_ebm, samples, traces, weights
+from benchmarks.paper.fit import SMALL, make_arm
+from rl_ebm import TokenSpace
+from rl_ebm.policies.scoring import sample
+
+
+def test_deviations_find_a_planted_error():
+    job = function_space.Identities(3, 3, None, 2, seed=0)
+    found = dict(function_space.deviations(job))
+    assert list(found) == list(function_space.IDENTITIES)
+    assert max(found.values()) < 1e-12
+    space = TokenSpace(3, 3)
+    tables = function_space.tables(space, 1, torch.Generator().manual_seed(0))
+    total = function_space.along(tables, space)
+    tokens, _ = space.sequences()
+    at = {tuple(y): i for i, y in enumerate(tokens.tolist())}
+    y = (2, 0, 1)
+    want = tables[0][0, 0, 2] + tables[1][0, 2, 0] + tables[2][0, 2 * 3 + 0, 1]
+    assert float(total[0, at[y]]) == pytest.approx(float(want))
+    other = [x.clone() for x in tables]
+    other[1][0, 0, 0] += 0.25
+    assert function_space.largest(other, tables) == pytest.approx(0.25)
+
+
+def test_descent_reaches_the_conditional_entropy():
+    rows = function_space.measure(function_space.Descent(2, 2, 2, steps=4000, seed=0))
+    last = {row["what"]: row["value"] for row in rows}
+    assert abs(last["EBM risk - H(Y|X)"]) < 1e-9
+    assert abs(last["ARM risk - H(Y|X)"]) < 1e-9
+    assert last["|log pi of the ARM - of M(EBM)|"] < 1e-4
+    assert last["-E log rho(X, Y) - H(Y|X)"] > 0.1
+
+
+def test_effective_rank_counts_directions_of_equal_size():
+    x = torch.eye(4).double().repeat(50, 1)
+    x = torch.cat([x, -x])  # centred, the same variance in each of 4 directions
+    assert weights.effective_rank(x) == pytest.approx(4)
+    line = torch.randn(100, 1).double() @ torch.randn(1, 6).double()
+    assert weights.effective_rank(line) == pytest.approx(1, abs=1e-6)
+
+
+def test_cka_is_one_up_to_a_rotation_and_small_for_noise():
+    g = torch.Generator().manual_seed(0)
+    x, noise = (torch.randn(4000, 6, generator=g).double() for _ in range(2))
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=g).double())[0]
+    assert weights.cka(x, 3 * x @ rotation + 1) == pytest.approx(1)
+    assert weights.cka(x, noise) < 0.02
+
+
+def test_the_probe_reads_what_is_linear_and_nothing_else():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 5, generator=g).double()
+    noise = torch.randn(2000, generator=g).double()
+    linear = x @ torch.arange(5).double() + 7
+    assert weights.probe(x, linear) < 1e-4
+    assert weights.probe(x, noise) == pytest.approx(1, abs=0.02)
+    half = linear / linear.std() + noise
+    assert weights.probe(x, half) == pytest.approx(0.5, abs=0.05)
+
+
+def test_features_end_in_what_the_head_reads():
+    space = TokenSpace(3, 3)
+    tokens, lengths = space.sequences()
+    policy = make_arm(space, SMALL, 0)
+    last = weights.features(policy, space)[-1]
+    torch.testing.assert_close(
+        policy.head(last.float()), policy.logits(tokens), atol=1e-5, rtol=1e-5
+    )
+    for kind in ("EBM", "EBM-causal"):
+        reward = weights.make(weights.Weights(kind, "normal", 3, 3, 1, 0), space)
+        last = weights.features(reward, space)[-1].float()
+        torch.testing.assert_close(
+            reward.head(last.mean(1))[:, 0],
+            reward(tokens, lengths, torch.zeros_like(lengths)),
+            atol=1e-5,
+            rtol=1e-5,
+        )
+
+
+def test_the_causal_ebm_alone_does_not_see_later_tokens():
+    space = TokenSpace(3, 3)
+    for kind, blind in (("EBM", False), ("EBM-causal", True)):
+        reward = weights.make(weights.Weights(kind, "normal", 3, 3, 1, 0), space)
+        first = weights.features(reward, space)[-1].view(3, 9, 4, -1)[:, :, 1]
+        assert torch.allclose(first, first[:, :1].expand_as(first)) == blind
+
+
+def test_rank_correlation_and_slope():
+    assert weights.spearman([1.0, 2.0, 3.0], [1.0, 10.0, 100.0]) == pytest.approx(1)
+    assert weights.spearman([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) == pytest.approx(-1)
+    assert samples.slope([100, 1000, 10_000], [3 / n**0.7 for n in (100, 1000, 10_000)]) == (
+        pytest.approx(0.7)
+    )
+
+
+def test_the_empirical_law_is_that_of_the_draws():
+    log_rho = torch.log_softmax(torch.arange(5).double(), 0)
+    share = samples.empirical(log_rho, 100_000, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(share.exp(), log_rho.exp(), atol=0.01, rtol=0)
+    few = samples.empirical(log_rho, 1, torch.Generator().manual_seed(0))
+    assert int(torch.isneginf(few).sum()) == 4
+    log_p = torch.log_softmax(torch.randn(5).double(), 0)
+    assert samples.likelihood(log_p, few) == pytest.approx(float(log_p[few == 0]))
+
+
+@pytest.mark.parametrize("kind", traces.LOSSES)
+def test_the_trace_losses_have_the_gradient_of_the_answers_kl(kind):
+    answers, space = TokenSpace(2, 2), TokenSpace(2, 3)
+    policy = make_arm(space, traces.TINY, 0).double()
+    log_star = torch.log_softmax(torch.randn(4, generator=torch.Generator().manual_seed(1)), 0)
+    log_star = log_star.double()
+    weight = policy.head.weight
+
+    log_joint = traces.joint(policy).view(-1, answers.num_sequences)
+    log_p = torch.logsumexp(log_joint, 0)
+    assert float(log_p.detach().exp().sum()) == pytest.approx(1)
+    want = torch.autograd.grad((log_p.exp() * (log_p - log_star)).sum(), weight)[0]
+
+    generator = torch.Generator().manual_seed(0)
+    draws = []
+    for _ in range(400):
+        log_joint = traces.joint(policy).view(-1, answers.num_sequences)
+        value = traces.loss(log_joint, log_star, kind, generator)
+        draws.append(torch.autograd.grad(value, weight)[0])
+    draws = torch.stack(draws)
+    error = draws.std(0) / math.sqrt(len(draws))
+    assert bool(((draws.mean(0) - want).abs() < 5 * error + 1e-4).all())
+    assert float(want.abs().max()) > 20 * float(error.max()), "too noisy to see anything"
+
+
+@pytest.mark.parametrize(("method", "scale", "steps"), [("gibbs", 20, 120), ("metropolis", 5, 120)])
+def test_chains_draw_from_the_ebm_when_it_stands_still(method, scale, steps, monkeypatch):
+    def nearly_uniform(*args):  # an independent proposal that is far off needs many steps
+        policy = make_arm(*args)
+        with torch.no_grad():
+            policy.head.weight.mul_(0.2)
+        return policy
+
+    monkeypatch.setattr(sampled_ebm, "make_arm", nearly_uniform)
+    s = sampled_ebm.Setting(sampled_ebm.Sampled(method, "normal", 3, 3, 1.0, 0))
+    with torch.no_grad():
+        s.reward.head.weight.mul_(scale)  # far from uniform
+    step = getattr(sampled_ebm, method)(s)
+    s.set_rate(1.0)
+    counts = torch.zeros(27).double()
+    for i in range(steps):
+        drawn = step()
+        if i >= steps // 6:
+            lengths = torch.full((len(drawn),), 3)
+            counts += torch.bincount(s.space.sequence_indices(drawn, lengths), minlength=27)
+    p = torch.softmax(sampled_ebm.scores(s.reward), 0)
+    uniform_tv = float((p - 1 / 27).abs().sum() / 2)
+    assert uniform_tv > 0.2
+    assert float((p - counts / counts.sum()).abs().sum() / 2) < 0.05
+
+
+@pytest.mark.slow
+def test_nce_learns_the_log_partition_function():
+    s = sampled_ebm.Setting(sampled_ebm.Sampled("nce", "normal", 3, 3, 1.0, 0))
+    log_z = torch.tensor(math.log(27) + 1, requires_grad=True)
+    step = sampled_ebm.nce(s, log_z)
+    start = float((s.log_rho.exp() * (s.log_rho + math.log(27))).sum())
+    for i in range(1000):
+        s.set_rate(i / 1000)
+        step()
+    r = sampled_ebm.scores(s.reward)
+    kl = float((s.log_rho.exp() * (s.log_rho - torch.log_softmax(r, 0))).sum())
+    assert kl < 0.2 * start
+    assert float(log_z.detach()) == pytest.approx(float(torch.logsumexp(r, 0)), abs=0.1)
+
+
+def test_the_policy_of_min_max_draws_its_own_negatives():
+    s = sampled_ebm.Setting(sampled_ebm.Sampled("min-max", "normal", 3, 3, 1.0, 0))
+    policy = make_arm(s.space, SMALL, 2)
+    before = [p.clone() for p in policy.parameters()]
+    step = sampled_ebm.min_max(s, policy)
+    s.set_rate(1.0)
+    drawn = step()
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+    again = sample(policy, s.space, 10, prompt_ids=torch.zeros(10, dtype=torch.int64))
+    assert drawn.shape == (sampled_ebm.BATCH, 3)
+    assert again.tokens.shape == (10, 3)
+    s.set_rate(0.0)
+    step()
+    assert not all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
