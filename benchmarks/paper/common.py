@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.machine import describe
@@ -145,6 +146,14 @@ def curve(rows: Rows, x: str, y: str) -> tuple[list[float], list[float]]:
         values.setdefault(float(row[x]), []).append(float(row[y]))
     xs = sorted(values)
     return xs, [statistics.median(values[v]) for v in xs]
+
+
+def plot_runs(axes: Axes, rows: Rows, x: str, y: str, label: str, **style: Any) -> None:
+    """A line for each run, one label for all."""
+    for i, run in enumerate(dict.fromkeys(row["run"] for row in rows)):
+        line = select(rows, run=run)
+        xs, ys = ([float(row[key]) for row in line] for key in (x, y))
+        axes.plot(xs, ys, linewidth=1, label=label if i == 0 else None, **style)
 
 
 def _key(job: Any) -> str:

@@ -25,9 +25,9 @@ from benchmarks.paper.common import (
     Options,
     Rows,
     collect,
-    curve,
     ends,
     measured,
+    plot_runs,
     publish,
     select,
     table,
@@ -39,6 +39,7 @@ from benchmarks.paper.fit import (
     descend_ebm,
     fit,
     gap,
+    log_law,
     make_arm,
     make_ebm,
     marks,
@@ -115,12 +116,11 @@ def fit_ebm(job: Any, rows: Rows) -> Tensor:
     checkpoint = ROOT / "runs" / "paper" / f"{name}.pt" if space.num_sequences > 10_000 else None
     for step in fit(reward, descend_ebm(reward, log_rho), schedule, rows, checkpoint):
         if step in look:
-            log_p = torch.log_softmax(scores(reward), 0)
             rows.append(
                 {
                     "model": "EBM",
                     "step": step,
-                    "gap": gap(log_rho, log_p),
+                    "gap": gap(log_rho, log_law(reward)),
                     "seconds": round(time.perf_counter() - started, 2),
                 }
             )
@@ -222,10 +222,7 @@ def picture(rows: Rows, settings: list[tuple[int, int, int]]) -> Figure:
     for (v, t, n), (left, right) in zip(settings, axes, strict=True):
         mine = select(rows, vocab_size=v, max_length=t, layers=n)
         for colour, model in enumerate(("ARM", "EBM")):
-            lines = select(mine, model=model)
-            for i, run in enumerate(dict.fromkeys(r["run"] for r in lines)):
-                xs, ys = curve(select(lines, run=run), "step", "gap")
-                left.plot(xs, ys, color=f"C{colour}", linewidth=1, label=model if i == 0 else None)
+            plot_runs(left, select(mine, model=model), "step", "gap", model, color=f"C{colour}")
         for value, colour in zip(PAPER[v, t, n][:2], ("C0", "C1"), strict=True):
             left.plot([5000], [value], marker="*", color=colour, markersize=11)
         left.set(yscale="log", ylabel="risk less H(Y) (nats)", title=f"V={v}, T={t}, N={n}: gap")
@@ -233,15 +230,7 @@ def picture(rows: Rows, settings: list[tuple[int, int, int]]) -> Figure:
         arm = select(mine, model="ARM")
         labels = {"before": "before the map", "after": "after the map"}
         for colour, key in enumerate(labels):
-            for i, run in enumerate(dict.fromkeys(r["run"] for r in arm)):
-                xs, ys = curve(select(arm, run=run), "step", key)
-                right.plot(
-                    xs,
-                    ys,
-                    color=f"C{colour + 2}",
-                    linewidth=1,
-                    label=labels[key] if i == 0 else None,
-                )
+            plot_runs(right, arm, "step", key, labels[key], color=f"C{colour + 2}")
             right.plot(
                 [5000], [PAPER[v, t, n][2 + colour]], marker="*", color=f"C{colour + 2}", ms=11
             )

@@ -24,7 +24,7 @@ from rl_ebm.checkpoint import load_state, save_state
 from rl_ebm.policies import Transformer
 from rl_ebm.policies.scoring import tree_q_values
 from rl_ebm.rewards import TransformerReward
-from rl_ebm.soft_bellman import log_policy
+from rl_ebm.soft_bellman import log_policy, sequence_log_probs
 
 SMALL = TransformerConfig(layers=2, heads=2, dim=16, hidden=16)
 """the paper's N = 2: 3,633 parameters as an EBM at V = 8, T = 4"""
@@ -76,6 +76,10 @@ def make_ebm(space: TokenSpace, config: TransformerConfig, seed: int) -> Transfo
     model = TransformerReward(space, config)
     flax_init(model)
     return model
+
+
+MAKE = {"ARM": make_arm, "EBM": make_ebm}
+"""what a name of a model stands for"""
 
 
 def parameters(model: nn.Module) -> int:
@@ -179,6 +183,36 @@ def fit(
             save_state(checkpoint, states)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def log_law(model: nn.Module) -> Float64[Tensor, "N"]:
+    """log-probability of every sequence under an ARM or an EBM, in float64."""
+    if isinstance(model, TransformerReward):
+        return torch.log_softmax(scores(model), 0)
+    assert isinstance(model, Transformer)
+    space = model.space
+    sizes = [space.num_prefixes(t) for t in range(space.max_length)]
+    log_pi = log_policy(tree_q_values(model, space)[0].double())
+    return sequence_log_probs(list(log_pi.split(sizes)), space)
+
+
+def watch(
+    model: Transformer | TransformerReward,
+    log_rho: Float64[Tensor, "N"],
+    schedule: Schedule,
+    points: int = 50,
+) -> Iterator[tuple[int, Float64[Tensor, "N"]]]:
+    """Fit an ARM or an EBM to a law; yields the step and the model's own law at the marks."""
+    risk = (
+        descend_ebm(model, log_rho)
+        if isinstance(model, TransformerReward)
+        else descend_arm(model, log_rho)
+    )
+    look = marks(schedule.steps, points)
+    for step in fit(model, risk, schedule):
+        if step in look:
+            yield step, log_law(model)
 
 
 def gap(log_rho: Float64[Tensor, "N"], log_p: Float64[Tensor, "N"]) -> float:

@@ -28,8 +28,8 @@ from torch.nn import functional as F
 
 from benchmarks.machine import interval
 from benchmarks.paper import laws
-from benchmarks.paper.common import Options, Rows, collect, ends, publish, select, table
-from benchmarks.paper.fit import SMALL, descend_ebm, gap, make_arm, make_ebm, scores
+from benchmarks.paper.common import Options, Rows, collect, ends, plot_runs, publish, select, table
+from benchmarks.paper.fit import SMALL, descend_ebm, gap, log_law, make_arm, make_ebm, scores
 from rl_ebm import TokenSpace
 from rl_ebm.agents.policy_gradient import policy_gradient_loss
 from rl_ebm.policies import Transformer, log_prob
@@ -247,12 +247,11 @@ def measure(job: Sampled) -> Rows:
         if spent < due and spent < job.seconds:
             continue
         due += job.seconds / 25
-        log_p = torch.log_softmax(scores(s.reward), 0)
         rows.append(
             {
                 "spent": round(min(spent, job.seconds), 3),
                 "count": count,
-                "kl": gap(s.log_rho, log_p),
+                "kl": gap(s.log_rho, log_law(s.reward)),
             }
         )
     rows[-1] |= bias(s, step, log_z if job.method == "nce" else None)
@@ -290,15 +289,7 @@ def picture(rows: Rows, names: list[str]) -> Figure:
     for name, ax in zip(names, axes, strict=True):
         for colour, method in enumerate(METHODS):
             mine = select(rows, law=name, method=method)
-            for i, run in enumerate(dict.fromkeys(r["run"] for r in mine)):
-                line = select(mine, run=run)
-                ax.plot(
-                    [r["spent"] for r in line],
-                    [r["kl"] for r in line],
-                    color=f"C{colour}",
-                    linewidth=1,
-                    label=method if i == 0 else None,
-                )
+            plot_runs(ax, mine, "spent", "kl", method, color=f"C{colour}")
         ax.set(
             yscale="log",
             xlabel="seconds on one thread",

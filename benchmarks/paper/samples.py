@@ -19,21 +19,8 @@ from torch import Tensor
 from benchmarks.machine import interval
 from benchmarks.paper import laws
 from benchmarks.paper.common import Options, Rows, collect, publish, select, table
-from benchmarks.paper.fit import (
-    SMALL,
-    Schedule,
-    descend_arm,
-    descend_ebm,
-    fit,
-    gap,
-    make_arm,
-    make_ebm,
-    marks,
-    scores,
-)
+from benchmarks.paper.fit import MAKE, SMALL, Schedule, gap, watch
 from rl_ebm import TokenSpace
-from rl_ebm.policies.scoring import tree_q_values
-from rl_ebm.soft_bellman import log_policy, sequence_log_probs
 
 LAWS = {
     "parity": "easy R, hard q: parity",
@@ -84,24 +71,10 @@ def measure(job: Samples) -> Rows:
     log_rho = law(job.law, space, job.seed)
     generator = torch.Generator().manual_seed(job.seed)
     train, held = (empirical(log_rho, n, generator) for n in (job.n, max(25, job.n // 4)))
-    sizes = [space.num_prefixes(t) for t in range(space.max_length)]
-    if job.model == "EBM":
-        reward = make_ebm(space, SMALL, job.seed)
-        steps = fit(reward, descend_ebm(reward, train), Schedule(job.steps))
-    else:
-        policy = make_arm(space, SMALL, job.seed)
-        steps = fit(policy, descend_arm(policy, train), Schedule(job.steps))
+    model = MAKE[job.model](space, SMALL, job.seed)
     best: dict[str, float] = {}
-    look, last = marks(job.steps, 50), math.nan
-    for step in steps:
-        if step not in look:
-            continue
-        with torch.no_grad():
-            if job.model == "EBM":
-                log_p = torch.log_softmax(scores(reward), 0)
-            else:
-                log_pi = log_policy(tree_q_values(policy, space)[0].double())
-                log_p = sequence_log_probs(list(log_pi.split(sizes)), space)
+    last = math.nan
+    for step, log_p in watch(model, train, Schedule(job.steps)):
         nll, last = -likelihood(log_p, held), gap(log_rho, log_p)
         if not best or nll < best["held_out"]:
             best = {"step": step, "held_out": nll, "kl": last}

@@ -164,8 +164,7 @@ in brackets the half-width of the largest 95% interval of one estimate ({samples
 
 {table(head, lines)}
 
-KL in nats for a whole response. What separates a column from 0 is training: the chain's q* is a function of the last token and
-the position, well within the network.
+KL in nats for a whole response.
 """
     publish(
         "scale", "Scale: V = 32 and 64, T = 8 and 16", text, picture(rows, settings), rows, options

@@ -22,6 +22,7 @@ from benchmarks.machine import interval
 from benchmarks.paper import laws
 from benchmarks.paper.common import Options, Rows, collect, publish, select, table
 from benchmarks.paper.fit import (
+    MAKE,
     SMALL,
     Schedule,
     descend_arm,
@@ -29,16 +30,14 @@ from benchmarks.paper.fit import (
     fit,
     flax_init,
     gap,
+    log_law,
     make_arm,
-    make_ebm,
-    scores,
 )
 from rl_ebm import EBM, TokenSpace, solve
 from rl_ebm.backbone import causal, everything
 from rl_ebm.policies import Transformer
 from rl_ebm.policies.scoring import tree_q_values
 from rl_ebm.rewards import TransformerReward
-from rl_ebm.soft_bellman import log_policy, sequence_log_probs
 
 LAWS = {
     "zipf": "Zipf in order",
@@ -135,12 +134,7 @@ def looks(model: nn.Module, space: TokenSpace, log_rho: Tensor, v_star: list[Ten
     """Rows of ranks and, for the ARM, of probes: one for each layer."""
     tokens, _ = space.sequences()
     index = space.prefix_indices(tokens)
-    if isinstance(model, Transformer):
-        log_pi = log_policy(tree_q_values(model, space)[0].double())
-        sizes = [space.num_prefixes(t) for t in range(space.max_length)]
-        log_p = sequence_log_probs(list(log_pi.split(sizes)), space)
-    else:
-        log_p = torch.log_softmax(scores(model), 0)
+    log_p = log_law(model)
     rows: Rows = []
     for layer, x in enumerate(features(model, space)):
         row = {
@@ -164,10 +158,8 @@ def looks(model: nn.Module, space: TokenSpace, log_rho: Tensor, v_star: list[Ten
 
 def make(job: Weights, space: TokenSpace) -> nn.Module:
     """A model with Flax's initial weights."""
-    if job.model == "ARM":
-        return make_arm(space, SMALL, job.seed)
-    if job.model == "EBM":
-        return make_ebm(space, SMALL, job.seed)
+    if job.model in MAKE:
+        return MAKE[job.model](space, SMALL, job.seed)
     torch.manual_seed(job.seed)
     model = CausalReward(space, SMALL)
     flax_init(model)
