@@ -5,6 +5,9 @@ actions (the span does not see a constant added to the logits of a state):
 
 * one state: ``KL <= K(L)``, ``K(L) = u - 1 - log u``, ``u = L / (1 - exp(-L))``. Sharp: it is
   attained. ``K(L) <= min(L^2 / 8, L)``; the same for both directions of the KL.
+* one state, weighing actions: split them into likely and unlikely ones, of mass m under p and
+  m' under p'; then ``KL(p, p') <= kl(m, m') + (1 - m) K(L_likely) + m K(L_unlikely)``, by the
+  chain rule and K on either side. A span among actions that p hardly ever takes costs little.
 * sequences, by the chain rule: ``KL(P_q, P*) <= sum_t E_{s_t ~ P_q} K(L_{s_t})`` (occupancy),
   at most ``n K(max L)`` with n the most unforced decisions of a response (span), at most
   ``2 T ||q - q*||_inf`` (arXiv 2512.15605, Prop. 3).
@@ -18,6 +21,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from rl_ebm.soft_bellman import Tables, expectation, forward_log_marginals
 from rl_ebm.tokens import TokenSpace
@@ -40,6 +44,44 @@ def span_kl(span: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     s = torch.where(small, span, torch.zeros_like(span)).square()
     series = s * (1 / 8 + s * (-1 / 576 + s * (1 / 25920 + s * (-1 / 1075200 + s / 43545600))))
     return torch.where(small, series, closed).masked_fill(infinite, torch.inf)
+
+
+def split_kl(log_p: Float[Tensor, "... A"], log_q: Float[Tensor, "... A"]) -> Float[Tensor, "..."]:
+    """The most KL(p, q) that the spans of log p - log q on either side of a split allow.
+
+    The best of all splits by p's own order, no split included: at most K(L), and the KL itself
+    for two actions. Nothing else than the spans and the masses of the two sides is used.
+
+    Args:
+        log_p, log_q: log-probabilities; ``-inf`` where forbidden. q may give some mass to
+            what p forbids, at its exact cost, -log of the rest.
+    """
+    allowed = torch.isfinite(log_p)
+    dead = ~allowed.any(-1)
+    inside = torch.logsumexp(log_q.masked_fill(~allowed, -torch.inf), -1)
+    log_p, order = log_p.sort(dim=-1, descending=True, stable=True)
+    allowed = allowed.gather(-1, order)
+    log_q = log_q.gather(-1, order).masked_fill(~allowed, -torch.inf) - inside[..., None]
+    ratio = (log_p - log_q).masked_fill(~allowed, 0.0)
+    spans, masses = [], []
+    for flip in (False, True):  # the k likeliest actions; then all but them
+        high, low = (ratio.masked_fill(~allowed, fill) for fill in (-torch.inf, torch.inf))
+        p, q = log_p.exp(), log_q.exp()
+        if flip:
+            high, low, p, q = (x.flip(-1) for x in (high, low, p, q))
+        span = high.cummax(-1).values - low.cummin(-1).values
+        sums = [span, p.cumsum(-1), q.cumsum(-1)]
+        if flip:
+            # Entry k of the flipped sums is about all but the first A - 1 - k.
+            sums = [F.pad(x.flip(-1)[..., 1:], (0, 1)) for x in sums]
+        spans.append(sums[0].clamp(min=0.0).nan_to_num(nan=torch.inf, posinf=torch.inf))
+        masses.append(sums[1:])
+    total = torch.zeros_like(log_p)
+    for span, (p, q) in zip(spans, masses, strict=True):
+        inner = torch.where(p > 0, p * span_kl(span), 0.0)
+        total = total + torch.special.xlogy(p, p / q).masked_fill(p == 0, 0.0) + inner
+    best = total.amin(-1).clamp(min=0.0) - inside
+    return best.masked_fill(dead, 0.0)
 
 
 def centre(delta: Float[Tensor, "... A"], q_star: Float[Tensor, "... A"]) -> Float[Tensor, "... A"]:

@@ -260,3 +260,71 @@ def test_a_bellman_residual_bounds_the_kl_by_the_span_it_leaves_on_responses(siz
     span = vector(max(error.log_weights) - min(error.log_weights))
     kl = brute_force.kl(both.log_probs, truth.log_probs)
     assert 0 < kl <= bounds.span_kl(span).item()
+
+
+# One state, weighing its actions --------------------------------------------------------------
+
+
+def brute_force_split(p, q):
+    """The best split of the allowed actions, in p's order, by its definition."""
+    allowed = sorted((i for i, x in enumerate(p) if x > 0), key=lambda i: -p[i])
+    inside = sum(q[i] for i in allowed)
+    if inside == 0:
+        return INF
+    best = INF
+    for k in range(1, len(allowed) + 1):
+        total = -math.log(inside)
+        for part in (allowed[:k], allowed[k:]):
+            if not part:
+                continue
+            m, n = sum(p[i] for i in part), sum(q[i] for i in part) / inside
+            if any(q[i] == 0 for i in part):
+                total = INF
+                break
+            ratios = [math.log(p[i] / q[i]) for i in part]
+            span = max(ratios) - min(ratios)
+            total += m * math.log(m / n) + m * float(exact_k(span) if span > 0 else 0)
+        best = min(best, total)
+    return best
+
+
+@pytest.mark.parametrize("scale", [0.1, 2.0])
+def test_the_split_bound_is_the_best_of_all_splits(scale):
+    g = torch.Generator().manual_seed(0)
+    for n in (1, 2, 3, 5):
+        for zeros in range(n):
+            logits = scale * torch.randn(2, n, generator=g, dtype=torch.float64)
+            logits[0, :zeros] = -INF
+            log_p, log_q = (row[torch.randperm(n, generator=g)] for row in log_policy(logits))
+            want = brute_force_split(log_p.exp().tolist(), log_q.exp().tolist())
+            close(bounds.split_kl(log_p, log_q), vector(want), 1e-11)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_kl_never_passes_the_split_bound_nor_that_bound_k(scale, n):
+    g = torch.Generator().manual_seed(n)
+    log_p = log_policy(3 * torch.randn(4000, n, generator=g, dtype=torch.float64).pow(3))
+    noise = scale * torch.randn(4000, n, generator=g, dtype=torch.float64)
+    log_q = log_policy(log_p + noise)
+    kl, got = (log_p.exp() * (log_p - log_q)).sum(-1), bounds.split_kl(log_p, log_q)
+    assert (kl <= got * (1 + 1e-9) + 1e-13).all()
+    assert (got <= bounds.span_kl(bounds.logit_span(log_q, log_p)) * (1 + 1e-9) + 1e-13).all()
+    if n == 2:
+        close(got, kl.clamp(min=0), 1e-11)
+
+
+def test_an_error_at_an_action_that_p_hardly_takes_costs_little():
+    log_p = log_policy(vector([0.0, -1.0, -30.0]))
+    log_q = log_policy(vector([0.0, -1.0, -70.0]))
+    assert float(bounds.span_kl(bounds.logit_span(log_q, log_p))) > 30
+    assert float(bounds.split_kl(log_p, log_q)) < 1e-10
+
+
+def test_the_split_bound_at_its_ends():
+    p, q = vector([0.5, 0.5, 0.0]).log(), vector([0.5, 0.25, 0.25]).log()
+    close(bounds.split_kl(p, q), vector(0.5 * math.log(2)))
+    assert float(bounds.split_kl(p, vector([1.0, 0.0, 0.0]).log())) == INF
+    dead = torch.full((3,), -INF, dtype=torch.float64)
+    assert float(bounds.split_kl(dead, q)) == 0
+    assert float(bounds.split_kl(q, q)) == 0

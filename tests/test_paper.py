@@ -163,6 +163,10 @@ def test_bounds_and_kls_of_a_pair_of_logits_by_enumeration():
     spans = [float(row.max() - row.min()) for row in q_star - q]
     assert found["linf"] == pytest.approx(max(spans) / 2)  # two actions: half the span
     assert found["prop3"] == pytest.approx(2 * 2 * max(spans) / 2)
+    # With two actions a split leaves no span: the bound is the KL.
+    assert found["split"] == pytest.approx(found["kl"])
+    assert found["split_target"] == pytest.approx(found["kl_target_policy"])
+    assert found["occupancy"] > found["kl"]
     assert found["far_states"] == pytest.approx(sum(s > 1 for s in spans) / 3)
     weight = [1.0, *(sum(star[a, b] for b in range(2)) for a in range(2))]
     assert found["far"] == pytest.approx(
