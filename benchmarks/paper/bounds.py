@@ -64,6 +64,7 @@ class Fig5:
     temperature: float
     steps: int
     seed: int
+    beta2: float = Schedule.beta2
 
 
 def against(q: Tensor, q_star: Tensor, space: TokenSpace) -> dict[str, float]:
@@ -139,7 +140,7 @@ def measure_fig5(job: Fig5) -> Rows:
     policy = make_arm(space, SIZES[job.layers], job.seed)
     q_star = tree_q_values(solve(EBM(space, log_rho)), space)[0]
     rows, look = [], marks(job.steps, 50)
-    for step in fit(policy, descend_arm(policy, log_rho), Schedule(job.steps)):
+    for step in fit(policy, descend_arm(policy, log_rho), Schedule(job.steps, beta2=job.beta2)):
         if step in look:
             with torch.no_grad():
                 q = tree_q_values(policy, space)[0]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from io import StringIO
 from multiprocessing import get_context
@@ -53,6 +55,8 @@ class Options:
     """runs at a time, each with one thread"""
     fresh: bool = False
     """run again what the results hold already"""
+    minutes: float | None = None
+    """after which no further run is started; what is there is kept"""
     out: Path | None = None
     """where results and report go; None for benchmarks/paper, or runs/paper-quick"""
 
@@ -64,7 +68,11 @@ class Options:
 
 
 def collect(
-    name: str, jobs: Sequence[Any], measure: Callable[[Any], Rows], options: Options
+    name: str,
+    jobs: Sequence[Any],
+    measure: Callable[[Any], Rows],
+    options: Options,
+    partial: bool = False,
 ) -> Rows:
     """Rows of every job, from the results where they are there already, else by running it.
 
@@ -73,6 +81,7 @@ def collect(
     Args:
         jobs: frozen dataclasses; their fields become columns.
         measure: a module-level function of a job; runs in a process of its own.
+        partial: whether rows of some jobs only will do, when ``options.minutes`` are over.
     """
     path = options.folder / "results" / f"{name}.csv"
     # What belongs to other jobs stays in the file as well: it may have taken hours.
@@ -80,18 +89,28 @@ def collect(
     missing = [job for job in jobs if _key(job) not in found]
     torch.set_num_threads(1)
     commit = _commit()
+    end = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
     with ProcessPoolExecutor(
         options.workers, get_context("spawn"), torch.set_num_threads, (1,)
     ) as processes:
-        futures = {_key(job): (job, processes.submit(measure, job)) for job in missing}
-        for i, (key, (job, future)) in enumerate(futures.items(), start=1):
-            fields = {"run": key, **asdict(job)}
-            found[key] = [fields | row | {"commit": commit} for row in future.result()]
+        running: dict[Future[Rows], Any] = {}
+        for i in range(1, len(missing) + 1):
+            while missing and len(running) < options.workers and time.monotonic() < end:
+                job = missing.pop(0)
+                running[processes.submit(measure, job)] = job
+            if not running:
+                break
+            future = next(iter(wait(running, return_when=FIRST_COMPLETED).done))
+            job = running.pop(future)
+            fields = {"run": _key(job), **asdict(job)}
+            found[_key(job)] = [fields | row | {"commit": commit} for row in future.result()]
             _write(path, [row for rows in found.values() for row in rows])
-            print(f"{name}: {i} of {len(missing)} runs, {job}", file=sys.stderr)
+            print(f"{name}: run {i}, {job}", file=sys.stderr)
+    if missing and not partial:
+        sys.exit(f"{len(missing)} runs are left: the same command goes on with them")
     # As they are read, so that a first run and a later one see the same values.
     found = _read(path)
-    return [row for job in jobs for row in found[_key(job)]]
+    return [row for job in jobs for row in found.get(_key(job), [])]
 
 
 def measured(name: str, jobs: Sequence[Any], options: Options) -> list[Any]:

@@ -95,8 +95,10 @@ def measure(job: Trace) -> Rows:
         value.backward()
         return value.detach()
 
+    # The gradients are noisy: Adam's own beta2.
+    schedule = Schedule(job.steps, job.lr, beta2=0.999)
     rows, look = [], marks(job.steps, 25)
-    for step in fit(policy, risk, Schedule(job.steps, job.lr)):
+    for step in fit(policy, risk, schedule):
         if step in look:
             with torch.no_grad():
                 log_joint = joint(policy).view(-1, answers.num_sequences).double()
