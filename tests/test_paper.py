@@ -71,6 +71,17 @@ def test_the_schedule_is_a_trapezoid():
     assert max(fit.Schedule(steps=3).rate(k) for k in range(3)) <= fit.Schedule().lr
 
 
+def test_the_schedules_beta2_is_adams(monkeypatch):
+    seen, adam = [], torch.optim.Adam
+    monkeypatch.setattr(
+        torch.optim, "Adam", lambda *args, **kwargs: seen.append(kwargs) or adam(*args, **kwargs)
+    )
+    space = TokenSpace(2, 2)
+    policy = fit.make_arm(space, fit.SMALL, 0)
+    list(fit.watch(policy, laws.zipf(space), fit.Schedule(steps=1, beta2=0.7)))
+    assert seen == [{"lr": 3e-3, "betas": (0.9, 0.7)}]
+
+
 def test_the_arms_risk_is_the_kl_by_enumeration():
     space = TokenSpace(3, 3)
     policy, log_rho = fit.make_arm(space, fit.SMALL, 0), laws.normal(space, 0.5, 0)
@@ -205,6 +216,16 @@ def test_jobs_whose_rows_are_there_are_not_run_again(tmp_path):
         collect("squares", jobs, refuses, Options(out=tmp_path, workers=1, fresh=True))
     with pytest.raises(AssertionError, match="it was in the results"):
         collect("squares", [*jobs, Job(4, 0)], refuses, options)
+
+
+def test_when_the_time_is_over_what_is_there_is_kept(tmp_path):
+    jobs, over = [Job(2, 0), Job(3, 1)], Options(out=tmp_path, workers=1, minutes=0)
+    assert collect("squares", jobs, refuses, over, partial=True) == []
+    collect("squares", jobs[:1], squares, Options(out=tmp_path, workers=1))
+    with pytest.raises(SystemExit, match="1 runs are left: the same command goes on"):
+        collect("squares", jobs, refuses, over)
+    rows = collect("squares", jobs, refuses, over, partial=True)
+    assert [row["value"] for row in rows] == [0, 2, 8]
 
 
 def test_the_report_is_made_of_its_sections():
