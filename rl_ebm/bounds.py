@@ -21,7 +21,6 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from rl_ebm.soft_bellman import Tables, expectation, forward_log_marginals
 from rl_ebm.tokens import TokenSpace
@@ -73,7 +72,8 @@ def split_kl(log_p: Float[Tensor, "... A"], log_q: Float[Tensor, "... A"]) -> Fl
         sums = [span, p.cumsum(-1), q.cumsum(-1)]
         if flip:
             # Entry k of the flipped sums is about all but the first A - 1 - k.
-            sums = [F.pad(x.flip(-1)[..., 1:], (0, 1)) for x in sums]
+            nothing = torch.zeros_like(span[..., :1])
+            sums = [torch.cat([x.flip(-1)[..., 1:], nothing], -1) for x in sums]
         spans.append(sums[0].clamp(min=0.0).nan_to_num(nan=torch.inf, posinf=torch.inf))
         masses.append(sums[1:])
     total = torch.zeros_like(log_p)
