@@ -251,7 +251,7 @@ def picture(rows: Rows) -> Figure:
         ylabel="nats",
         title="The law of Fig. 5, softmax(N(0, I) / 0.1)",
     )
-    right.legend(fontsize=7)
+    right.legend(fontsize=6, ncols=2, loc="center", bbox_to_anchor=(0.6, 0.6))
     return figure
 
 
