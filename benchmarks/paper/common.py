@@ -158,6 +158,13 @@ def ends(rows: Rows, key: str) -> list[float]:
     return list(last.values())
 
 
+def spread(values: Sequence[float]) -> str:
+    """Median, smallest and largest: for few values on very different scales."""
+    if not values:
+        return "not run"
+    return f"{statistics.median(values):.2g} ({min(values):.2g} to {max(values):.2g})"
+
+
 def curve(rows: Rows, x: str, y: str) -> tuple[list[float], list[float]]:
     """Median over the runs of y at each x."""
     values: dict[float, list[float]] = {}
