@@ -244,8 +244,11 @@ def measure(job: Rate | Pair | Cost | Choice) -> Rows:
 
 
 def chosen_rate(rows: Rows, layers: int) -> float:
-    """The paper's rule: the smallest area under the EBM's curve; the first where none was run."""
-    area = {lr: sum(r["gap"] for r in select(rows, layers=layers, lr=lr)) for lr in RATES}
+    """The paper's rule: the smallest area under the EBM's curve; the first if one is missing."""
+    trials = [select(rows, layers=layers, lr=lr) for lr in RATES]
+    if not all(trials):
+        return RATES[0]
+    area = {lr: sum(r["gap"] for r in mine) for lr, mine in zip(RATES, trials, strict=True)}
     return min(area, key=lambda lr: area[lr])
 
 
