@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.paper import function_space, sampled_ebm, samples, traces, weights
+from benchmarks.paper import common, figures, function_space, sampled_ebm, samples, traces, weights
 from benchmarks.paper.fit import SMALL, make_arm
 from rl_ebm import TokenSpace
 from rl_ebm.policies.scoring import sample
@@ -190,3 +190,19 @@ def test_the_policy_of_min_max_draws_its_own_negatives():
     s.set_rate(0.0)
     step()
     assert not all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+
+
+def test_the_rate_is_that_of_the_smallest_area_once_all_were_tried():
+    def rows(gaps):
+        return [{"layers": 2, "lr": lr, "gap": g} for lr, g in gaps]
+
+    some = [(1e-3, 0.1), (1e-3, 0.1), (1e-4, 9.0)]
+    assert figures.chosen_rate(rows([*some, (3e-3, 0.5)]), 2) == 1e-3
+    assert figures.chosen_rate(rows(some), 2) == 3e-3  # one was not tried
+    assert figures.chosen_rate(rows([*some, (3e-3, 0.5)]), 3) == 3e-3
+
+
+def test_few_values_are_shown_with_their_range_and_against_the_papers():
+    assert common.spread([1.0, 100.0, 3.0]) == "3 (1 to 1e+02)"
+    assert common.spread([]) == figures.compared([], 1.0) == "not run"
+    assert figures.compared([2.0, 4.0], 6.0).endswith("/ 6 (0.5 x)")

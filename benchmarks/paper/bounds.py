@@ -19,7 +19,16 @@ from torch import Tensor
 
 from benchmarks.machine import interval
 from benchmarks.paper import laws
-from benchmarks.paper.common import Options, Rows, collect, ends, publish, select, table
+from benchmarks.paper.common import (
+    Options,
+    Rows,
+    collect,
+    ends,
+    publish,
+    select,
+    spread,
+    table,
+)
 from benchmarks.paper.fit import SIZES, Schedule, descend_arm, fit, make_arm, marks
 from rl_ebm import EBM, TokenSpace, bounds, divergences, solve
 from rl_ebm.agents import AGENTS
@@ -289,6 +298,13 @@ def main(options: Options) -> None:
         (f"{n}", *(interval(ends(select(rows, kind="fig5", layers=n), key)) for key in keys))
         for n in layers
     ]
+    fits = select(rows, kind="fig5")
+    ratios = [
+        bound / kl
+        for bound, kl in zip(
+            ends(fits, "split_target"), ends(fits, "kl_target_policy"), strict=True
+        )
+    ]
     fig5_head = [
         "N", "KL(p*, ARM)", "largest distance", "Prop. 3", "span", "occupancy of states",
         "of states and actions", "p*'s visits to states with L > 1",
@@ -316,7 +332,7 @@ does not.
 
 Weighing the states does not explain it: most of p*'s own visits are to states whose logits span more than a nat, so that the
 occupancy bound stays as large as the distance. The distance sits at *actions* that p* hardly ever takes, in states that it does
-visit; weighing both brings the bound down to the KL. Smallest example: one state, two actions of logits (0, -30)
+visit; weighing both gives a bound of {spread(ratios)} times the KL, over all fits at their end. Smallest example: one state, two actions of logits (0, -30)
 against (0, -70): the distance is 20 centred, K(L) is {float(bounds.span_kl(torch.tensor(40.0).double())):.0f}, and the KL {example():.0e}.
 """
     publish("bounds", "Proposition 3, and sharper", text, picture(rows), rows, options)

@@ -238,7 +238,7 @@ class _Rows:
             raise ValueError(
                 f"{count - rows} of {count} sequences are missing, the first of them "
                 f"{self._write((row_of < 0).argmax(), symbols)}: give each a score, or "
-                'missing="forbid" to make them impossible'
+                'missing="forbid" (--missing forbid) to make them impossible'
             )
         scores = np.full(count, -np.inf)
         scores[index] = self.scores
