@@ -7,14 +7,42 @@ An agent has a ``policy``, ``sample() -> Batch | None`` (the responses that it w
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import product
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from rl_ebm.agents.best_of_n import BestOfNAgent, BestOfNConfig
+from rl_ebm.agents.best_of_n import fixed_point as best_of_n_fixed_point
 from rl_ebm.agents.exact import ExactAgent, ExactConfig
+from rl_ebm.agents.kl_penalty import fixed_point as penalised_fixed_point
+from rl_ebm.agents.matching import SLOPES, MatchingAgent, MatchingConfig
+from rl_ebm.agents.monte_carlo import MonteCarloAgent, MonteCarloConfig
+from rl_ebm.agents.on_policy_distillation import (
+    OnPolicyDistillationAgent,
+    OnPolicyDistillationConfig,
+)
+from rl_ebm.agents.path_consistency import (
+    DetailedBalanceAgent,
+    DetailedBalanceConfig,
+    PathConsistencyAgent,
+    PathConsistencyConfig,
+    SubTBAgent,
+    SubTBConfig,
+)
 from rl_ebm.agents.policy_gradient import PolicyGradientAgent, PolicyGradientConfig
+from rl_ebm.agents.ppo import GRPOAgent, GRPOConfig, PPOAgent, PPOConfig
+from rl_ebm.agents.sampled_teacher import SampledTeacherAgent, SampledTeacherConfig
 from rl_ebm.agents.soft_q import SoftQAgent, SoftQConfig
 from rl_ebm.agents.teacher_forcing import TeacherForcingAgent, TeacherForcingConfig
+from rl_ebm.agents.trajectory_balance import (
+    TrajectoryBalanceAgent,
+    TrajectoryBalanceConfig,
+    VarGradAgent,
+    VarGradConfig,
+)
+from rl_ebm.fixed_points import FixedPoint, Problem, target
 from rl_ebm.policies import Trainable
 from rl_ebm.tokens import Batch
 
@@ -37,7 +65,11 @@ class Agent(Protocol):
 
 
 class AgentEntry(NamedTuple):
-    """An agent by name: its class, its options, what it does, where it is from."""
+    """An agent by name: its class, its options, what it does, where it is from.
+
+    ``fixed_point(config, problem)`` is what its expected gradient converges to, and
+    ``variants`` are the options by which that differs: ``rl-ebm audit`` lists them.
+    """
 
     agent: Any
     config: Any
@@ -45,7 +77,17 @@ class AgentEntry(NamedTuple):
     paper: str
     needs_teacher: bool = False
     needs_reward: bool = True
+    fixed_point: Callable[[Any, Problem], FixedPoint] = target
+    variants: tuple[dict[str, str], ...] = ({},)
 
+
+PENALTIES = tuple(
+    {"kl_estimator": k, "kl_in": place, "kl_level": level, "advantage": advantage}
+    for place, k, level, advantage in product(
+        ("reward", "loss"), ("k1", "k2", "k3"), ("token", "sequence"), ("none", "group-std")
+    )
+)
+"""options of a policy gradient that move its fixed point"""
 
 AGENTS = {
     "soft-q": AgentEntry(
@@ -54,11 +96,96 @@ AGENTS = {
         "soft Q-learning on sequences: logits regress on soft lambda- or n-step returns",
         "Haarnoja et al. 2017, arXiv 1702.08165",
     ),
+    "path-consistency": AgentEntry(
+        PathConsistencyAgent,
+        PathConsistencyConfig,
+        "path consistency (PCL): squared soft Bellman residuals of all sub-trajectories",
+        "Nachum et al. 2017, arXiv 1702.08892",
+    ),
+    "subtb": AgentEntry(
+        SubTBAgent,
+        SubTBConfig,
+        "sub-trajectory balance, weights lambda^length, with V = logsumexp q as the flow",
+        "Madan et al. 2023, arXiv 2209.12782",
+    ),
+    "detailed-balance": AgentEntry(
+        DetailedBalanceAgent,
+        DetailedBalanceConfig,
+        "detailed balance with V = logsumexp q: the squared one-step soft Bellman residual",
+        "Bengio et al. 2023, arXiv 2111.09266",
+    ),
+    "trajectory-balance": AgentEntry(
+        TrajectoryBalanceAgent,
+        TrajectoryBalanceConfig,
+        "trajectory balance with a learned log Z for each prompt",
+        "Malkin et al. 2022, arXiv 2201.13259",
+    ),
+    "vargrad": AgentEntry(
+        VarGradAgent,
+        VarGradConfig,
+        "variance of the log-ratio over a batch: trajectory balance with the batch's log Z",
+        "Richter et al. 2020, arXiv 2010.10436",
+    ),
+    "monte-carlo": AgentEntry(
+        MonteCarloAgent,
+        MonteCarloConfig,
+        "regression of Q* = log E_ref exp(R / beta) on rollouts of the reference (Q#)",
+        "Zhou et al. 2025, arXiv 2502.20548",
+    ),
     "policy-gradient": AgentEntry(
         PolicyGradientAgent,
         PolicyGradientConfig,
-        "KL-regularised REINFORCE, leave-one-out baseline (RLOO), k1 KL in the reward",
+        "KL-regularised REINFORCE, leave-one-out baseline (RLOO); by default k1 KL in the reward",
         "Ahmadian et al. 2024, arXiv 2402.14740",
+        fixed_point=penalised_fixed_point,
+        variants=PENALTIES,
+    ),
+    "ppo": AgentEntry(
+        PPOAgent,
+        PPOConfig,
+        "clipped policy gradient, several steps a batch, no critic; by default k1 in the reward",
+        "Schulman et al. 2017, arXiv 1707.06347",
+        fixed_point=penalised_fixed_point,
+        variants=PENALTIES[:1],
+    ),
+    "grpo": AgentEntry(
+        GRPOAgent,
+        GRPOConfig,
+        "PPO's step with advantages over the group's sigma, k3 in the loss",
+        "Shao et al. 2024, arXiv 2402.03300",
+        fixed_point=penalised_fixed_point,
+        variants=PENALTIES[-3:-2],
+    ),
+    "dpg": AgentEntry(
+        MatchingAgent,
+        MatchingConfig,
+        "distribution matching (DPG, GDC, f-DPG): an f-divergence by policy gradient",
+        "Go et al. 2023, arXiv 2302.08215",
+        variants=tuple({"divergence": name} for name in SLOPES),
+    ),
+    "best-of-n": AgentEntry(
+        BestOfNAgent,
+        BestOfNConfig,
+        "imitation of the best of n responses: of the policy (expert iteration) or the reference",
+        "Beirami et al. 2024, arXiv 2401.01879",
+        fixed_point=best_of_n_fixed_point,
+        variants=({"source": "policy"}, {"source": "reference"}),
+    ),
+    "sampled-teacher": AgentEntry(
+        SampledTeacherAgent,
+        SampledTeacherConfig,
+        "teacher forcing on samples made without a solution: resampled proposals, or MCMC",
+        "Bornschein and Bengio 2015, arXiv 1406.2751",
+        variants=({"method": "sir"}, {"method": "mcmc"}),
+    ),
+    "on-policy-distillation": AgentEntry(
+        OnPolicyDistillationAgent,
+        OnPolicyDistillationConfig,
+        "a teacher's next-token distribution at the states of the policy's own responses",
+        "Agarwal et al. 2024, arXiv 2306.13649",
+        needs_teacher=True,
+        needs_reward=False,
+        variants=tuple({"divergence": name} for name in ("forward", "reverse", "js")),
     ),
     "teacher-forcing": AgentEntry(
         TeacherForcingAgent,
@@ -82,12 +209,36 @@ __all__ = [
     "AGENTS",
     "Agent",
     "AgentEntry",
+    "BestOfNAgent",
+    "BestOfNConfig",
+    "DetailedBalanceAgent",
+    "DetailedBalanceConfig",
     "ExactAgent",
     "ExactConfig",
+    "GRPOAgent",
+    "GRPOConfig",
+    "MatchingAgent",
+    "MatchingConfig",
+    "MonteCarloAgent",
+    "MonteCarloConfig",
+    "OnPolicyDistillationAgent",
+    "OnPolicyDistillationConfig",
+    "PPOAgent",
+    "PPOConfig",
+    "PathConsistencyAgent",
+    "PathConsistencyConfig",
     "PolicyGradientAgent",
     "PolicyGradientConfig",
+    "SampledTeacherAgent",
+    "SampledTeacherConfig",
     "SoftQAgent",
     "SoftQConfig",
+    "SubTBAgent",
+    "SubTBConfig",
     "TeacherForcingAgent",
     "TeacherForcingConfig",
+    "TrajectoryBalanceAgent",
+    "TrajectoryBalanceConfig",
+    "VarGradAgent",
+    "VarGradConfig",
 ]

@@ -16,6 +16,8 @@ from rl_ebm.tokens import Batch
 
 WARMUP = 0.02
 """share of a run in which the learning rate rises to its peak"""
+EXTRA = 10.0
+"""rate of what is learned beside the policy, over the policy's: log Z is no small number"""
 
 
 def learning_rate(peak: float, progress: float) -> float:
@@ -43,19 +45,32 @@ def check_batch_size(name: str, value: int) -> None:
 
 
 class Learner:
-    """Adam with a schedule and gradient clipping. It never waits for the device."""
+    """Adam with a schedule and gradient clipping. It never waits for the device.
 
-    def __init__(self, policy: Trainable, lr: float | int, max_grad_norm: float | int) -> None:
+    Args:
+        extra: parameters that are learned beside the policy's, faster, and never clipped.
+    """
+
+    def __init__(
+        self,
+        policy: Trainable,
+        lr: float | int,
+        max_grad_norm: float | int,
+        extra: tuple[nn.Parameter, ...] = (),
+    ) -> None:
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
         self.peak, self.max_grad_norm = lr, max_grad_norm
-        self.optimizer = torch.optim.Adam(self.parameters, lr=lr, fused=True)
+        groups: list[dict[str, Any]] = [{"params": self.parameters, "factor": 1.0}]
+        if extra:
+            groups.append({"params": list(extra), "factor": EXTRA})
+        self.optimizer = torch.optim.Adam(groups, lr=lr, fused=True)
         self.lr = lr
 
     def descend(self, loss: Tensor, progress: float) -> dict[str, Tensor]:
         """One gradient step; the gradient's norm before clipping, detached."""
         self.lr = learning_rate(self.peak, progress)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+            group["lr"] = self.lr * group["factor"]
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
@@ -69,10 +84,10 @@ class Learner:
         self.optimizer.load_state_dict(state)
 
 
-def immediate_log_weights(
+def log_ref_and_gain(
     ebm: EBM, batch: Batch, forbidden_log_weight: float | int | None
-) -> Float[Tensor, "B T"]:
-    """r of each token, float32: log p_ref, plus R / beta on the last; 0 past the end.
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B"]]:
+    """log p_ref of each token, 0 past the end, and R / beta of each response, float32.
 
     Args:
         batch: responses with their rewards.
@@ -80,10 +95,27 @@ def immediate_log_weights(
     """
     if batch.reward is None:
         raise ValueError("the batch has no rewards: call ebm.score(batch) first")
+    log_ref = ebm.log_ref(batch.tokens, batch.lengths, batch.prompt_ids).float()
+    gain = (batch.reward / ebm.beta).float()
+    if forbidden_log_weight is None:
+        return log_ref, gain
+    return (
+        log_ref.masked_fill(torch.isneginf(log_ref), forbidden_log_weight),
+        gain.masked_fill(torch.isneginf(gain), forbidden_log_weight),
+    )
+
+
+def immediate_log_weights(
+    ebm: EBM, batch: Batch, forbidden_log_weight: float | int | None
+) -> Float[Tensor, "B T"]:
+    """r of each token, float32: log p_ref, plus R / beta on the last; 0 past the end.
+
+    Arguments as :func:`log_ref_and_gain`; a last token whose r is ``-inf`` gets the stand-in once.
+    """
+    log_ref, gain = log_ref_and_gain(ebm, batch, None)
     rows = torch.arange(len(batch), device=batch.tokens.device)
-    r = ebm.log_ref(batch.tokens, batch.lengths, batch.prompt_ids).float()
     last = batch.lengths - 1
-    r = r.index_put((rows, last), r[rows, last] + (batch.reward / ebm.beta).float())
+    r = log_ref.index_put((rows, last), log_ref[rows, last] + gain)
     if forbidden_log_weight is None:
         return r
     return r.masked_fill(torch.isneginf(r), forbidden_log_weight)

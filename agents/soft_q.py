@@ -23,62 +23,33 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.agents.learner import (
-    Learner,
-    check_batch_size,
-    check_finite_weights,
-    check_rates,
-    draw_prompts,
-    immediate_log_weights,
-    token_values,
-)
-from rl_ebm.agents.replay import Replay
+from rl_ebm.agents.learner import token_values
+from rl_ebm.agents.off_policy import OffPolicyAgent, OffPolicyOptions
 from rl_ebm.ebm import EBM
-from rl_ebm.policies.scoring import Policy, Trainable, q_values, sample
-from rl_ebm.policies.tabular import Uniform
+from rl_ebm.policies.scoring import Policy, Trainable, q_values
 from rl_ebm.soft_bellman import gather_tokens, log_policy, soft_value
 from rl_ebm.tokens import Batch, length_mask
 
 
 @dataclass(frozen=True)
-class SoftQConfig:
+class SoftQConfig(OffPolicyOptions):
     """Options of the agent ``soft-q``."""
 
-    batch_size: int = 2048
-    """new responses in a step"""
-    explore: float | int = 0.5
-    """share of them drawn from the reference (uniform without one), the rest from the policy"""
-    replay_size: int = 0
-    """responses kept for replay; 0 for none"""
-    replay_batch: int = 0
-    """replayed responses in a step, beside the new ones"""
     lam: float | int = 1.0
     """lambda of the return: 1 for whole paths, 0 for one-step backups"""
     n_step: int | None = None
     """n of the n-step return, in the place of the lambda-return"""
     tau: float | int = 1.0
     """target network: target <- (1 - tau) target + tau online, after each step"""
-    lr: float | int = 1e-2
-    """peak learning rate of Adam"""
-    max_grad_norm: float | int = 10.0
-    """gradients are clipped to this norm"""
-    forbidden_log_weight: float | int | None = None
-    """log-weight trained on in the place of -inf, nats"""
 
     def __post_init__(self) -> None:
-        check_rates(self.lr, self.max_grad_norm)
-        check_batch_size("batch_size", self.batch_size)
-        for name in ("explore", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        super().__post_init__()
+        if not 0 <= self.lam <= 1:
+            raise ValueError(f"lam must be in [0, 1], got {self.lam}")
         if not 0 < self.tau <= 1:
             raise ValueError(f"tau must be in (0, 1], got {self.tau}")
         if self.n_step is not None and self.n_step < 1:
             raise ValueError(f"n_step must be >= 1, or None for lambda-returns, got {self.n_step}")
-        if self.replay_size < 0 or self.replay_batch < 0:
-            raise ValueError("replay_size and replay_batch must be >= 0")
-        if self.replay_batch > 0 and self.replay_size == 0:
-            raise ValueError("replay_batch needs replay_size > 0")
 
 
 def lambda_returns(
@@ -135,10 +106,11 @@ def soft_q_loss(
     return 0.5 * residual.masked_fill(~length_mask(lengths, q.shape[1]), 0.0).square().sum(1).mean()
 
 
-class SoftQAgent:
+class SoftQAgent(OffPolicyAgent):
     """Soft Q-learning; its policy's raw logits become q*, its V at the root log Z."""
 
     logits_are_values = True
+    Config = SoftQConfig
 
     def __init__(
         self,
@@ -148,77 +120,48 @@ class SoftQAgent:
         generator: torch.Generator | None = None,
         teacher: Policy | None = None,
     ) -> None:
-        self.config = SoftQConfig() if config is None else config
-        check_finite_weights(ebm, self.config.forbidden_log_weight, teacher)
-        ebm.check_policy(policy)
-        self.ebm, self.policy = ebm, policy
-        self.explorer: Policy = Uniform(ebm.space) if ebm.reference is None else ebm.reference
-        self.generator = torch.Generator(ebm.device) if generator is None else generator
-        self.learner = Learner(policy, self.config.lr, self.config.max_grad_norm)
+        super().__init__(ebm, policy, config, generator, teacher)
         # With tau = 1 the target is the online network: no copy, no second pass.
         self.target = policy if self.config.tau == 1 else copy.deepcopy(policy)
-        self.replay = Replay(max(1, self.config.replay_size), ebm.space.max_length, ebm.device)
 
-    def sample(self) -> Batch | None:
-        """Responses of the policy and of the explorer."""
-        space, p = self.ebm.space, self.ebm.num_prompts
-        prompt_ids = draw_prompts(self.config.batch_size, p, 1, self.generator)
-        others = round(self.config.explore * len(prompt_ids))
-        # Shuffled, so that every prompt gets its share of both.
-        order = torch.randperm(len(prompt_ids), generator=self.generator, device=prompt_ids.device)
-        parts = [
-            sample(policy, space, len(ids), self.generator, ids)
-            for policy, ids in (
-                (self.explorer, prompt_ids[order[:others]]),
-                (self.policy, prompt_ids[order[others:]]),
-            )
-            if len(ids)
-        ]
-        return Batch.cat(parts)
-
-    def update(self, batch: Batch, progress: float = 0.0) -> dict[str, Tensor]:
-        """One gradient step on a batch of anybody's responses with their rewards."""
-        batch = batch.clean()
-        cfg, space = self.config, self.ebm.space
-        if cfg.replay_size:
-            fresh = batch
-            if cfg.replay_batch and len(self.replay):
-                batch = Batch.cat([batch, self.replay.sample(cfg.replay_batch, self.generator)])
-            self.replay.add(fresh)
+    def loss(self, batch: Batch, r: Float[Tensor, "B T"]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of responses, and V at the root."""
+        space = self.ebm.space
         q = q_values(self.policy, space, batch.tokens, batch.prompt_ids)
         with torch.no_grad():
             q_target = q.detach()
             if self.target is not self.policy:
                 q_target = q_values(self.target, space, batch.tokens, batch.prompt_ids)
-            returns = self.returns(q_target, batch)
+            returns = self.returns(q_target, batch, r)
         loss = soft_q_loss(q, returns, batch.tokens, batch.lengths)
-        metrics = {
-            "losses/loss": loss.detach(),
-            "losses/root_value": soft_value(q_target[:, 0]).mean(),
-        }
-        metrics |= self.learner.descend(loss, progress)
-        if self.target is not self.policy:
-            with torch.no_grad():
-                target: list[Tensor] = list(self.target.parameters())
-                torch._foreach_lerp_(target, list[Tensor](self.policy.parameters()), cfg.tau)
-        return metrics
+        return loss, {"losses/root_value": soft_value(q_target[:, 0]).mean()}
 
-    def returns(self, q: Float[Tensor, "B T A"], batch: Batch) -> Float[Tensor, "B T"]:
+    def returns(
+        self, q: Float[Tensor, "B T A"], batch: Batch, r: Float[Tensor, "B T"]
+    ) -> Float[Tensor, "B T"]:
         """The returns that ``update`` regresses on, from the target network's q."""
-        r = immediate_log_weights(self.ebm, batch, self.config.forbidden_log_weight)
         v, log_pi = soft_value(q), token_values(log_policy(q), batch)
         if self.config.n_step is not None:
             return n_step_returns(r, v, log_pi, batch.lengths, self.config.n_step)
         return lambda_returns(r, v, log_pi, batch.lengths, self.config.lam)
 
+    def update(self, batch: Batch, progress: float = 0.0) -> dict[str, Tensor]:
+        """One gradient step; the target network follows."""
+        metrics = super().update(batch, progress)
+        if self.target is not self.policy:
+            with torch.no_grad():
+                target: list[Tensor] = list(self.target.parameters())
+                online = list[Tensor](self.policy.parameters())
+                torch._foreach_lerp_(target, online, self.config.tau)
+        return metrics
+
     def state_dict(self) -> dict[str, Any]:
-        state = {"learner": self.learner.state_dict(), "replay": self.replay.state_dict()}
+        state = super().state_dict()
         if self.target is not self.policy:
             state["target"] = self.target.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.learner.load_state_dict(state["learner"])
-        self.replay.load_state_dict(state["replay"])
+        super().load_state_dict(state)
         if self.target is not self.policy:
             self.target.load_state_dict(state["target"])

@@ -15,6 +15,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from rl_ebm.ebm import EBM
+from rl_ebm.envs import planted
 from rl_ebm.names import count_text
 from rl_ebm.policies import Policy, Uniform
 from rl_ebm.rewards.base import Prompts, Reward
@@ -140,6 +141,35 @@ TASKS: dict[str, Task] = {
             max_length=4,
             reward=random_scores_of_prompts,
             prompts=PROMPTS,
+        ),
+        Task(
+            "planted",
+            "bit sequences near one of eight planted modes: who finds one may miss the others",
+            vocab_size=2,
+            max_length=12,
+            reward=planted.planted_modes,
+        ),
+        Task(
+            "lookahead",
+            "the first token decides what the last may be: V differs at the root alone",
+            vocab_size=8,
+            max_length=4,
+            reward=planted.lookahead,
+        ),
+        Task(
+            "sparse",
+            "one sequence in ten thousand pays, the others nothing: exploration",
+            vocab_size=10,
+            max_length=4,
+            reward=planted.sparse,
+        ),
+        Task(
+            "star",
+            "a path on a star graph to the goal in the prompt: the first step decides",
+            vocab_size=12,
+            max_length=3,
+            reward=planted.star,
+            prompts=planted.STAR_PROMPTS,
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""The command line: ``rl-ebm train | verify | solve | sample | agents``."""
+"""The command line: ``rl-ebm train | verify | solve | audit | diagnose | bench | sample``."""
 
 from __future__ import annotations
 
@@ -15,11 +15,19 @@ import torch
 
 from rl_ebm import __version__, flags
 from rl_ebm.agents import AGENTS
+from rl_ebm.audit import audit, to_json, to_text
+from rl_ebm.bench import Plan, Problem, read_options
+from rl_ebm.bench import run as bench
+from rl_ebm.bench_report import write_report
 from rl_ebm.checkpoint import write_text
+from rl_ebm.diagnose import diagnose
 from rl_ebm.exact import solve, summarise
 from rl_ebm.names import nearest
 from rl_ebm.options import (
     Agents,
+    Audit,
+    Bench,
+    Diagnose,
     Sample,
     Solve,
     Train,
@@ -156,6 +164,45 @@ def _mean(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return means | merged | {"per_prompt": parts}
 
 
+def run_audit(args: Sequence[str]) -> int:
+    """Compute what each objective converges to on an EBM: its fixed point against p*."""
+    a = flags.parse(Audit, args, "rl-ebm audit", _ABOUT["audit"])
+    ebm, _ = a.target.make()
+    lines = audit(solve(ebm.to(device_of_flag(a.device))))
+    print(json.dumps(to_json(lines), indent=1) if a.json else to_text(lines))
+    return 0
+
+
+def run_diagnose(args: Sequence[str]) -> int:
+    """Split a run's error into objective, capacity and optimisation, and say what to mend."""
+    a = flags.parse(Diagnose, args, "rl-ebm diagnose", _ABOUT["diagnose"])
+    if not a.seconds > 0:
+        raise ValueError(f"--seconds must be > 0, got {a.seconds}")
+    found = diagnose(a.run, a.seconds)
+    print(json.dumps(found.to_dict(), indent=1) if a.json else found)
+    return 0
+
+
+def run_bench(args: Sequence[str]) -> int:
+    """Compare agents on tasks under one budget of reward calls; write a report."""
+    a = flags.parse(Bench, args, "rl-ebm bench", _ABOUT["bench"])
+    if a.seeds < 1 or a.workers < 1:
+        raise ValueError(f"--seeds and --workers must be >= 1, got {a.seeds} and {a.workers}")
+    plan = Plan(
+        tuple(a.agents.split(",")),
+        tuple(Problem(name, a.beta, a.task_seed) for name in a.tasks.split(",")),
+        tuple(range(a.seeds)),
+        a.calls,
+        a.seconds,
+        a.network,
+        read_options(a.options),
+    )
+    rows = bench(plan, a.out, a.workers)
+    print(write_report(plan, rows, a.out))
+    print(f"\nwritten: {a.out / 'report.md'}; curves: tensorboard --logdir {a.out / 'runs'}")
+    return 0
+
+
 def run_sample(args: Sequence[str]) -> int:
     """Draw responses from a run's policy: one line each, with log pi and the reward."""
     a = flags.parse(Sample, args, "rl-ebm sample", _ABOUT["sample"])
@@ -196,6 +243,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": run_train,
     "verify": run_verify,
     "solve": run_solve,
+    "audit": run_audit,
+    "diagnose": run_diagnose,
+    "bench": run_bench,
     "sample": run_sample,
     "agents": run_agents,
 }
@@ -207,7 +257,15 @@ def help_text() -> str:
     lines = ["usage: rl-ebm COMMAND [flags]", ""]
     lines += [f"  {name:8s} {about}" for name, about in _ABOUT.items()]
     lines += ["", "rl-ebm COMMAND --help is one of the following alone.", ""]
-    kinds = {"train": Train, "verify": Verify, "solve": Solve, "sample": Sample}
+    kinds = {
+        "train": Train,
+        "verify": Verify,
+        "solve": Solve,
+        "audit": Audit,
+        "diagnose": Diagnose,
+        "bench": Bench,
+        "sample": Sample,
+    }
     for name, kind in kinds.items():
         lines.append(flags.help_text(kind, f"rl-ebm {name}"))
     for name, entry in AGENTS.items():

@@ -13,6 +13,7 @@ push both prefix probabilities down to the responses. ``-inf`` is a legal log-pr
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -92,6 +93,14 @@ def js_tables(log_p: Tables, log_q: Tables, space: TokenSpace) -> Float[Tensor, 
 # Samples -------------------------------------------------------------------------------------
 
 
+KL_TERMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "k1": lambda u: u,
+    "k2": lambda u: u.square() / 2,
+    "k3": lambda u: torch.expm1(-u) + u,
+}
+"""estimates of KL(P, Q) at a sample of P by u = log p - log q (http://joschu.net/blog/kl-approx.html)"""
+
+
 class Estimate(NamedTuple):
     """A sample mean and its standard error (of the mean), both in nats."""
 
@@ -122,15 +131,9 @@ def kl_from_samples(
         raise ValueError(f"a standard error needs at least 2 samples, got {len(log_p)}")
     if bool(torch.isneginf(log_p).any()):
         raise ValueError("a sample has log_p = -inf: it cannot have been drawn from P")
-    log_rho = log_q - log_p
-    if kind == "k1":
-        terms = -log_rho
-    elif kind == "k2":
-        terms = log_rho.square() / 2
-    elif kind == "k3":
-        terms = log_rho.expm1() - log_rho
-    else:
+    if kind not in KL_TERMS:
         raise ValueError(f"kind must be 'k1', 'k2' or 'k3', got {kind!r}")
+    terms = KL_TERMS[kind](log_p - log_q)
     mean = terms.mean()
     error = (terms.std() / math.sqrt(len(terms))).masked_fill(torch.isinf(mean), torch.inf)
     return Estimate(mean, error)

@@ -23,7 +23,7 @@ class Target:
     """What is distilled or solved."""
 
     task: str | None = None
-    """a named task: random, pairwise or prompts; random where there is no --table"""
+    """a named task: random, pairwise, prompts, planted, lookahead, sparse or star; else random"""
     table: Path | None = None
     """a TSV or CSV file with the columns sequence and score"""
     alphabet: str | None = None
@@ -133,6 +133,56 @@ class Solve:
     device: str | None = None
     """cpu or cuda; None for cuda where there is one"""
     target: Target = field(default_factory=Target)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Flags of ``rl-ebm audit``."""
+
+    json: bool = False
+    """print JSON"""
+    device: str | None = None
+    """cpu or cuda; None for cuda where there is one"""
+    target: Target = field(default_factory=Target)
+
+
+@dataclass(frozen=True)
+class Diagnose:
+    """Flags of ``rl-ebm diagnose``."""
+
+    run: tyro.conf.Positional[Path]
+    """run directory"""
+    seconds: float = 60.0
+    """time for the fit that measures what the network can reach"""
+    json: bool = False
+    """print JSON"""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Flags of ``rl-ebm bench``."""
+
+    out: Path
+    """folder of the runs, results.csv and report.md; what it holds already is not run again"""
+    agents: str = "soft-q,path-consistency,trajectory-balance,vargrad,policy-gradient,grpo,dpg"
+    """names that rl-ebm agents lists, separated by commas"""
+    tasks: str = "random,pairwise,planted,lookahead,sparse,star"
+    """named tasks, or paths of tables (scaled to [0, 1]), separated by commas"""
+    seeds: int = 3
+    """runs of each agent on each task"""
+    calls: int = 1_000_000
+    """responses that each run may score"""
+    seconds: float | None = None
+    """trained seconds after which a run ends though calls are left"""
+    beta: float = 1.0
+    """temperature of all tasks, in reward units per nat; the reference is uniform"""
+    task_seed: int = 0
+    """seed of what the tasks draw"""
+    options: Path | None = None
+    """JSON file, {agent: {option: value}}: options that are not the defaults"""
+    workers: int = 2
+    """runs at a time, each with one thread"""
+    network: TransformerConfig = field(default_factory=TransformerConfig)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ from rl_ebm.cli import main
 NETWORK = TransformerConfig(layers=1, heads=2, dim=8, hidden=8)
 NETWORK_FLAGS = ["--layers", "1", "--heads", "2", "--dim", "8", "--hidden", "8"]
 TASK_FLAGS = ["--task", "random", "--vocab-size", "3", "--max-length", "3"]
-SMALL_BATCH = {"soft-q": 16, "policy-gradient": 16, "teacher-forcing": 16}
+SMALL_BATCH = {
+    name: 16 for name, entry in AGENTS.items() if "batch_size" in entry.config.__dataclass_fields__
+}
 REPLAY = ["--tau", "0.1", "--replay-size", "64", "--replay-batch", "16"]
 
 # State that a clock decides, or that says where the logs end.

@@ -29,13 +29,38 @@ in_all_kinds = pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
 all_agents = pytest.mark.parametrize("name", sorted(AGENTS))
 SAMPLERS = [name for name in sorted(AGENTS) if name != "exact"]
 samplers = pytest.mark.parametrize("name", SAMPLERS)
+OFF_POLICY = {"batch_size": 12, "replay_size": 20, "replay_batch": 6}
+ON_POLICY = {"batch_size": 12, "group_size": 4}
 OPTIONS = {
-    "soft-q": {"batch_size": 12, "tau": 0.5, "replay_size": 20, "replay_batch": 6},
-    "policy-gradient": {"batch_size": 12, "group_size": 4},
+    "soft-q": {**OFF_POLICY, "tau": 0.5},
+    "path-consistency": OFF_POLICY,
+    "subtb": OFF_POLICY,
+    "detailed-balance": OFF_POLICY,
+    "trajectory-balance": OFF_POLICY,
+    "vargrad": OFF_POLICY,
+    "monte-carlo": OFF_POLICY,
+    "policy-gradient": ON_POLICY,
+    "ppo": ON_POLICY,
+    "grpo": ON_POLICY,
+    "dpg": ON_POLICY,
+    "best-of-n": {"batch_size": 12, "n": 2},
+    "sampled-teacher": {"batch_size": 12, "method": "mcmc"},
+    "on-policy-distillation": {"batch_size": 12},
     "teacher-forcing": {"batch_size": 12},
     "exact": {},
 }
-OTHER_METRICS = {"soft-q": {"losses/root_value"}, "policy-gradient": {"losses/elbo"}}
+OTHER_METRICS = {
+    "soft-q": {"losses/root_value"},
+    "path-consistency": {"losses/root_value"},
+    "subtb": {"losses/root_value"},
+    "detailed-balance": {"losses/root_value"},
+    "trajectory-balance": {"losses/log_z"},
+    "vargrad": {"losses/log_z"},
+    "monte-carlo": {"losses/log_mean_weight"},
+    **{name: {"losses/elbo"} for name in ("policy-gradient", "ppo", "grpo", "dpg")},
+}
+VALUES = {"soft-q", "path-consistency", "subtb", "detailed-balance", "monte-carlo"}
+"""agents whose logits become q*"""
 
 
 def make(name, problem, policy=None, generator=None, **options):
@@ -60,7 +85,7 @@ def test_every_agent_is_registered_with_its_config_and_keeps_the_protocol(name):
     assert isinstance(agent, Agent)
     assert isinstance(agent.config, entry.config)
     assert isinstance(agent.learner, Learner)
-    assert agent.logits_are_values == (name == "soft-q")
+    assert agent.logits_are_values == (name in VALUES)
     assert entry.needs_reward == (not entry.needs_teacher)
     assert entry.summary
     assert "arXiv" in entry.paper

@@ -20,19 +20,22 @@ ROOT = Path(rl_ebm.__file__).parent
 
 # From the bottom up. A name ending in "." is a package: a room for all modules below it.
 LAYERS = (
-    ("tokens", "tiles", "names"),
+    ("tokens", "tiles", "names", "intervals"),
     ("prefix_tree", "soft_bellman", "backbone"),
     ("divergences", "bounds"),
     ("rewards.", "policies."),
     ("ebm",),
+    ("fixed_points.",),
     ("envs.", "exact.", "agents."),
-    ("report",),
+    ("report", "audit"),
     ("accumulate",),
     ("verify",),
     ("checkpoint", "plots"),
     ("metrics", "tensorboard", "runs"),
     ("training",),
-    ("train",),
+    ("train", "diagnose"),
+    ("bench",),
+    ("bench_report",),
     ("",),  # rl_ebm itself, the public face
     ("flags", "options"),
     ("cli",),
@@ -40,7 +43,13 @@ LAYERS = (
 )
 
 # Agents do not know each other; what they share is listed here.
-SHARED_BY_AGENTS = {"agents.learner", "agents.replay"}
+SHARED_BY_AGENTS = {
+    "agents.kl_penalty",
+    "agents.learner",
+    "agents.off_policy",
+    "agents.on_policy",
+    "agents.replay",
+}
 
 # What lives elsewhere: room, and the packages that it must leave alone.
 FORBIDDEN = {

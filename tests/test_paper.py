@@ -13,7 +13,7 @@ from benchmarks.paper import common, fit, laws
 from benchmarks.paper.bounds import against
 from benchmarks.paper.chain import Chain, kl_terms
 from benchmarks.paper.common import HERE, SECTIONS, Options, collect
-from rl_ebm import EBM, TokenSpace, solve
+from rl_ebm import EBM, TokenSpace, intervals, solve
 from rl_ebm.policies import log_prob
 from rl_ebm.tokens import Batch
 
@@ -61,6 +61,42 @@ def test_lookahead_lets_the_first_token_choose_what_the_last_may_be():
     counts = good.sum(1).tolist()
     assert all(1 <= n <= 3 for n in counts)
     assert len(set(counts)) > 1  # V of the first token is not constant
+
+
+def test_pairs_are_summed_as_scores_or_as_logits():
+    space = TokenSpace(3, 4)
+    tokens, _ = space.sequences()
+    terms = list(laws._pairs(space, 4, 1.5))
+    assert not torch.equal(terms[1][:27], terms[1][27:54])  # the first token matters
+    picked = sum(x.gather(1, tokens[:, [t]])[:, 0] for t, x in enumerate(terms))
+    log_p = laws.pairwise(space, 4)
+    torch.testing.assert_close(log_p - log_p[0], picked - picked[0])
+    # A sum over pairs has no interaction of three tokens: its mixed third differences vanish.
+    r, log_q = (f(space, 4).view(3, 3, 3, 3) for f in (laws.pairwise, laws.additive_logits))
+    third = [x.diff(dim=0).diff(dim=1).diff(dim=2).abs().max() for x in (r, log_q)]
+    assert float(third[0]) < 1e-12
+    assert float(third[1]) > 0.01
+    for log_law in (r, log_q):
+        assert float(log_law.exp().sum()) == pytest.approx(1)
+    # The logits before the last token, of the additive law, are the terms up to a constant.
+    last = log_q.flatten(0, 2).log_softmax(1)
+    torch.testing.assert_close(last, terms[3].view(27, 3, 3)[:, 0].log_softmax(1))
+
+
+def test_parity_has_the_same_value_at_every_prefix_of_a_depth():
+    solution = solve(EBM(TokenSpace(4, 3), laws.parity(TokenSpace(4, 3), 1)))
+    for v in solution.v:
+        torch.testing.assert_close(v, v[..., :1].expand_as(v))
+
+
+def test_geometric_intervals_are_students_on_the_logarithms():
+    logs = torch.tensor([0.0, 1.0, 5.0]).double()
+    half = 4.303 * float(logs.std()) / math.sqrt(3)
+    want = [math.exp(2 + k * half) for k in (0, -1, 1)]
+    assert intervals.geometric(logs.exp().tolist()) == pytest.approx(want)
+    assert intervals.geometric([4.0])[1:] == (0.0, pytest.approx(math.exp(700)))
+    assert intervals.geometric_interval([]) == "not run"
+    assert intervals.geometric_interval([4.0]) == "4 (one run)"
 
 
 def test_the_schedule_is_a_trapezoid():
@@ -254,9 +290,11 @@ def test_every_script_runs_in_miniature(name, tmp_path):
 # A chain's exact solution ---------------------------------------------------------------------
 
 
-def test_a_chain_is_solved_as_enumeration_solves_it():
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_chain_is_solved_as_enumeration_solves_it(shared):
     space = TokenSpace(3, 4)
-    chain = Chain.random(space, scale=1.5, seed=0)
+    chain = Chain.random(space, 1.5, 0, shared)
+    assert bool((chain.couplings == chain.couplings[0]).all()) == shared
     solution = solve(EBM(space, chain.reward))
     tokens, lengths = space.sequences()
     batch = Batch(tokens, lengths, torch.zeros_like(lengths))

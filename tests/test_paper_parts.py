@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from benchmarks.paper import common, figures, function_space, sampled_ebm, samples, traces, weights
-from benchmarks.paper.fit import SMALL, make_arm
+from benchmarks.paper.fit import SMALL, log_law, make_arm
 from rl_ebm import TokenSpace
-from rl_ebm.policies.scoring import sample
 
 
 def test_deviations_find_a_planted_error():
@@ -54,12 +53,25 @@ def test_cka_is_one_up_to_a_rotation_and_small_for_noise():
     assert weights.cka(x, noise) < 0.02
 
 
+def test_positions_do_not_make_two_models_alike():
+    space = TokenSpace(2, 3)
+    g = torch.Generator().manual_seed(0)
+    offsets = 10 * torch.randn(2, 1, 4, 6, generator=g).double()  # two models, positions 0 to 3
+    x, y = torch.randn(2, 2000, 4, 6, generator=g).double() + offsets
+    x, y = (weights.at_positions(z, space) for z in (x, y))
+    assert x.shape == (6000, 6)  # the last position is left out
+    torch.testing.assert_close(x.view(2000, 3, 6).mean(0), torch.zeros(3, 6).double())
+    assert weights.cka(x, y) < 0.02
+
+
 def test_the_probe_reads_what_is_linear_and_nothing_else():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2000, 5, generator=g).double()
     noise = torch.randn(2000, generator=g).double()
     linear = x @ torch.arange(5).double() + 7
     assert weights.probe(x, linear) < 1e-4
+    # Whatever the offset and the size of a feature.
+    assert weights.probe(100 + x * torch.tensor([1, 1e-3, 1, 1e3, 1]), linear) < 1e-4
     assert weights.probe(x, noise) == pytest.approx(1, abs=0.02)
     half = linear / linear.std() + noise
     assert weights.probe(x, half) == pytest.approx(0.5, abs=0.05)
@@ -95,9 +107,8 @@ def test_the_causal_ebm_alone_does_not_see_later_tokens():
 def test_rank_correlation_and_slope():
     assert weights.spearman([1.0, 2.0, 3.0], [1.0, 10.0, 100.0]) == pytest.approx(1)
     assert weights.spearman([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) == pytest.approx(-1)
-    assert samples.slope([100, 1000, 10_000], [3 / n**0.7 for n in (100, 1000, 10_000)]) == (
-        pytest.approx(0.7)
-    )
+    points = [(n, 3 / n**0.7) for n in (100, 10_000)]
+    assert samples.exponent(*points) == pytest.approx(0.7)
 
 
 def test_the_empirical_law_is_that_of_the_draws():
@@ -136,18 +147,12 @@ def test_the_trace_losses_have_the_gradient_of_the_answers_kl(kind):
 
 
 @pytest.mark.parametrize(("method", "scale", "steps"), [("gibbs", 20, 120), ("metropolis", 5, 120)])
-def test_chains_draw_from_the_ebm_when_it_stands_still(method, scale, steps, monkeypatch):
-    def nearly_uniform(*args):  # an independent proposal that is far off needs many steps
-        policy = make_arm(*args)
-        with torch.no_grad():
-            policy.head.weight.mul_(0.2)
-        return policy
-
-    monkeypatch.setattr(sampled_ebm, "make_arm", nearly_uniform)
+def test_chains_draw_from_the_ebm_when_it_stands_still(method, scale, steps):
     s = sampled_ebm.Setting(sampled_ebm.Sampled(method, "normal", 3, 3, 1.0, 0))
     with torch.no_grad():
         s.reward.head.weight.mul_(scale)  # far from uniform
-    step = getattr(sampled_ebm, method)(s)
+        s.policy.head.weight.mul_(0.2)  # a proposal that is far off needs many steps
+    step = sampled_ebm.METHODS[method](s)
     s.set_rate(1.0)
     counts = torch.zeros(27).double()
     for i in range(steps):
@@ -164,8 +169,9 @@ def test_chains_draw_from_the_ebm_when_it_stands_still(method, scale, steps, mon
 @pytest.mark.slow
 def test_nce_learns_the_log_partition_function():
     s = sampled_ebm.Setting(sampled_ebm.Sampled("nce", "normal", 3, 3, 1.0, 0))
-    log_z = torch.tensor(math.log(27) + 1, requires_grad=True)
-    step = sampled_ebm.nce(s, log_z)
+    with torch.no_grad():
+        s.log_z.add_(1.0)
+    step = sampled_ebm.nce(s)
     start = float((s.log_rho.exp() * (s.log_rho + math.log(27))).sum())
     for i in range(1000):
         s.set_rate(i / 1000)
@@ -173,23 +179,64 @@ def test_nce_learns_the_log_partition_function():
     r = sampled_ebm.scores(s.reward)
     kl = float((s.log_rho.exp() * (s.log_rho - torch.log_softmax(r, 0))).sum())
     assert kl < 0.2 * start
-    assert float(log_z.detach()) == pytest.approx(float(torch.logsumexp(r, 0)), abs=0.1)
+    assert float(s.log_z.detach()) == pytest.approx(float(torch.logsumexp(r, 0)), abs=0.1)
 
 
 def test_the_policy_of_min_max_draws_its_own_negatives():
     s = sampled_ebm.Setting(sampled_ebm.Sampled("min-max", "normal", 3, 3, 1.0, 0))
-    policy = make_arm(s.space, SMALL, 2)
-    before = [p.clone() for p in policy.parameters()]
-    step = sampled_ebm.min_max(s, policy)
+    before = [p.clone() for p in s.policy.parameters()]
+    step = sampled_ebm.min_max(s)
     s.set_rate(1.0)
-    drawn = step()
-    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
-    again = sample(policy, s.space, 10, prompt_ids=torch.zeros(10, dtype=torch.int64))
-    assert drawn.shape == (sampled_ebm.BATCH, 3)
-    assert again.tokens.shape == (10, 3)
+    drawn = torch.cat([step() for _ in range(20)])
+    assert all(torch.equal(a, b) for a, b in zip(before, s.policy.parameters(), strict=True))
+    counts = torch.bincount(s.space.sequence_indices(drawn, torch.full((len(drawn),), 3)))
+    shares = torch.nn.functional.pad(counts / counts.sum(), (0, 27 - len(counts)))
+    law = log_law(s.policy).exp()
+    assert float((law - 1 / 27).abs().sum() / 2) > 0.2  # one that uniform draws would miss
+    assert float((law - shares).abs().sum() / 2) < 0.05
     s.set_rate(0.0)
     step()
-    assert not all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(before, s.policy.parameters(), strict=True))
+
+
+def test_the_exact_partition_function_with_all_the_data_is_the_risk(monkeypatch):
+    s = sampled_ebm.Setting(sampled_ebm.Sampled("exact", "normal", 3, 3, 1.0, 0))
+    draws = torch.multinomial(s.log_rho.exp(), 100_000, replacement=True, generator=s.generator)
+    monkeypatch.setattr(s, "data", lambda: s.tokens[draws])
+    s.set_rate(1.0)
+    gradients = []
+    for method in ("exact", "risk"):
+        sampled_ebm.METHODS[method](s)()
+        gradients.append(s.reward.head.weight.grad.clone())
+    assert float(gradients[1].abs().max()) > 0.1
+    torch.testing.assert_close(gradients[0], gradients[1], atol=0.02, rtol=0)
+
+
+def test_the_bias_is_that_of_what_is_drawn_for_the_ebm_as_it_is():
+    s = sampled_ebm.Setting(sampled_ebm.Sampled("gibbs", "normal", 3, 3, 1.0, 0))
+    with torch.no_grad():
+        s.reward.head.weight.mul_(5)
+    r = sampled_ebm.scores(s.reward)
+    before = [p.clone() for p in s.reward.parameters()]
+
+    def always_best() -> torch.Tensor:
+        return s.tokens[r.argmax()].expand(10, -1)
+
+    want = float(r.max() - (torch.softmax(r, 0) * r).sum())
+    assert sampled_ebm.bias(s, always_best, "gibbs")["bias"] == pytest.approx(want, abs=1e-5)
+    assert sampled_ebm.bias(s, sampled_ebm.METHODS["risk"](s), "risk") == {}
+    found = sampled_ebm.bias(s, always_best, "nce")
+    assert found == {
+        "log_z_error": pytest.approx(math.log(27) - float(torch.logsumexp(r, 0)), abs=1e-6)
+    }
+    sampled_ebm.bias(s, sampled_ebm.METHODS["gibbs"](s), "gibbs")
+    assert all(torch.equal(a, b) for a, b in zip(before, s.reward.parameters(), strict=True))
+    rows = [
+        {"run": "a", "spent": x, "seconds": 10.0, "bias": b}
+        for x, b in ((0.1, 9.0), (3, 1.0), (7, 2.0), (9, 9.0))
+    ]
+    assert sampled_ebm.along(rows, "bias") == [1.5]
+    assert sampled_ebm.along(rows, "other") == []
 
 
 def test_the_rate_is_that_of_the_smallest_area_once_all_were_tried():
@@ -205,4 +252,13 @@ def test_the_rate_is_that_of_the_smallest_area_once_all_were_tried():
 def test_few_values_are_shown_with_their_range_and_against_the_papers():
     assert common.spread([1.0, 100.0, 3.0]) == "3 (1 to 1e+02)"
     assert common.spread([]) == figures.compared([], 1.0) == "not run"
-    assert figures.compared([2.0, 4.0], 6.0).endswith("/ 6 (0.5 x)")
+    assert figures.compared([2.0, 4.0, 8.0], 16.0).endswith("/ 16 (0.25 x)")
+
+
+def test_a_bar_in_a_cell_does_not_split_it():
+    assert common.table(["a"], [["|q|"], ["b"]]).splitlines() == [
+        "| a |",
+        "|---|",
+        "| \\|q\\| |",
+        "| b |",
+    ]

@@ -12,7 +12,8 @@ from toy_policies import close, responses, scores_of, seeded
 
 import rl_ebm
 from rl_ebm.agents import PolicyGradientAgent, PolicyGradientConfig
-from rl_ebm.agents.policy_gradient import leave_one_out, policy_gradient_loss
+from rl_ebm.agents.kl_penalty import leave_one_out
+from rl_ebm.agents.policy_gradient import policy_gradient_loss
 from rl_ebm.tokens import Batch
 
 # Small enough for every group of k responses: 4, 3, 3 and 2 responses.
@@ -47,15 +48,20 @@ def test_leave_one_out_subtracts_the_mean_of_the_others_with_the_same_prompt():
 
 def test_the_loss_is_minus_the_mean_of_advantage_times_log_pi_and_its_gradient_the_advantage():
     g = seeded(1)
-    log_pi, log_weight = (torch.randn(6, generator=g, dtype=torch.float64) for _ in range(2))
+    log_pi, log_ref = (torch.randn(6, 3, generator=g, dtype=torch.float64) for _ in range(2))
+    gain = torch.randn(6, generator=g, dtype=torch.float64)
+    lengths = torch.tensor([3, 1, 2, 3, 2, 1])
+    past = torch.arange(3) >= lengths[:, None]
+    log_pi, log_ref = log_pi.masked_fill(past, 0.0), log_ref.masked_fill(past, 0.0)
     log_pi.requires_grad_()
     ids = torch.tensor([0, 1, 0, 1, 1, 0])
-    advantage = leave_one_out(log_weight - log_pi.detach(), ids, 2)
-    loss = policy_gradient_loss(log_pi, log_weight, ids, 2)
-    close(float(loss.detach()), -math.fsum((advantage * log_pi.detach()).tolist()) / 6)
+    returns = gain + (log_ref - log_pi.detach()).sum(1)
+    advantage = leave_one_out(returns, ids, 2)
+    loss = policy_gradient_loss(log_pi, log_ref, gain, lengths, ids, 2)
+    close(float(loss.detach()), -math.fsum((advantage * log_pi.detach().sum(1)).tolist()) / 6)
     loss.backward()
     # Had the returns a gradient, it would be in here.
-    close(log_pi.grad, -advantage / 6)
+    close(log_pi.grad, (-advantage[:, None] / 6).expand(6, 3).masked_fill(past, 0.0))
 
 
 # The gradient -----------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def test_a_reward_and_an_agent_take_at_most_twenty_lines():
 @pytest.mark.slow
 def test_every_command_runs_in_the_order_in_which_it_stands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert len(COMMANDS) == 6
+    assert len(COMMANDS) == 9
     for command in COMMANDS:
         short = re.sub(r"--steps \d(\d)\d", r"--steps \1", command)
         args = shlex.split(re.sub(r"--steps 0", "--steps 1", short))[1:]

@@ -113,7 +113,9 @@ def test_the_loss_is_half_the_squared_residual_summed_over_tokens_mean_over_rows
 def exact_returns(problem, policy, how, batch=None, **options):
     agent = SoftQAgent(problem.ebm, policy, SoftQConfig(**how, **options))
     batch = problem.batch() if batch is None else batch
-    return agent.returns(policy.logits(batch.tokens, batch.prompt_ids), batch), batch
+    return agent.returns(
+        policy.logits(batch.tokens, batch.prompt_ids), batch, agent.log_weights(batch)
+    ), batch
 
 
 @in_all_kinds

@@ -61,8 +61,9 @@ class Tabular(nn.Module):
 
     @property
     def forbids(self) -> bool:
-        """Whether some action has logit ``-inf``."""
-        return bool(torch.isneginf(self.table).any())
+        """Whether some action that the space allows has logit ``-inf``."""
+        allowed = self.space.state_action_mask(self.table.device)
+        return bool((torch.isneginf(self.table) & allowed).any())
 
     def tables(self) -> list[Tensor]:
         """The logits by depth: entry t is (P, branching**t, A)."""

@@ -1,0 +1,140 @@
+r"""The KL penalty of a policy gradient: which estimate, where it stands, of what.
+
+With u = log pi - log p_ref of a response, or of each of its tokens and then summed,
+
+    k1 = u,  k2 = u^2 / 2,  k3 = exp(-u) - 1 + u.       (http://joschu.net/blog/kl-approx.html)
+
+As estimates of the value of KL(pi, p_ref) k1 and k3 have no bias. As parts of an objective they
+differ, and so do a penalty in the reward (held fixed, it weighs log pi as rewards do) and one in
+the loss (its own gradient counts, not that of the draws): what each ends at is in
+:mod:`rl_ebm.fixed_points.penalised`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from rl_ebm.agents.on_policy import OnPolicyOptions
+from rl_ebm.divergences import KL_TERMS
+from rl_ebm.fixed_points import FixedPoint, Penalty, Problem, penalised
+from rl_ebm.tokens import length_mask
+
+
+@dataclass(frozen=True)
+class PenaltyOptions(OnPolicyOptions):
+    """Options of every policy gradient."""
+
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """estimate of KL(policy, reference)"""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """whether it is paid as a reward is, or added to the loss with its own gradient"""
+    kl_level: Literal["token", "sequence"] = "token"
+    """of each token and then summed, or of the whole response; the same for k1"""
+    advantage: Literal["none", "group-std"] = "none"
+    """group-std divides the advantages by the standard deviation of their group (GRPO)"""
+    reduce_tokens: Literal["sum", "mean"] = "sum"
+    """sum over the tokens of a response, or their mean (which weighs short responses up)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choices = {
+            "kl_estimator": ("k1", "k2", "k3"),
+            "kl_in": ("reward", "loss"),
+            "kl_level": ("token", "sequence"),
+            "advantage": ("none", "group-std"),
+            "reduce_tokens": ("sum", "mean"),
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def fixed_point(options: PenaltyOptions, problem: Problem) -> FixedPoint:
+    """What the expected gradient converges to from p_ref; of groups without end.
+
+    Where responses end early, ``reduce_tokens="mean"`` weighs short ones up, and moves it further:
+    that limit is not computed.
+    """
+    if options.reduce_tokens == "mean" and problem.space.eos_id is not None:
+        return FixedPoint(None, how="not computed")
+    group_std = options.advantage == "group-std"
+    penalty = Penalty(options.kl_estimator, options.kl_in, options.kl_level, group_std)
+    return penalised(problem, penalty)
+
+
+def kl_terms(
+    log_pi: Float[Tensor, "B T"],
+    log_ref: Float[Tensor, "B T"],
+    lengths: Int64[Tensor, "B"],
+    options: PenaltyOptions,
+) -> Float[Tensor, "B T"]:
+    """The penalty at each token, 0 past the end; that of a whole response stands at its first.
+
+    Args:
+        log_pi: log pi(a_t|s_t) of the tokens.
+        log_ref: log p_ref(a_t|s_t) of the tokens.
+    """
+    past = ~length_mask(lengths, log_pi.shape[1])
+    u = (log_pi - log_ref).masked_fill(past, 0.0)
+    if options.kl_level == "sequence":
+        # The other columns are 0, as is every estimate of u = 0.
+        u = torch.nn.functional.pad(u.sum(1, keepdim=True), (0, u.shape[1] - 1))
+    return KL_TERMS[options.kl_estimator](u)
+
+
+def leave_one_out(
+    returns: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], num_prompts: int = 1
+) -> Float[Tensor, "B"]:
+    """Return less the mean return of the other responses to the same prompt."""
+    total, count = _group_sums(returns, prompt_ids, num_prompts)
+    return returns - (total - returns) / (count - 1).clamp(min=1)
+
+
+def standardised(
+    returns: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], num_prompts: int = 1
+) -> Float[Tensor, "B"]:
+    """Return less the mean of its group, over the group's standard deviation (GRPO)."""
+    total, count = _group_sums(returns, prompt_ids, num_prompts)
+    centred = returns - total / count
+    square, _ = _group_sums(centred.square(), prompt_ids, num_prompts)
+    return centred / ((square / (count - 1).clamp(min=1)).sqrt() + 1e-6)
+
+
+def advantages(
+    returns: Float[Tensor, "B"],
+    prompt_ids: Int64[Tensor, "B"],
+    num_prompts: int,
+    options: PenaltyOptions,
+    beta: float,
+) -> Float[Tensor, "B"]:
+    """The advantage of each response, nats.
+
+    Args:
+        returns: R / beta, less the penalty where it is paid as a reward.
+        beta: reward units per nat; in units of sigma against a penalty of weight beta, an
+            advantage is 1 / beta times that in nats.
+    """
+    if options.advantage == "group-std":
+        return standardised(returns, prompt_ids, num_prompts) / beta
+    return leave_one_out(returns, prompt_ids, num_prompts)
+
+
+def token_weights(
+    lengths: Int64[Tensor, "B"], rows: Float[Tensor, "B T"], options: PenaltyOptions
+) -> Float[Tensor, "B T"]:
+    """1 at real tokens, or 1 over their number; 0 past the end."""
+    weight = length_mask(lengths, rows.shape[1]).to(rows.dtype)
+    return weight / lengths[:, None] if options.reduce_tokens == "mean" else weight
+
+
+def _group_sums(x: Tensor, prompt_ids: Tensor, num_prompts: int) -> tuple[Tensor, Tensor]:
+    """Sum and number of the entries with the same prompt, at each entry."""
+    zero = x.new_zeros(num_prompts)
+    total = zero.index_add(0, prompt_ids, x)
+    return total[prompt_ids], zero.index_add(0, prompt_ids, torch.ones_like(x))[prompt_ids]

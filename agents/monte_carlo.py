@@ -1,0 +1,111 @@
+r"""Monte-Carlo regression on rollouts of the reference: Q* = log E_ref exp(R / beta).
+
+With f = q - log p_ref the logits less the reference's,
+
+    f*(s, a) = log E[exp(g) | s, a],    g = R / beta,  the rest of the response drawn from p_ref,
+
+so that no value of the policy, and no bootstrap, is in the target: what Q# (Zhou et al. 2025,
+arXiv 2502.20548, Sec. 3) learns as a distribution of returns, here as its exponential mean.
+
+    loss = mean_i sum_t ( exp(f_t - c) - exp(g_i - c) f_t )
+
+has its minimum where exp f is the mean of exp g, for any constant c; c is the log of the mean of
+exp g over the first batch, and keeps the exponentials in range. Without a reference the rollouts
+are uniform, and each later token weighs by its number of alternatives.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from rl_ebm.agents.learner import token_values
+from rl_ebm.agents.off_policy import OffPolicyAgent, OffPolicyOptions
+from rl_ebm.ebm import EBM
+from rl_ebm.policies.scoring import Policy, Trainable, q_values
+from rl_ebm.soft_bellman import log_policy
+from rl_ebm.tokens import Batch, length_mask
+
+LARGEST = 30.0
+"""of an exponent: a batch with a larger one would throw its step away"""
+
+
+@dataclass(frozen=True)
+class MonteCarloConfig(OffPolicyOptions):
+    """Options of the agent ``monte-carlo``."""
+
+    explore: float | int = 1.0
+    """share of the responses drawn from the reference: all of them, or the target is another"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.explore != 1:
+            raise ValueError(
+                f"explore must be 1: the target is of the reference, got {self.explore}"
+            )
+
+
+def monte_carlo_loss(
+    f: Float[Tensor, "B T"],
+    returns: Float[Tensor, "B T"],
+    lengths: Int64[Tensor, "B"],
+    c: Float[Tensor, ""],
+) -> Float[Tensor, ""]:
+    """The loss of the module's docstring: sum over real tokens, mean over rows.
+
+    Args:
+        f: q(s_t, a_t) - log p_ref(a_t|s_t), with gradient.
+        returns: log of the weight of what follows the token, g included.
+        c: the constant, nats.
+    """
+    past = ~length_mask(lengths, f.shape[1])
+    f, returns = f.masked_fill(past, 0.0), returns.masked_fill(past, 0.0)
+    terms = (f - c).clamp(max=LARGEST).exp() - (returns - c).clamp(max=LARGEST).exp() * f
+    return terms.masked_fill(past, 0.0).sum(1).mean()
+
+
+class MonteCarloAgent(OffPolicyAgent):
+    """Regression on the reference's rollouts; its raw logits become q*."""
+
+    logits_are_values = True
+    Config = MonteCarloConfig
+
+    def __init__(
+        self,
+        ebm: EBM,
+        policy: Trainable,
+        config: MonteCarloConfig | None = None,
+        generator: torch.Generator | None = None,
+        teacher: Policy | None = None,
+    ) -> None:
+        super().__init__(ebm, policy, config, generator, teacher)
+        self.c = torch.full((), math.nan, device=self.ebm.device)
+
+    def loss(self, batch: Batch, r: Float[Tensor, "B T"]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of rollouts, and the log of their mean weight."""
+        space = self.ebm.space
+        q = q_values(self.policy, space, batch.tokens, batch.prompt_ids)
+        with torch.no_grad():
+            drawn = q_values(self.explorer, space, batch.tokens, batch.prompt_ids)
+            log_drawn = token_values(log_policy(drawn), batch).float()
+            log_ref = self.ebm.log_ref(batch.tokens, batch.lengths, batch.prompt_ids).float()
+            # What follows token t: its rewards, and what its tokens weigh against their draw.
+            rest = (r - log_drawn).flip(1).cumsum(1).flip(1)
+            returns = rest + log_drawn - log_ref
+            log_mean = torch.logsumexp(rest[:, 0], 0) - math.log(len(batch))
+            self.c = torch.where(self.c.isnan(), log_mean, self.c)
+        f = token_values(q, batch) - log_ref
+        loss = monte_carlo_loss(f, returns, batch.lengths, self.c)
+        return loss, {"losses/log_mean_weight": log_mean}
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"c": self.c.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.c = state["c"].to(self.ebm.device)

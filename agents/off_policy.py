@@ -1,0 +1,150 @@
+"""What agents share that learn from anybody's responses: who draws them, replay, annealing.
+
+Their losses vanish at q* on every path, whoever drew it: no importance weights are needed, and
+exploration and replay move the speed, not the fixed point (where every response keeps a chance).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rl_ebm.agents.learner import (
+    Learner,
+    check_batch_size,
+    check_finite_weights,
+    check_rates,
+    draw_prompts,
+    immediate_log_weights,
+)
+from rl_ebm.agents.replay import Replay
+from rl_ebm.ebm import EBM
+from rl_ebm.policies.scoring import Policy, Trainable, sample
+from rl_ebm.policies.tabular import Uniform
+from rl_ebm.tokens import Batch
+
+
+@dataclass(frozen=True)
+class OffPolicyOptions:
+    """Options of every agent that learns from anybody's responses."""
+
+    batch_size: int = 2048
+    """new responses in a step"""
+    explore: float | int = 0.5
+    """share of them drawn from the reference (uniform without one), the rest from the policy"""
+    temperature: float | int = 1.0
+    """of the policy's own draws; above 1 they explore"""
+    replay_size: int = 0
+    """responses kept for replay; 0 for none"""
+    replay_batch: int = 0
+    """replayed responses in a step, beside the new ones"""
+    anneal: float | int = 0.0
+    """share of the run over which the log-weights grow from 0 to their full size"""
+    lr: float | int = 1e-2
+    """peak learning rate of Adam"""
+    max_grad_norm: float | int = 10.0
+    """gradients are clipped to this norm"""
+    forbidden_log_weight: float | int | None = None
+    """log-weight trained on in the place of -inf, nats"""
+
+    def __post_init__(self) -> None:
+        check_rates(self.lr, self.max_grad_norm)
+        check_batch_size("batch_size", self.batch_size)
+        for name in ("explore", "anneal"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature must be a finite number > 0, got {self.temperature}")
+        if self.replay_size < 0 or self.replay_batch < 0:
+            raise ValueError("replay_size and replay_batch must be >= 0")
+        if self.replay_batch > 0 and self.replay_size == 0:
+            raise ValueError("replay_batch needs replay_size > 0")
+
+
+class OffPolicyAgent:
+    """Sampling, replay and the step of such an agent; a subclass is its :meth:`loss`."""
+
+    logits_are_values = False
+    Config: type[Any] = OffPolicyOptions
+
+    def __init__(
+        self,
+        ebm: EBM,
+        policy: Trainable,
+        config: Any = None,
+        generator: torch.Generator | None = None,
+        teacher: Policy | None = None,
+    ) -> None:
+        self.config = self.Config() if config is None else config
+        check_finite_weights(ebm, self.config.forbidden_log_weight, teacher)
+        ebm.check_policy(policy)
+        self.ebm, self.policy = ebm, policy
+        self.explorer: Policy = Uniform(ebm.space) if ebm.reference is None else ebm.reference
+        self.generator = torch.Generator(ebm.device) if generator is None else generator
+        self.extra = self.extra_parameters()
+        self.learner = Learner(policy, self.config.lr, self.config.max_grad_norm, self.extra)
+        self.replay = Replay(max(1, self.config.replay_size), ebm.space.max_length, ebm.device)
+
+    def extra_parameters(self) -> tuple[torch.nn.Parameter, ...]:
+        """What is learned beside the policy."""
+        return ()
+
+    def loss(self, batch: Batch, r: Float[Tensor, "B T"]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of responses, and what to log; r are the log-weights of the tokens."""
+        raise NotImplementedError
+
+    def sample(self) -> Batch | None:
+        """Responses of the policy and of the explorer."""
+        cfg, space, p = self.config, self.ebm.space, self.ebm.num_prompts
+        prompt_ids = draw_prompts(cfg.batch_size, p, 1, self.generator)
+        others = round(cfg.explore * len(prompt_ids))
+        # Shuffled, so that every prompt gets its share of both.
+        order = torch.randperm(len(prompt_ids), generator=self.generator, device=prompt_ids.device)
+        parts = [
+            sample(policy, space, len(ids), self.generator, ids, temperature)
+            for policy, ids, temperature in (
+                (self.explorer, prompt_ids[order[:others]], 1.0),
+                (self.policy, prompt_ids[order[others:]], cfg.temperature),
+            )
+            if len(ids)
+        ]
+        return Batch.cat(parts)
+
+    def update(self, batch: Batch, progress: float = 0.0) -> dict[str, Tensor]:
+        """One gradient step on a batch of anybody's responses with their rewards."""
+        batch = batch.clean()
+        if self.config.replay_size:
+            fresh = batch
+            if self.config.replay_batch and len(self.replay):
+                replayed = self.replay.sample(self.config.replay_batch, self.generator)
+                batch = Batch.cat([batch, replayed])
+            self.replay.add(fresh)
+        loss, metrics = self.loss(batch, self.log_weights(batch, progress))
+        metrics = {"losses/loss": loss.detach()} | metrics
+        return metrics | self.learner.descend(loss, progress)
+
+    def log_weights(self, batch: Batch, progress: float = 1.0) -> Float[Tensor, "B T"]:
+        """r of each token, 0 past the end, at its size at this point of the run."""
+        r = immediate_log_weights(self.ebm, batch, self.config.forbidden_log_weight)
+        if self.config.anneal == 0:
+            return r
+        scale = min(1.0, progress / float(self.config.anneal))
+        return r * scale
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "learner": self.learner.state_dict(),
+            "replay": self.replay.state_dict(),
+            "extra": [parameter.detach().clone() for parameter in self.extra],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.learner.load_state_dict(state["learner"])
+        self.replay.load_state_dict(state["replay"])
+        with torch.no_grad():
+            for parameter, value in zip(self.extra, state["extra"], strict=True):
+                parameter.copy_(value)

@@ -1,0 +1,118 @@
+"""What agents share that learn from their policy's own responses: groups of them, and the step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rl_ebm.agents.learner import (
+    Learner,
+    check_batch_size,
+    check_finite_weights,
+    check_rates,
+    draw_prompts,
+    log_ref_and_gain,
+    token_values,
+)
+from rl_ebm.ebm import EBM
+from rl_ebm.policies.scoring import Policy, Trainable, q_values, sample
+from rl_ebm.soft_bellman import log_policy
+from rl_ebm.tokens import Batch
+
+
+@dataclass(frozen=True)
+class OnPolicyOptions:
+    """Options of every agent that learns from its policy's own responses."""
+
+    batch_size: int = 4096
+    """responses in a step"""
+    group_size: int = 8
+    """responses to each prompt of a step, at least; the baseline is the mean of the others"""
+    lr: float | int = 1e-2
+    """peak learning rate of Adam"""
+    max_grad_norm: float | int = 1.0
+    """gradients are clipped to this norm"""
+    forbidden_log_weight: float | int | None = None
+    """log-weight trained on in the place of -inf, nats"""
+
+    def __post_init__(self) -> None:
+        check_rates(self.lr, self.max_grad_norm)
+        if not 2 <= self.group_size <= self.batch_size:
+            raise ValueError(
+                f"group_size must be in [2, batch_size={self.batch_size}], got {self.group_size}: "
+                "the baseline of a response is the mean of the others"
+            )
+        check_batch_size("batch_size", self.batch_size)
+
+
+class OnPolicyAgent:
+    """Sampling and the step of such an agent; a subclass is its :meth:`loss`."""
+
+    logits_are_values = False
+    Config: type[Any] = OnPolicyOptions
+
+    def __init__(
+        self,
+        ebm: EBM,
+        policy: Trainable,
+        config: Any = None,
+        generator: torch.Generator | None = None,
+        teacher: Policy | None = None,
+    ) -> None:
+        self.config = self.Config() if config is None else config
+        check_finite_weights(ebm, self.config.forbidden_log_weight, teacher)
+        ebm.check_policy(policy)
+        self.ebm, self.policy = ebm, policy
+        self.generator = torch.Generator(ebm.device) if generator is None else generator
+        self.learner = Learner(policy, self.config.lr, self.config.max_grad_norm)
+
+    def loss(
+        self,
+        batch: Batch,
+        log_pi: Float[Tensor, "B T"],
+        log_ref: Float[Tensor, "B T"],
+        gain: Float[Tensor, "B"],
+    ) -> Tensor:
+        """The loss of the policy's responses.
+
+        Args:
+            log_pi: of the tokens, with gradient, 0 past the end.
+            log_ref: log p_ref of the tokens, 0 past the end.
+            gain: R / beta.
+        """
+        raise NotImplementedError
+
+    def sample(self) -> Batch | None:
+        """Responses of the policy itself, in groups that share a prompt."""
+        n, p = self.config.batch_size, self.ebm.num_prompts
+        prompt_ids = draw_prompts(n, p, self.config.group_size, self.generator)
+        return sample(self.policy, self.ebm.space, n, self.generator, prompt_ids)
+
+    def update(self, batch: Batch, progress: float = 0.0) -> dict[str, Tensor]:
+        """One gradient step on responses of the current policy, with their rewards."""
+        batch = batch.clean()
+        log_ref, gain = log_ref_and_gain(self.ebm, batch, self.config.forbidden_log_weight)
+        log_pi = self.log_pi(batch)
+        loss = self.loss(batch, log_pi, log_ref, gain)
+        metrics = {"losses/loss": loss.detach(), "losses/elbo": elbo(log_pi, log_ref, gain)}
+        return metrics | self.learner.descend(loss, progress)
+
+    def log_pi(self, batch: Batch) -> Float[Tensor, "B T"]:
+        """log pi of the tokens, 0 past the end."""
+        q = q_values(self.policy, self.ebm.space, batch.tokens, batch.prompt_ids)
+        return token_values(log_policy(q), batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"learner": self.learner.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.learner.load_state_dict(state["learner"])
+
+
+def elbo(log_pi: Tensor, log_ref: Tensor, gain: Tensor) -> Tensor:
+    """E[log-weight - log pi], the lower bound of log Z: arXiv 2512.15605, App. A.8."""
+    return (gain + (log_ref - log_pi.detach()).sum(1)).mean()

@@ -1,0 +1,105 @@
+r"""Trajectory balance: log Z + log pi(y|x) = log p_ref(y|x) + R / beta, squared.
+
+    loss = mean_i (log Z(x_i) + log pi(y_i|x_i) - sum_t r_t)^2 / 2
+
+Malkin et al. 2022 (arXiv 2201.13259, Eq. 14) learn log Z(x), one number for each prompt here;
+VarGrad (Richter et al. 2020, arXiv 2010.10436; Zhang et al. 2023, arXiv 2302.05446) puts the
+mean of the batch in its place, prompt by prompt: the loss is then half the variance of the
+log-ratio. Both vanish at the EBM alone, whoever drew the responses (where every one has a
+chance). Hu et al. 2024 (arXiv 2310.04363) for language models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from rl_ebm.agents.off_policy import OffPolicyAgent, OffPolicyOptions
+from rl_ebm.policies.scoring import q_values
+from rl_ebm.soft_bellman import log_policy, sequence_log_prob
+from rl_ebm.tokens import Batch
+
+
+@dataclass(frozen=True)
+class TrajectoryBalanceConfig(OffPolicyOptions):
+    """Options of the agents ``trajectory-balance`` and ``vargrad``."""
+
+    log_z: Literal["learned", "batch"] = "learned"
+    """log Z of each prompt: a parameter, or the mean over its responses in the batch (VarGrad)"""
+    log_z_start: float | int = 0.0
+    """what the learned log Z starts from, nats"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.log_z not in ("learned", "batch"):
+            raise ValueError(f"log_z must be 'learned' or 'batch', got {self.log_z!r}")
+        if not abs(self.log_z_start) < float("inf"):
+            raise ValueError(f"log_z_start must be finite, got {self.log_z_start}")
+
+
+@dataclass(frozen=True)
+class VarGradConfig(TrajectoryBalanceConfig):
+    """Options of the agent ``vargrad``."""
+
+    log_z: Literal["learned", "batch"] = "batch"
+    """log Z of each prompt: a parameter, or the mean over its responses in the batch (VarGrad)"""
+
+
+def trajectory_balance_loss(
+    log_z: Float[Tensor, "B"], log_pi: Float[Tensor, "B"], log_weight: Float[Tensor, "B"]
+) -> Float[Tensor, ""]:
+    """Half the squared residual, mean over the rows.
+
+    Args:
+        log_z: of each response's prompt, with gradient where it is learned.
+        log_pi: log pi(y|x), with gradient.
+        log_weight: log p_ref(y|x) + R / beta.
+    """
+    return 0.5 * (log_z + log_pi - log_weight).square().mean()
+
+
+def batch_log_z(
+    log_pi: Float[Tensor, "B"],
+    log_weight: Float[Tensor, "B"],
+    prompt_ids: Int64[Tensor, "B"],
+    num_prompts: int = 1,
+) -> Float[Tensor, "B"]:
+    """The log Z that fits the batch best: mean of log-weight - log pi over each prompt's rows."""
+    gap = log_weight - log_pi
+    total = gap.new_zeros(num_prompts).index_add(0, prompt_ids, gap)
+    count = gap.new_zeros(num_prompts).index_add(0, prompt_ids, torch.ones_like(gap))
+    return (total / count.clamp(min=1))[prompt_ids]
+
+
+class TrajectoryBalanceAgent(OffPolicyAgent):
+    """Trajectory balance with a learned log Z for each prompt, or with that of the batch."""
+
+    Config = TrajectoryBalanceConfig
+
+    def extra_parameters(self) -> tuple[torch.nn.Parameter, ...]:
+        """log Z of every prompt, where it is learned."""
+        start = torch.full((self.ebm.num_prompts,), float(self.config.log_z_start))
+        self.log_z = torch.nn.Parameter(start.to(self.ebm.device))
+        return (self.log_z,) if self.config.log_z == "learned" else ()
+
+    def loss(self, batch: Batch, r: Float[Tensor, "B T"]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of responses, and the log Z in it."""
+        q = q_values(self.policy, self.ebm.space, batch.tokens, batch.prompt_ids)
+        log_pi = sequence_log_prob(log_policy(q), batch.tokens, batch.lengths)
+        log_weight = r.sum(1)
+        if self.config.log_z == "learned":
+            log_z = self.log_z[batch.prompt_ids]
+        else:
+            log_z = batch_log_z(log_pi, log_weight, batch.prompt_ids, self.ebm.num_prompts)
+        loss = trajectory_balance_loss(log_z, log_pi, log_weight)
+        return loss, {"losses/log_z": log_z.detach().mean()}
+
+
+class VarGradAgent(TrajectoryBalanceAgent):
+    """Trajectory balance with the batch's log Z."""
+
+    Config = VarGradConfig

@@ -1,0 +1,118 @@
+"""The audit: what each objective converges to on an EBM that can be solved, exactly."""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from rl_ebm.agents import AGENTS
+from rl_ebm.divergences import kl, tv
+from rl_ebm.exact import TreeSolution, problems
+from rl_ebm.fixed_points import FixedPoint, Problem
+from rl_ebm.soft_bellman import expectation
+
+SAME = 1e-8
+"""total variation up to which a fixed point is the EBM"""
+MEASURES = (
+    "tv",
+    "kl_fixed_point_target",
+    "kl_target_fixed_point",
+    "expected_reward",
+    "kl_reference",
+)
+
+
+@torch.no_grad()
+def audit(solution: TreeSolution) -> list[dict[str, Any]]:
+    """The fixed point of every objective, with every option that moves it.
+
+    Returns:
+        a dict for each: ``objective`` (the agent's name), ``options``, ``degenerate`` (the limit
+        is on the boundary), ``is_target`` (it is the EBM), ``how`` it was found, ``other_roots``
+        (further interior laws without a gradient: their total variation from the EBM),
+        ``depends_on_sampler``, and in nats and reward units ``tv``, ``kl_fixed_point_target``,
+        ``kl_target_fixed_point``, ``expected_reward``, ``kl_reference``: means over the prompts,
+        None where the limit was not computed.
+
+    Raises:
+        ValueError: responses of reward -inf that the reference allows.
+    """
+    cases = problems(solution)
+    found = []
+    for name, entry in AGENTS.items():
+        for options in entry.variants:
+            config = entry.config(**options)
+            points = [entry.fixed_point(config, case) for case in cases]
+            found.append(_line(name, options, points, cases))
+    return found
+
+
+def _line(
+    name: str, options: dict[str, str], points: list[FixedPoint], cases: list[Problem]
+) -> dict[str, Any]:
+    measured = [measures(p.log_law, c) for p, c in zip(points, cases, strict=True)]
+    known = [m for m in measured if m is not None]
+    means = {
+        key: fmean(m[key] for m in known) if len(known) == len(cases) else None for key in MEASURES
+    }
+    return {
+        "objective": name,
+        "options": options,
+        "degenerate": any(p.degenerate for p in points),
+        "is_target": means["tv"] is not None and all(m["tv"] <= SAME for m in known),
+        **means,
+        "how": points[0].how,
+        "other_roots": [
+            float(tv(root, case.log_target))
+            for point, case in zip(points, cases, strict=True)
+            for root in point.other_roots
+        ],
+        "depends_on_sampler": any(p.sampler for p in points),
+    }
+
+
+def measures(log_law: torch.Tensor | None, problem: Problem) -> dict[str, float] | None:
+    """A law over the responses against the EBM, the reward and the reference."""
+    if log_law is None:
+        return None
+    return {
+        "tv": float(tv(log_law, problem.log_target)),
+        "kl_fixed_point_target": float(kl(log_law, problem.log_target)),
+        "kl_target_fixed_point": float(kl(problem.log_target, log_law)),
+        "expected_reward": problem.beta * float(expectation(log_law, problem.g_responses).sum()),
+        "kl_reference": float(kl(log_law, problem.log_ref_responses)),
+    }
+
+
+def to_text(lines: list[dict[str, Any]]) -> str:
+    """A table for people."""
+    head = ("objective", "options", "TV", "KL(fp, p*)", "KL(p*, fp)", "E[R]", "KL(fp, ref)", "")
+    rows = [head]
+    for x in lines:
+        options = ", ".join(f"{v}" for v in x["options"].values() if v != "none")
+        numbers = ["?" if x[k] is None else f"{x[k]:.4g}" for k in MEASURES]
+        note = "the EBM" if x["is_target"] else "degenerate" if x["degenerate"] else ""
+        if x["other_roots"]:
+            note += f" ({len(x['other_roots'])} other roots)"
+        rows.append((x["objective"], options, *numbers, note))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def to_json(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same with infinite numbers as text, as in report.json."""
+    return [
+        {
+            k: ("Infinity" if v > 0 else "-Infinity")
+            if isinstance(v, float) and math.isinf(v)
+            else v
+            for k, v in line.items()
+        }
+        for line in lines
+    ]

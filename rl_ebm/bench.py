@@ -1,0 +1,291 @@
+"""The benchmark: methods x tasks x seeds under one budget of reward calls, in the open.
+
+Every run is a run directory of its own, trained by a process of its own: the same network, the
+same initial weights for each seed, the same number of responses scored. What is finished is not
+run again, and what was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from io import StringIO
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rl_ebm.agents import AGENTS
+from rl_ebm.backbone import TransformerConfig
+from rl_ebm.checkpoint import RunError, load_state, write_text
+from rl_ebm.ebm import EBM
+from rl_ebm.envs import TASKS, make_task
+from rl_ebm.names import nearest
+from rl_ebm.policies import Uniform
+from rl_ebm.rewards import read_table
+from rl_ebm.runs import CONFIG, METRICS, STATE, read_config
+from rl_ebm.train import resume, train
+from rl_ebm.training import TrainConfig
+
+RESULTS = "results.csv"
+EXACT = ("kl_target_policy", "kl_policy_target", "tv", "expected_reward_policy")
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is distilled: a named task, or a table file."""
+
+    name: str
+    """a name of rl_ebm.envs.TASKS, or the path of a table"""
+    beta: float = 1.0
+    task_seed: int = 0
+
+    @property
+    def label(self) -> str:
+        """Its name in tables and folders."""
+        return self.name if self.name in TASKS else Path(self.name).stem
+
+    def make(self) -> tuple[EBM, dict[str, Any]]:
+        """The EBM with the uniform reference, and where it is from."""
+        if self.name in TASKS:
+            ebm = make_task(
+                self.name, beta=self.beta, reference="uniform", task_seed=self.task_seed
+            )
+            return ebm, {"task": self.name, "task_seed": self.task_seed}
+        table = read_table(Path(self.name), None, "minmax", "error")
+        ebm = EBM(table.space, table.scores, self.beta, Uniform(table.space))
+        return ebm, {"alphabet": list(table.alphabet), "separator": table.separator}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A benchmark.
+
+    Attributes:
+        agents: names of :data:`rl_ebm.agents.AGENTS`.
+        problems: what they distil.
+        seeds: of the initial weights and of what is drawn.
+        calls: responses that each run may score.
+        seconds: after which a run ends though calls are left; None for no limit.
+        network: sizes of the Transformer.
+        options: of each agent, where they are not its defaults.
+    """
+
+    agents: tuple[str, ...]
+    problems: tuple[Problem, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    calls: int = 1_000_000
+    seconds: float | None = None
+    network: TransformerConfig = field(default_factory=TransformerConfig)
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.agents or not self.problems or not self.seeds:
+            raise ValueError("a benchmark needs at least one agent, one task and one seed")
+        for name in self.agents:
+            if name not in AGENTS:
+                raise ValueError(f"there is no agent {name!r}{nearest(name, AGENTS)}")
+        for problem in self.problems:
+            if problem.name not in TASKS and not Path(problem.name).exists():
+                raise ValueError(
+                    f"there is no task and no table {problem.name!r}{nearest(problem.name, TASKS)}"
+                )
+        if self.calls < 1:
+            raise ValueError(f"calls must be >= 1, got {self.calls}")
+        for name in self.options:
+            if name not in self.agents:
+                raise ValueError(f"options are given for {name!r}, which takes no part")
+        for name in self.agents:
+            self.config(name)
+
+    def config(self, agent: str) -> Any:
+        """The options of an agent."""
+        kind = AGENTS[agent].config
+        try:
+            return kind(**self.options.get(agent, {}))
+        except TypeError:
+            raise ValueError(
+                f"{agent} has no such options: {', '.join(self.options[agent])}"
+            ) from None
+
+    def steps(self, agent: str) -> int:
+        """Gradient steps that the calls allow: an agent that draws nothing takes as many as one
+        of 4,096 responses a step."""
+        size = getattr(self.config(agent), "batch_size", 4096)
+        return max(1, self.calls // size)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    plan: Plan
+    agent: str
+    problem: Problem
+    seed: int
+    run: Path
+
+
+def jobs(plan: Plan, out: Path) -> list[Job]:
+    """All runs, with their folders."""
+    return [
+        Job(plan, agent, problem, seed, out / "runs" / problem.label / agent / str(seed))
+        for problem in plan.problems
+        for seed in plan.seeds
+        for agent in plan.agents
+    ]
+
+
+def measure(job: Job) -> Rows:
+    """Train a run, or what is left of it; its exact metrics by step."""
+    if not finished(job):
+        if (job.run / CONFIG).exists():
+            resume(job.run, progress=False)
+        else:
+            ebm, source = job.problem.make()
+            train(
+                ebm,
+                job.agent,
+                job.run,
+                options=job.plan.config(job.agent),
+                network=job.plan.network,
+                config=TrainConfig(
+                    steps=job.plan.steps(job.agent), seconds=job.plan.seconds, eval_every=2.0
+                ),
+                seed=job.seed,
+                source=source,
+                progress=False,
+            )
+    return rows_of(job)
+
+
+def finished(job: Job) -> bool:
+    """Whether the run is there, and complete.
+
+    Raises:
+        RunError: a run of another benchmark is in its place.
+    """
+    if not (job.run / CONFIG).exists():
+        return False
+    config = read_config(job.run)
+    same = (
+        config["agent"]["name"] == job.agent
+        and config["agent"]["options"] == asdict(job.plan.config(job.agent))
+        and config["policy"] == {"kind": "transformer"} | asdict(job.plan.network)
+        and config["ebm"]["beta"] == job.problem.beta
+        and config["train"]["seed"] == job.seed
+        and config["train"]["steps"] == job.plan.steps(job.agent)
+        and config["train"]["seconds"] == job.plan.seconds
+    )
+    if not same:
+        raise RunError(
+            f"{job.run} holds a run with other options, network or budget: give another --out, "
+            "or delete it"
+        )
+    if not (job.run / STATE).exists():
+        return False
+    return bool(load_state(job.run / STATE, "cpu").get("complete"))
+
+
+def rows_of(job: Job) -> Rows:
+    """What a run's metrics say of each exact verification."""
+    found = []
+    with open(job.run / METRICS, newline="") as file:
+        for row in csv.DictReader(file):
+            if not row.get("exact/kl_target_policy"):
+                continue
+            exact = {key: float(row[f"exact/{key}"]) for key in EXACT}
+            # log Z - KL(pi, p*) = E[R] / beta - KL(pi, p_ref)
+            kl_reference = exact["expected_reward_policy"] / job.problem.beta - float(
+                row["eval/elbo"]
+            )
+            found.append(
+                {
+                    "task": job.problem.label,
+                    "agent": job.agent,
+                    "seed": job.seed,
+                    "step": int(row["step"]),
+                    "seconds": float(row["seconds"]),
+                    "reward_calls": int(row["reward_calls"]),
+                    **exact,
+                    "kl_reference": kl_reference,
+                }
+            )
+    return found
+
+
+def run(plan: Plan, out: Path, workers: int = 2) -> Rows:
+    """Every run of a plan, ``workers`` at a time with one thread each; their rows.
+
+    ``results.csv`` is written after each, so that what was interrupted is not lost.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    todo = jobs(plan, out)
+    write_text(out / "plan.json", json.dumps(asdict(plan), indent=1) + "\n")
+    found: dict[int, Rows] = {}
+    waiting = list(range(len(todo)))
+    with ProcessPoolExecutor(
+        workers, get_context("spawn"), torch.set_num_threads, (1,)
+    ) as processes:
+        running: dict[Future[Rows], int] = {}
+        while waiting or running:
+            while waiting and len(running) < workers:
+                i = waiting.pop(0)
+                running[processes.submit(measure, todo[i])] = i
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                i = running.pop(future)
+                found[i] = future.result()
+                write_rows(out / RESULTS, [row for k in sorted(found) for row in found[k]])
+                _say(todo[i], found[i], len(found), len(todo))
+    return [row for k in sorted(found) for row in found[k]]
+
+
+def read_options(path: Path | None) -> dict[str, dict[str, Any]]:
+    """Options of agents from a JSON file.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    if path is None:
+        return {}
+    try:
+        found: Any = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error})") from None
+    if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
+        raise ValueError(f"{path} must hold {{agent: {{option: value}}}}")
+    return found
+
+
+def write_rows(path: Path, rows: Rows) -> None:
+    """A CSV file, whole or not at all."""
+    text = StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def last_of(rows: Sequence[dict[str, Any]], **fields: Any) -> Rows:
+    """The last row of each run that has these values, by seed."""
+    last = {}
+    for row in rows:
+        if all(row[k] == v for k, v in fields.items()):
+            last[row["task"], row["agent"], row["seed"]] = row
+    return list(last.values())
+
+
+def _say(job: Job, rows: Rows, done: int, total: int) -> None:
+    end = rows[-1] if rows else {"kl_policy_target": math.nan, "seconds": math.nan}
+    print(
+        f"[{done:3d}/{total}] {job.problem.label:12s} {job.agent:22s} seed {job.seed}: "
+        f"KL(policy, target) {end['kl_policy_target']:.3g}, {end['seconds']:.0f} s",
+        file=sys.stderr,
+    )

@@ -1,0 +1,163 @@
+"""What a benchmark says: a Markdown report with intervals, curves, and the exact frontier."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from rl_ebm.agents import AGENTS
+from rl_ebm.audit import SAME
+from rl_ebm.bench import Plan, Problem, Rows, last_of
+from rl_ebm.checkpoint import write_text
+from rl_ebm.divergences import tv
+from rl_ebm.ebm import EBM
+from rl_ebm.exact import problems, solve, summarise
+from rl_ebm.intervals import interval
+
+FLOOR = 1e-9
+"""smallest KL that a curve shows, nats"""
+SWEEP = torch.logspace(-1.5, 1.5, 25).tolist()
+"""beta of the frontier, in units of the benchmark's"""
+
+
+def write_report(plan: Plan, rows: Rows, out: Path) -> str:
+    """report.md and its pictures, beside results.csv; the text."""
+    sections = []
+    for problem in plan.problems:
+        mine = [row for row in rows if row["task"] == problem.label]
+        figure = picture(plan, problem, mine)
+        name = f"{problem.label}.png"
+        figure.savefig(out / name, dpi=110)
+        sections.append(
+            f"## {problem.label}\n\n{table(plan, problem, mine)}\n\n![{problem.label}]({name})"
+        )
+    budget = f"{plan.calls:,} responses scored"
+    if plan.seconds is not None:
+        budget += f", at most {plan.seconds:g} s"
+    network = plan.network
+    text = "\n\n".join(
+        [
+            "# Benchmark",
+            f"Budget of each run: {budget}. The same Transformer ({network.layers} layers, width "
+            f"{network.dim}) with the same initial weights for each seed; one thread a run. Exact "
+            "KL in nats at the end, mean ± half-width of its 95% interval over "
+            f"{len(plan.seeds)} seeds (Student's t). *Ends at the EBM* is about the objective: "
+            "whether its exact expected gradient converges to p* (`rl-ebm audit`).",
+            *sections,
+        ]
+    )
+    write_text(out / "report.md", text + "\n")
+    return text
+
+
+def table(plan: Plan, problem: Problem, rows: Rows) -> str:
+    """One line for each agent, the smallest KL(policy, target) first."""
+    ends_there = targets(plan, problem)
+    lines = []
+    for agent in plan.agents:
+        ends = last_of(rows, agent=agent)
+        cells = [
+            interval([row[key] for row in ends])
+            for key in ("kl_policy_target", "kl_target_policy", "tv")
+        ]
+        middle = statistics.median(row["kl_policy_target"] for row in ends)
+        calls = statistics.median(row["reward_calls"] for row in ends)
+        seconds = interval([row["seconds"] for row in ends])
+        there = {True: "yes", False: "no", None: "not known"}[ends_there[agent]]
+        lines.append((middle, [f"`{agent}`", there, f"{calls:,.0f}", seconds, *cells]))
+    head = [
+        "agent",
+        "ends at the EBM",
+        "reward calls",
+        "seconds",
+        "KL(policy, target)",
+        "KL(target, policy)",
+        "total variation",
+    ]
+    body = [" | ".join(cells) for _, cells in sorted(lines, key=lambda line: line[0])]
+    return "\n".join(
+        [
+            f"| {' | '.join(head)} |",
+            "|" + "---|" * len(head),
+            *(f"| {line} |" for line in body),
+        ]
+    )
+
+
+def targets(plan: Plan, problem: Problem) -> dict[str, bool | None]:
+    """Whether each agent's objective, with its options, has the EBM as its fixed point."""
+    ebm, _ = problem.make()
+    cases = problems(solve(ebm))
+    found: dict[str, bool | None] = {}
+    for agent in plan.agents:
+        points = [AGENTS[agent].fixed_point(plan.config(agent), case) for case in cases]
+        laws = [point.log_law for point in points if point.log_law is not None]
+        if len(laws) < len(points):
+            found[agent] = False if any(point.degenerate for point in points) else None
+            continue
+        found[agent] = all(
+            float(tv(law, case.log_target)) <= SAME for law, case in zip(laws, cases, strict=True)
+        )
+    return found
+
+
+def frontier(ebm: EBM) -> tuple[list[float], list[float]]:
+    """KL(p*, p_ref) and E[R] of the exact solution as beta goes up and down: nothing is better."""
+    kls, rewards = [], []
+    for factor in SWEEP:
+        beta = ebm.beta * factor
+        other = EBM(ebm.space, ebm.reward_model, beta, ebm.reference, ebm.prompts)
+        solution = solve(other)
+        parts = [summarise(solution, 0, prompt) for prompt in range(ebm.num_prompts)]
+        # KL(p*, p_ref) = E[R] / beta - log Z
+        kls.append(statistics.fmean(p.expected_reward / beta - p.log_z for p in parts))
+        rewards.append(statistics.fmean(p.expected_reward for p in parts))
+    return kls, rewards
+
+
+def picture(plan: Plan, problem: Problem, rows: Rows) -> Figure:
+    """KL against calls, KL against seconds, and E[R] against KL(policy, reference)."""
+    figure = Figure(figsize=(15, 4.4), layout="constrained")
+    by_calls, by_seconds, pareto = figure.subplots(1, 3)
+    for k, agent in enumerate(plan.agents):
+        mine = [row for row in rows if row["agent"] == agent]
+        for axes, key in ((by_calls, "reward_calls"), (by_seconds, "seconds")):
+            _curves(axes, mine, key, plan.seeds, f"C{k}", agent)
+        ends = last_of(mine)
+        pareto.scatter(
+            [row["kl_reference"] for row in ends],
+            [row["expected_reward_policy"] for row in ends],
+            color=f"C{k}",
+            s=18,
+            label=agent,
+            zorder=3,
+        )
+    ebm, _ = problem.make()
+    pareto.plot(*frontier(ebm), color="0.4", linewidth=1.2, label="exact frontier")
+    pareto.set(xlabel="KL(policy, reference) (nats)", ylabel="E[R]", title="Reward against KL")
+    for axes, label in ((by_calls, "responses scored"), (by_seconds, "trained seconds")):
+        axes.set(yscale="log", xlabel=label, ylabel="exact KL(policy, target) (nats)")
+        axes.grid(alpha=0.3)
+    by_calls.set_title(f"{problem.label}, beta = {problem.beta:g}: one line a seed")
+    pareto.legend(fontsize=7)
+    return figure
+
+
+def _curves(axes: Axes, rows: Rows, key: str, seeds: Sequence[int], color: str, label: str) -> None:
+    for i, seed in enumerate(seeds):
+        line = [row for row in rows if row["seed"] == seed]
+        values = [row["kl_policy_target"] for row in line]
+        shown = [max(v, FLOOR) if math.isfinite(v) else math.nan for v in values]
+        axes.plot(
+            [row[key] for row in line],
+            shown,
+            color=color,
+            linewidth=1.1,
+            label=label if i == 0 else None,
+        )

@@ -1,0 +1,267 @@
+"""The diagnosis: a run's error, split into parts that say what to do about it.
+
+With fp the fixed point of the run's objective and cap the best that the same network reaches by
+exact full-gradient fitting of fp,
+
+    KL(p*, pi) =   KL(p*, fp)                     objective
+                 + KL(p*, cap) - KL(p*, fp)       capacity
+                 + KL(p*, pi) - KL(p*, cap)       optimisation and sampling
+
+exactly. A part can be negative: errors can undo each other.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rl_ebm.agents import AGENTS, ExactAgent, ExactConfig
+from rl_ebm.checkpoint import load_state
+from rl_ebm.divergences import kl
+from rl_ebm.ebm import EBM
+from rl_ebm.exact import problems, solve
+from rl_ebm.fixed_points import Problem
+from rl_ebm.policies import Policy, Tabular, Trainable
+from rl_ebm.policies.scoring import tree_q_values
+from rl_ebm.runs import STATE, decode, load, make_policy, read_config
+from rl_ebm.soft_bellman import log_policy, q_from_r, sequence_log_probs, soft_value
+
+RARE = 0.1
+"""a response is missing where the policy gives it less than this share of what the target does"""
+SMALL = 1e-3
+"""KL in nats below which nothing is worth mending"""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A response that the target gives far more than the policy does."""
+
+    sequence: str
+    target: float
+    policy: float
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What ``rl-ebm diagnose`` says; nats, means over the prompts.
+
+    Attributes:
+        total: KL(p*, pi).
+        objective: KL(p*, fixed point); None where the fixed point is not known.
+        capacity: what the network adds at best; None where the objective is not finite.
+        optimisation: the rest; None likewise.
+        fit_steps: gradient steps of the fit that measures the capacity.
+        log_z_error: learned log Z less log Z, largest of the prompts; None without one.
+        missing_mass: p* of the responses that the policy gives less than a tenth of theirs.
+        missing: the likeliest of them.
+        starved_mass: p* of the responses that the run has drawn less than once, expected under
+            its final policy and its explorer.
+        advice: one sentence.
+    """
+
+    agent: str
+    total: float
+    objective: float | None
+    capacity: float | None
+    optimisation: float | None
+    fit_steps: int
+    log_z_error: float | None
+    missing_mass: float
+    missing: list[Missing]
+    starved_mass: float | None
+    advice: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON; infinite numbers as text."""
+        found = asdict(self)
+        return {
+            k: "Infinity" if isinstance(v, float) and math.isinf(v) else v for k, v in found.items()
+        }
+
+    def __str__(self) -> str:
+        def number(x: float | None) -> str:
+            return "not known" if x is None else f"{x:.4g}"
+
+        lines = [
+            f"KL(target, policy)            {number(self.total)} nats",
+            f"  objective                   {number(self.objective)}",
+            f"  capacity                    {number(self.capacity)}",
+            f"  optimisation and sampling   {number(self.optimisation)}",
+            f"learned log Z less log Z      {number(self.log_z_error)}",
+            f"p* of what the policy misses  {number(self.missing_mass)}",
+            f"p* of what was hardly drawn   {number(self.starved_mass)}",
+        ]
+        lines += [
+            f"  missing: {m.sequence}  p* {m.target:.3g}, policy {m.policy:.3g}"
+            for m in self.missing
+        ]
+        return "\n".join([*lines, "", self.advice])
+
+
+def diagnose(run: str | Path, seconds: float = 60.0, examples: int = 5) -> Diagnosis:
+    """Split a run's error into objective, capacity, and optimisation and sampling.
+
+    Args:
+        run: the run directory; its EBM must be small enough to solve.
+        seconds: time for the fit that measures the capacity.
+        examples: how many missing responses to list.
+    """
+    run = Path(run)
+    policy, ebm = load(run)
+    config = read_config(run)
+    name = config["agent"]["name"]
+    entry = AGENTS[name]
+    options = entry.config(**config["agent"]["options"])
+    solution = solve(ebm)
+    cases = problems(solution)
+    points = [entry.fixed_point(options, case) for case in cases]
+    star = torch.stack([case.log_target for case in cases])
+    log_pi = laws(policy, ebm)
+    total = float(kl(star, log_pi).mean())
+    objective = capacity = optimisation = None
+    steps = 0
+    known = [p.log_law for p in points if p.log_law is not None]
+    if len(known) == len(points):
+        fixed = torch.stack(known)
+        objective = max(0.0, float(kl(star, fixed).mean()))
+        if math.isfinite(objective):
+            best = fixed
+            if config["policy"]["kind"] != "tabular":  # a table can be any law
+                best, steps = _fit(config, ebm, cases, fixed, policy, seconds)
+            reached = float(kl(star, best).mean())
+            capacity, optimisation = reached - objective, total - reached
+    state = load_state(run / STATE, "cpu") if (run / STATE).exists() else {}
+    missing, mass = _missing(config["ebm"], ebm, star, log_pi, examples)
+    return Diagnosis(
+        name,
+        total,
+        objective,
+        capacity,
+        optimisation,
+        steps,
+        _log_z_error(policy, ebm, solution.log_z, state, entry.agent.logits_are_values),
+        mass,
+        missing,
+        _starved(star, log_pi, cases, options, int(state.get("reward_calls", 0))),
+        _advice(name, total, objective, capacity, optimisation),
+    )
+
+
+@torch.no_grad()
+def laws(policy: Policy, ebm: EBM) -> Float[Tensor, "P N"]:
+    """log pi of every response to every prompt, float64."""
+    space = ebm.space
+    sizes = [space.num_prefixes(t) for t in range(space.max_length)]
+    q = tree_q_values(policy, space, ebm.num_prompts).double()
+    return sequence_log_probs(list(log_policy(q).split(sizes, dim=1)), space)
+
+
+def policy_of(log_laws: Float[Tensor, "P N"], cases: list[Problem], ebm: EBM) -> Tabular:
+    """The policy with these laws: q = M(r) of a reward log-law that is paid at the end."""
+    per_prompt = [
+        q_from_r(case.at_ends(law), ebm.space) for law, case in zip(log_laws, cases, strict=True)
+    ]
+    tables = [torch.stack(tables) for tables in zip(*per_prompt, strict=True)]
+    return Tabular.from_tables(tables, ebm.space, ebm.prompts)
+
+
+def _fit(
+    config: dict[str, Any],
+    ebm: EBM,
+    cases: list[Problem],
+    fixed: Float[Tensor, "P N"],
+    policy: Trainable,
+    seconds: float,
+) -> tuple[Float[Tensor, "P N"], int]:
+    """The best fit to the fixed point, of the run's own weights and of new ones; its steps."""
+    teacher = policy_of(fixed, cases, ebm)
+    found, steps = [laws(policy, ebm)], 0
+    for student in (policy, make_policy(config["policy"], ebm, seed=1, values=False)):
+        agent = ExactAgent(ebm, student, ExactConfig(), teacher=teacher)
+        start, progress = time.monotonic(), 0.0
+        while progress < 1:
+            progress = min(1.0, 2 * (time.monotonic() - start) / seconds)
+            agent.update(None, progress)
+            steps += 1
+        found.append(laws(student, ebm))
+    return min(found, key=lambda law: float(kl(fixed, law).mean())), steps
+
+
+def _log_z_error(
+    policy: Policy, ebm: EBM, log_z: Tensor, state: dict[str, Any], values: bool
+) -> float | None:
+    extra = state.get("agent", {}).get("extra") or []
+    if extra:  # a log Z that is learned on its own
+        return float((extra[0].double() - log_z).abs().max())
+    if not values:
+        return None
+    with torch.no_grad():
+        root = tree_q_values(policy, ebm.space, ebm.num_prompts)[:, 0].double()
+    return float((soft_value(root) - log_z).abs().max())
+
+
+def _missing(
+    source: dict[str, Any], ebm: EBM, star: Tensor, log_pi: Tensor, examples: int
+) -> tuple[list[Missing], float]:
+    rare = log_pi < star + math.log(RARE)
+    p = star.exp().masked_fill(~rare, 0.0)
+    mass = float(p.sum(1).mean())
+    best = p.flatten().topk(min(examples, p.numel()))
+    found = []
+    for value, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+        if value > 0:
+            index = place % star.shape[1]
+            tokens, lengths = ebm.space.sequences(index, index + 1)
+            text = decode(source, tokens[0, : int(lengths[0])].tolist())
+            found.append(Missing(text, value, float(log_pi.flatten()[place].exp())))
+    return found, mass
+
+
+def _starved(
+    star: Tensor, log_pi: Tensor, cases: list[Problem], options: Any, calls: int
+) -> float | None:
+    """p* of the responses that ``calls`` draws are expected to hold less than once."""
+    if calls == 0:
+        return None
+    share = float(getattr(options, "explore", 0.0))
+    start = [sequence_log_probs(case.start(), case.space) for case in cases]
+    drawn = share * torch.stack(start).exp() + (1 - share) * log_pi.exp()
+    return float(star.exp().masked_fill(calls / len(cases) * drawn >= 1, 0.0).sum(1).mean())
+
+
+def _advice(
+    name: str,
+    total: float,
+    objective: float | None,
+    capacity: float | None,
+    optimisation: float | None,
+) -> str:
+    if objective is None:
+        return (
+            f"What {name} with these options converges to is not known here, so that its error "
+            "cannot be split: rl-ebm audit lists objectives that end at the EBM."
+        )
+    if total < SMALL:
+        return f"Nothing to mend: the policy is within {total:.2g} nats of the EBM."
+    if math.isinf(objective) or objective >= max(capacity or 0.0, optimisation or 0.0):
+        return (
+            f"The objective is the problem: {name} with these options converges to a law "
+            f"{objective:.3g} nats from the EBM, however long it runs; rl-ebm audit lists those "
+            "that end at the EBM."
+        )
+    if (capacity or 0.0) >= (optimisation or 0.0):
+        return (
+            f"The network is the problem: the best fit that was found for its size still loses "
+            f"{capacity:.3g} nats; make it larger (--dim, --layers)."
+        )
+    return (
+        f"Optimisation is the problem: the same network can be {optimisation:.3g} nats better; "
+        "train longer, with more responses a step, or with more exploration."
+    )

@@ -1,0 +1,38 @@
+"""The problems that a solved EBM poses to an objective: one for each prompt."""
+
+from __future__ import annotations
+
+import torch
+
+from rl_ebm.exact.solution import TreeSolution
+from rl_ebm.fixed_points import Problem
+from rl_ebm.soft_bellman import log_policy, sequence_log_probs
+
+
+def problems(solution: TreeSolution) -> list[Problem]:
+    """The problem of every prompt of a solved EBM.
+
+    Raises:
+        ValueError: a response that the reference allows has reward -inf: no objective but those
+            that are the EBM itself has a gradient there.
+    """
+    ebm, space = solution.ebm, solution.space
+    if ebm.reward_model.forbids or bool(torch.isneginf(solution.scores).any()):
+        raise ValueError(
+            "some responses have reward -inf, where penalised objectives have no finite gradient: "
+            "audit a table whose scores are finite (forbid tokens by the reference instead)"
+        )
+    found = []
+    for p in range(ebm.num_prompts):
+        log_ref, g = [], []
+        for t in range(space.max_length):
+            rows = slice(0, space.num_prefixes(t))
+            reward = solution.reward_rows(t, rows, p) / ebm.beta
+            log_ref.append(solution.r_rows(t, rows, p) - reward)
+            g.append(reward)
+        q = [
+            solution.q_rows(t, slice(0, space.num_prefixes(t)), p) for t in range(space.max_length)
+        ]
+        log_target = sequence_log_probs([log_policy(x) for x in q], space)
+        found.append(Problem(space, log_ref, g, log_target, ebm.beta))
+    return found

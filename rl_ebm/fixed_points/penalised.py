@@ -1,0 +1,123 @@
+r"""Where a policy gradient with a KL penalty ends: estimator, place and level each move it.
+
+The reward is R, the penalty beta * kappa with u = log pi - log p_ref, of a response (level
+"sequence") or of each of its tokens, summed (level "token"):
+
+    k1 = u,  k2 = u^2 / 2,  k3 = exp(-u) - 1 + u            (http://joschu.net/blog/kl-approx.html)
+
+In the **reward** the penalty has no gradient of its own, and the policy gradient is that of
+E[(R / beta - kappa) grad log pi] with kappa held fixed: at an interior fixed point R / beta -
+kappa is constant. For k1 that is the EBM. k2 and k3 grow on both sides of u = 0, so that a
+response that has become less likely than under p_ref is punished for it, and driven out: the
+limit is on the boundary.
+
+In the **loss** the gradient is that of kappa itself at the responses drawn, which leaves out how
+the draws depend on pi: E[kappa'(u) grad log pi], that is nothing for k1 (E grad log pi = 0: no
+penalty is left), grad KL(pi, p_ref) for k2, grad KL(p_ref, pi) for k3. Of a whole response this
+is the EBM for k2, and p_ref / (lambda - R / beta) for k3. Token by token it is the same at each
+state, but the states visited are not weighed by what they will cost: the rule of
+:mod:`rl_ebm.fixed_points.closed_form` with the plain return Q, backwards over the depths.
+
+**Advantages divided by their standard deviation** (GRPO, arXiv 2402.03300) weigh R by 1 / sigma
+against a penalty of beta: the fixed point is that of beta sigma in the place of beta, with sigma
+the standard deviation of R under that very policy. With the penalty in the reward they scale
+the whole gradient, and move nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rl_ebm.fixed_points.boundary import boundary_limit
+from rl_ebm.fixed_points.closed_form import hyperbolic_rule, softmax_rule
+from rl_ebm.fixed_points.problem import FixedPoint, Penalty, Problem
+from rl_ebm.soft_bellman import expectation, sequence_log_probs
+
+RULES = {"k2": softmax_rule, "k3": hyperbolic_rule}
+Law = Callable[[float], Tensor]
+
+
+def penalised(problem: Problem, penalty: Penalty) -> FixedPoint:
+    """The limit from p_ref of the expected policy gradient."""
+    estimator, place, level, group_std = penalty
+    if place == "reward":
+        if estimator == "k1":
+            return FixedPoint(problem.log_target)
+        return boundary_limit(problem, estimator, level)
+    if estimator == "k1":
+        best = best_response(problem)
+        return FixedPoint(best, degenerate=bool((torch.isneginf(best) & problem.allowed).any()))
+
+    def law(scale: float) -> Tensor:
+        return _in_loss(problem, estimator, level, scale)
+
+    return _group_scaled(problem, law) if group_std else FixedPoint(law(1.0))
+
+
+def best_response(problem: Problem) -> Float[Tensor, "N"]:
+    """log-law of the responses of largest reward, by p_ref where several tie."""
+    g = problem.g_responses
+    best = g[problem.allowed].max()
+    return torch.log_softmax(problem.log_ref_responses.masked_fill(g < best, -torch.inf), 0)
+
+
+def _in_loss(problem: Problem, estimator: str, level: str, scale: float) -> Float[Tensor, "N"]:
+    rule = RULES[estimator]
+    if level == "token":
+        return sequence_log_probs(problem.backward(rule, scale), problem.space)
+    log_ref, g = problem.log_ref_responses, problem.g_responses
+    return rule(log_ref[None], g[None] / scale)[0]
+
+
+def deviation(log_law: Float[Tensor, "N"], g: Float[Tensor, "N"]) -> float:
+    """Standard deviation of g under a law."""
+    mean = expectation(log_law, g).sum()
+    return float(expectation(log_law, (g - mean).square()).sum().sqrt())
+
+
+def _group_scaled(problem: Problem, law: Law, points: int = 60) -> FixedPoint:
+    """Roots s of beta * sigma(law of g / s) = s, and the one that p_ref leads to.
+
+    s = beta * sigma(g) is the standard deviation of R: rewards R / sigma against beta.
+    """
+    g, beta = problem.g_responses, problem.beta
+    start = torch.log_softmax(problem.log_ref_responses, 0)
+    span = float(g[problem.allowed].max() - g[problem.allowed].min())
+    if span == 0:  # a constant reward: no advantage, the penalty alone
+        return FixedPoint(start)
+    first = beta * deviation(start, g)
+
+    def excess(scale: float) -> float:
+        return beta * deviation(law(scale), g) / scale - 1
+
+    # sigma is at most half of the range of g; below, the law is all but deterministic.
+    powers = torch.logspace(0, -8, points, dtype=torch.float64) * beta * span
+    grid = sorted([*powers.tolist(), first])
+    values = [excess(s) for s in grid]
+    roots = [
+        _bisect(excess, low, high)
+        for low, high, a, b in zip(grid, grid[1:], values, values[1:], strict=False)
+        if (a > 0) != (b > 0)
+    ]
+    at_first = values[grid.index(first)]
+    ahead = [s for s in roots if (s > first) == (at_first > 0)]
+    if not ahead:  # nothing stops the scale from falling to 0
+        return FixedPoint(best_response(problem), True, "root", tuple(law(s) for s in roots))
+    reached = min(ahead) if at_first > 0 else max(ahead)
+    others = tuple(law(s) for s in roots if s != reached)
+    return FixedPoint(law(reached), how="root", other_roots=others)
+
+
+def _bisect(f: Callable[[float], float], low: float, high: float) -> float:
+    """A root between two points where f has different signs, to the last digits."""
+    sign = f(low) > 0
+    for _ in range(200):
+        middle = (low * high) ** 0.5
+        if not low < middle < high:
+            break
+        low, high = (middle, high) if (f(middle) > 0) == sign else (low, middle)
+    return low

@@ -1,0 +1,222 @@
+"""The audit: every objective's fixed point against the EBM, in numbers that can be summed up."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from agent_cases import KIND_IDS, KINDS, case
+from toy_policies import close, seeded
+
+import rl_ebm
+from rl_ebm import cli
+from rl_ebm.agents import AGENTS
+from rl_ebm.audit import MEASURES, audit, to_json, to_text
+from rl_ebm.exact import problems
+from rl_ebm.fixed_points import boundary
+from rl_ebm.policies import Tabular, Uniform
+from rl_ebm.soft_bellman import log_policy, sequence_log_probs
+
+SIX6 = Path(__file__).parents[2] / "shared" / "data" / "six6_ref_r1.tsv"
+ALWAYS_TARGET = set(AGENTS) - {"policy-gradient", "grpo", "best-of-n"}
+
+
+@pytest.fixture(autouse=True)
+def short_flows(monkeypatch):
+    monkeypatch.setattr(boundary, "SECONDS", 0.5)
+
+
+def line_of(lines, objective, **options):
+    (found,) = [
+        x for x in lines if x["objective"] == objective and options.items() <= x["options"].items()
+    ]
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
+def test_every_objective_is_audited_with_every_option_that_moves_it(kind):
+    problem = case(kind)
+    lines = audit(rl_ebm.solve(problem.ebm))
+    assert {x["objective"] for x in lines} == set(AGENTS)
+    assert len(lines) == sum(len(entry.variants) for entry in AGENTS.values())
+    for x in lines:
+        if x["objective"] in ALWAYS_TARGET:
+            assert x["is_target"], x
+        if x["is_target"]:
+            assert max(abs(x[k]) for k in ("tv", "kl_fixed_point_target")) < 1e-8
+            assert not x["degenerate"]
+        if x["degenerate"] and x["tv"] is not None:
+            assert x["kl_target_fixed_point"] == math.inf
+            assert not x["is_target"]
+    targets = {
+        tuple(x["options"].values())[:3]
+        for x in lines
+        if x["objective"] == "policy-gradient" and x["is_target"]
+    }
+    assert targets == {
+        ("k1", "reward", "token"),
+        ("k1", "reward", "sequence"),
+        ("k2", "loss", "sequence"),
+    }
+    assert json.loads(json.dumps(to_json(lines)))
+    assert len(to_text(lines).splitlines()) == len(lines) + 1
+
+
+def test_the_measures_are_sums_over_the_responses():
+    problem = case(((3, 3, 1), None, True))
+    (state,) = problems(rl_ebm.solve(problem.ebm))
+    (truth,) = problem.truth
+    found = line_of(
+        audit(rl_ebm.solve(problem.ebm)),
+        "policy-gradient",
+        kl_estimator="k3",
+        kl_in="loss",
+        kl_level="token",
+        advantage="none",
+    )
+    config = AGENTS["policy-gradient"].config(kl_estimator="k3", kl_in="loss")
+    law = AGENTS["policy-gradient"].fixed_point(config, state).log_law.tolist()
+    target = truth.log_probs
+    ref = state.log_ref_responses.tolist()
+    reward = (state.g_responses * problem.ebm.beta).tolist()
+    rows = list(zip(law, target, ref, reward, strict=True))
+    want = {
+        "tv": math.fsum(abs(math.exp(a) - math.exp(b)) for a, b, _, _ in rows) / 2,
+        "kl_fixed_point_target": math.fsum(math.exp(a) * (a - b) for a, b, _, _ in rows),
+        "kl_target_fixed_point": math.fsum(math.exp(b) * (b - a) for a, b, _, _ in rows),
+        "expected_reward": math.fsum(math.exp(a) * r for a, _, _, r in rows),
+        "kl_reference": math.fsum(math.exp(a) * (a - c) for a, _, c, _ in rows),
+    }
+    assert set(want) == set(MEASURES)
+    for key, value in want.items():
+        assert found[key] == pytest.approx(value, abs=1e-9), key
+    assert found["tv"] > 0.01
+    # Rewards are those of the EBM, in enumeration order.
+    tokens, lengths = problem.space.sequences()
+    ids = torch.zeros_like(lengths)
+    reward = torch.tensor(reward, dtype=torch.float64)
+    close(reward, problem.ebm.reward(tokens, lengths, ids).double(), 1e-9)
+
+
+def test_with_prompts_the_measures_are_means():
+    space = rl_ebm.TokenSpace(2, 2)
+    scores = torch.randn(2, 4, generator=seeded(3), dtype=torch.float64)
+    options = {"kl_estimator": "k2", "kl_in": "loss", "kl_level": "token", "advantage": "none"}
+
+    def found(rows, prompts):
+        ebm = rl_ebm.EBM(space, rows, 0.5, Uniform(space), prompts)
+        return line_of(audit(rl_ebm.solve(ebm)), "policy-gradient", **options)
+
+    both, parts = found(scores, [[0], [1]]), [found(scores[i], None) for i in (0, 1)]
+    for key in MEASURES:
+        assert both[key] == pytest.approx((parts[0][key] + parts[1][key]) / 2, abs=1e-12)
+    assert abs(parts[0]["tv"] - parts[1]["tv"]) > 1e-3
+
+
+def test_the_command_prints_a_table_or_json(capsys):
+    args = ["audit", "--task", "random", "--vocab-size", "3", "--max-length", "2", "--beta", "0.5"]
+    assert cli.main([*args, "--reference", "uniform", "--json"]) == 0
+    lines = json.loads(capsys.readouterr().out)
+    keys = {"objective", "options", "degenerate", "is_target", *MEASURES}
+    assert all(keys <= set(x) for x in lines)
+    grpo = line_of(lines, "grpo")
+    assert grpo["options"] == {
+        "kl_estimator": "k3",
+        "kl_in": "loss",
+        "kl_level": "token",
+        "advantage": "group-std",
+    }
+    assert line_of(lines, "best-of-n", source="policy")["kl_target_fixed_point"] == "Infinity"
+    assert cli.main([*args, "--reference", "uniform"]) == 0
+    text = capsys.readouterr().out
+    assert "the EBM" in text
+    assert "degenerate" in text
+
+
+@pytest.mark.skipif(not SIX6.exists(), reason="needs the table six6_ref_r1.tsv of shared/data")
+def test_a_table_of_65536_sequences_is_audited(capsys):
+    args = ["--normalise", "minmax", "--beta", "0.1", "--reference", "uniform", "--json"]
+    assert cli.main(["audit", "--table", str(SIX6), *args]) == 0
+    lines = json.loads(capsys.readouterr().out)
+    soft_q = line_of(lines, "soft-q")
+    assert soft_q["is_target"]
+    hyperbolic = line_of(
+        lines,
+        "policy-gradient",
+        kl_estimator="k3",
+        kl_in="loss",
+        kl_level="token",
+        advantage="none",
+    )
+    # By another route: numpy, one state after the other, lambda by bisection.
+    import csv
+
+    import numpy as np
+
+    with open(SIX6, newline="") as file:
+        rows = sorted(
+            (r["sequence"], float(r["score"])) for r in csv.DictReader(file, delimiter="\t")
+        )
+    q = np.array([score for _, score in rows])
+    q = (q - q.min()) / (q.max() - q.min()) / 0.1
+    log_law = np.zeros(len(q))
+    value, width = q, 1
+    while len(value) > 1:
+        value = value.reshape(-1, 4)
+        best = value.max(1, keepdims=True)
+        low, high = np.zeros_like(best), np.ones_like(best)
+        for _ in range(80):
+            middle = (low + high) / 2
+            over = (0.25 / (middle + best - value)).sum(1, keepdims=True) > 1
+            low, high = np.where(over, middle, low), np.where(over, high, middle)
+        pi = 0.25 / (low + best - value)
+        log_law += np.repeat(np.log(pi).ravel(), width)
+        value, width = (pi * value).sum(1), 4 * width
+    p, star = np.exp(log_law), np.exp(q - q.max())
+    star /= star.sum()
+    assert p.sum() == pytest.approx(1, abs=1e-9)
+    assert hyperbolic["tv"] == pytest.approx(np.abs(p - star).sum() / 2, abs=1e-8)
+
+
+# The real agents ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("policy-gradient", {"kl_estimator": "k2", "kl_in": "loss"}),
+        ("policy-gradient", {"kl_estimator": "k3", "kl_in": "loss"}),
+        ("policy-gradient", {"kl_estimator": "k3", "kl_in": "loss", "kl_level": "sequence"}),
+        ("policy-gradient", {"kl_estimator": "k1", "kl_in": "loss"}),
+        ("grpo", {"batch_size": 1024}),
+        ("best-of-n", {"source": "reference"}),
+        *((name, {}) for name in sorted(ALWAYS_TARGET)),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values())),
+)
+def test_the_agent_with_a_table_ends_at_its_fixed_point(name, options):
+    entry, space = AGENTS[name], rl_ebm.TokenSpace(3, 3)
+    reference = Tabular(space, scale=0.7, generator=seeded(0))
+    ebm = rl_ebm.EBM(space, torch.randn(27, generator=seeded(1)), 1.0, reference)
+    solution = rl_ebm.solve(ebm)
+    (problem,) = problems(solution)
+    size = {} if name == "exact" else {"batch_size": 1024}
+    config = entry.config(**(size | options), lr=0.05)
+    policy = Tabular.from_tables([t[0].detach() for t in reference.tables()], space)
+    agent = entry.agent(ebm, policy, config, seeded(2), solution)
+    steps = 800
+    for k in range(steps):
+        batch = agent.sample()
+        agent.update(None if batch is None else ebm.score(batch), k / steps)
+    with torch.no_grad():
+        log_law = sequence_log_probs([log_policy(t[0].double()) for t in policy.tables()], space)
+    point = entry.fixed_point(config, problem)
+    tv = 0.5 * float((log_law.exp() - point.log_law.exp()).abs().sum())
+    away = 0.5 * float((log_law.exp() - problem.log_target.exp()).abs().sum())
+    assert tv < 0.02
+    if name not in ALWAYS_TARGET:
+        assert away > 0.04

@@ -1,0 +1,177 @@
+"""The benchmark: one budget, runs that are not repeated, a report whose numbers can be summed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+from toy_policies import seeded
+
+import rl_ebm
+from rl_ebm import cli, intervals
+from rl_ebm.agents import AGENTS
+from rl_ebm.bench import Plan, Problem, finished, jobs, last_of, measure, rows_of
+from rl_ebm.bench_report import frontier, targets, write_report
+from rl_ebm.checkpoint import RunError
+from rl_ebm.fixed_points import boundary
+from rl_ebm.policies import Tabular, TransformerConfig, Uniform
+from rl_ebm.runs import load
+
+TINY = TransformerConfig(layers=1, heads=1, dim=8, hidden=8)
+OPTIONS = {"soft-q": {"batch_size": 64}, "grpo": {"batch_size": 32, "group_size": 4}}
+
+
+@pytest.fixture(autouse=True)
+def short_flows(monkeypatch):
+    monkeypatch.setattr(boundary, "SECONDS", 0.5)
+
+
+def plan(**changes):
+    fields = {
+        "agents": ("soft-q", "grpo"),
+        "problems": (Problem("lookahead"), Problem("star", beta=0.5)),
+        "seeds": (0, 1),
+        "calls": 256,
+        "network": TINY,
+        "options": OPTIONS,
+    }
+    return Plan(**(fields | changes))
+
+
+def test_every_run_scores_the_same_number_of_responses(tmp_path):
+    todo = jobs(plan(), tmp_path)
+    assert len(todo) == 8
+    assert len({job.run for job in todo}) == 8
+    rows = [row for job in todo for row in measure(job)]
+    assert {row["reward_calls"] for row in last_of(rows)} == {256}
+    assert {row["step"] for row in last_of(rows, agent="soft-q")} == {4}
+    assert {row["step"] for row in last_of(rows, agent="grpo")} == {8}
+    first = {}
+    for job in todo:  # the same weights before the first step, for each task and seed
+        start = rows_of(job)[0]
+        assert start["step"] == 0
+        first.setdefault((start["task"], start["seed"]), set()).add(start["kl_target_policy"])
+    assert all(len(values) == 1 for values in first.values())
+    assert len({min(v) for v in first.values()}) == 4
+    # KL(policy, reference), by another route.
+    job = todo[-1]
+    policy, ebm = load(job.run)
+    tokens, lengths = ebm.space.sequences()
+    total = 0.0
+    for p in range(ebm.num_prompts):
+        ids = torch.full_like(lengths, p)
+        with torch.no_grad():
+            log_pi = rl_ebm.policies.log_prob(policy, ebm.space, tokens, lengths, ids).double()
+        log_ref = -ebm.space.max_length * math.log(ebm.space.vocab_size)
+        total += float((log_pi.exp() * (log_pi - log_ref)).sum()) / ebm.num_prompts
+    assert last_of(rows_of(job))[0]["kl_reference"] == pytest.approx(total, abs=1e-5)
+
+
+def test_what_is_finished_is_not_run_again_and_another_plan_is_refused(tmp_path):
+    job = jobs(plan(agents=("soft-q",), options={"soft-q": {"batch_size": 64}}), tmp_path)[0]
+    assert not finished(job)
+    rows = measure(job)
+    assert finished(job)
+    before = (job.run / "state.pt").stat().st_mtime_ns
+    assert measure(job) == rows
+    assert (job.run / "state.pt").stat().st_mtime_ns == before
+    other = jobs(plan(agents=("soft-q",), options={"soft-q": {"batch_size": 32}}), tmp_path)[0]
+    with pytest.raises(RunError, match="another --out"):
+        measure(other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"agents": ("soft_q",), "options": {}}, "soft-q"),
+        ({"agents": ()}, "at least one"),
+        ({"problems": (Problem("randon"),)}, "random"),
+        ({"calls": 0}, "calls"),
+        ({"options": {"dpg": {}}}, "takes no part"),
+        ({"options": {"soft-q": {"batchsize": 3}}}, "batchsize"),
+    ],
+)
+def test_a_wrong_plan_is_one_sentence(changes, word):
+    with pytest.raises(ValueError, match=word):
+        plan(**changes)
+
+
+def test_the_report_says_which_objective_ends_at_the_ebm():
+    found = targets(plan(), Problem("star", beta=0.5))
+    assert found == {"soft-q": True, "grpo": False}
+    one = plan(agents=("policy-gradient",), options={})
+    assert targets(one, Problem("lookahead")) == {"policy-gradient": True}
+    for options, want in (({"kl_in": "loss"}, False), ({"kl_estimator": "k2"}, False)):
+        changed = plan(agents=("policy-gradient",), options={"policy-gradient": options})
+        assert targets(changed, Problem("lookahead")) == {"policy-gradient": want}
+
+
+def test_no_policy_is_above_the_frontier():
+    space = rl_ebm.TokenSpace(3, 2)
+    scores = torch.randn(9, generator=seeded(), dtype=torch.float64)
+    ebm = rl_ebm.EBM(space, scores, 0.7, Uniform(space))
+    kls, rewards = frontier(ebm)
+    assert len(kls) > 10
+    own = rl_ebm.solve(ebm)
+    tokens, _ = space.sequences()
+    p = own.log_prob(tokens).exp()
+    mine = (float((p * (p.log() + 2 * math.log(3))).sum()), float((p * scores).sum()))
+    pairs = sorted([*zip(kls, rewards, strict=True), mine])
+    assert [r for _, r in pairs] == sorted(r for _, r in pairs)  # on the same rising curve
+    for seed in range(200):
+        policy = Tabular(space, scale=2.0, generator=seeded(seed), dtype=torch.float64)
+        with torch.no_grad():
+            log_pi = rl_ebm.policies.log_prob(policy, space, tokens, torch.full((9,), 2))
+        kl = float((log_pi.exp() * (log_pi + 2 * math.log(3))).sum())
+        reward = float((log_pi.exp() * scores).sum())
+        # Lagrangian bound at every point of the frontier: E[R] - beta KL is largest there.
+        for factor, k, r in zip(rl_ebm.bench_report.SWEEP, kls, rewards, strict=True):
+            beta = 0.7 * factor
+            assert reward - beta * kl <= r - beta * k + 1e-9
+
+
+def test_intervals_are_students():
+    values = [1.0, 2.0, 6.0]
+    half = 4.303 * math.sqrt(7.0) / math.sqrt(3)
+    assert intervals.half_width(values) == pytest.approx(half)
+    assert intervals.interval(values) == f"{3.0:.2g} ± {half:.1g}"
+    assert intervals.interval([]) == "not run"
+    assert intervals.half_width([1.0]) == math.inf
+    many = torch.randn(40, generator=seeded()).tolist()
+    spread = torch.tensor(many).std().item() / math.sqrt(40)
+    assert intervals.half_width(many) == pytest.approx(2.023 * spread, rel=0.01)
+
+
+@pytest.mark.slow
+def test_the_command_writes_results_and_a_report(tmp_path, capsys):
+    out, options = tmp_path / "bench", tmp_path / "options.json"
+    options.write_text(json.dumps(OPTIONS))
+    args = ["bench", "--out", str(out), "--agents", "soft-q,grpo", "--tasks", "lookahead"]
+    args += ["--seeds", "2", "--calls", "256", "--options", str(options), "--dim", "8"]
+    args += ["--heads", "1", "--layers", "1", "--hidden", "8"]
+    assert cli.main(args) == 0
+    text = capsys.readouterr().out
+    assert "| `soft-q` | yes | 256 |" in text
+    assert "| `grpo` | no | 256 |" in text
+    assert (out / "report.md").read_text() in text + "\n"
+    assert (out / "lookahead.png").stat().st_size > 10_000
+    with open(out / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(r["agent"], r["seed"]) for r in rows} == {
+        (a, s) for a in ("soft-q", "grpo") for s in ("0", "1")
+    }
+    assert cli.main(args) == 0  # nothing is run again
+    assert cli.main([*args, "--calls", "512"]) == 2
+    assert "another --out" in capsys.readouterr().err
+
+
+def test_a_report_has_a_line_for_each_agent(tmp_path):
+    small = plan(problems=(Problem("lookahead"),))
+    rows = [row for job in jobs(small, tmp_path) for row in measure(job)]
+    text = write_report(small, rows, tmp_path)
+    ends = [r["kl_policy_target"] for r in last_of(rows, agent="grpo")]
+    assert intervals.interval(ends) in text
+    assert set(AGENTS) >= set(small.agents)

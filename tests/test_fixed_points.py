@@ -1,0 +1,322 @@
+"""Fixed points of penalised policy gradients, against gradients that are summed up by hand."""
+
+from __future__ import annotations
+
+import math
+from itertools import islice, product
+
+import pytest
+import torch
+from toy_policies import close, seeded
+
+import rl_ebm
+from rl_ebm.agents.kl_penalty import PenaltyOptions
+from rl_ebm.agents.policy_gradient import policy_gradient_loss
+from rl_ebm.divergences import tv
+from rl_ebm.exact import problems
+from rl_ebm.fixed_points import Penalty, penalised
+from rl_ebm.fixed_points.boundary import boundary_limit, staying
+from rl_ebm.fixed_points.closed_form import best_of_n, hyperbolic_rule
+from rl_ebm.fixed_points.flow import by_depth, field, follow
+from rl_ebm.policies import Tabular, Uniform
+from rl_ebm.soft_bellman import log_policy, sequence_log_probs
+from rl_ebm.tokens import length_mask
+
+SPACES = [(3, 2, None), (2, 3, None), (3, 3, 0), (2, 3, 1)]
+in_every_space = pytest.mark.parametrize("shape", SPACES, ids=lambda s: "-".join(map(str, s)))
+PENALTIES = [
+    (k, place, level)
+    for place, k, level in product(("reward", "loss"), ("k1", "k2", "k3"), ("token", "sequence"))
+]
+INTERIOR = [("k2", "loss"), ("k3", "loss")]
+
+
+def small_ebm(shape, beta=0.5, seed=0, forbid=False):
+    """Random scores and a random reference; ``forbid`` takes one action of the root away."""
+    space = rl_ebm.TokenSpace(*shape)
+    reference = Tabular(space, scale=0.7, generator=seeded(seed), dtype=torch.float64)
+    if forbid:
+        with torch.no_grad():
+            reference.table[0, 0, (space.eos_id or 0) - 1] = -math.inf
+    weights = torch.randn(space.num_sequences, generator=seeded(seed + 1), dtype=torch.float64)
+    if space.eos_id is None:
+        return rl_ebm.EBM(space, weights, beta, reference)
+
+    def reward(tokens, lengths):
+        return weights[space.sequence_indices(tokens, lengths)]
+
+    return rl_ebm.EBM(space, reward, beta, reference)
+
+
+def problem_of(ebm):
+    (problem,) = problems(rl_ebm.solve(ebm))
+    return problem
+
+
+def summed_gradient(ebm, theta, options, gain_scale=1.0):
+    """d theta / dt as the loss has it: each response alone, weighed by its probability."""
+    space = ebm.space
+    policy = Tabular.from_tables(
+        list(theta.split([space.num_prefixes(t) for t in range(space.max_length)])), space
+    )
+    tokens, lengths = space.sequences()
+    ids = torch.zeros_like(lengths)
+    mask = length_mask(lengths, space.max_length)
+
+    def log_pis():
+        rows = log_policy(policy.logits(tokens).masked_fill(~space.action_mask(), -math.inf))
+        return rows.gather(2, tokens[..., None])[..., 0].masked_fill(~mask, 0.0)
+
+    with torch.no_grad():
+        weights = log_pis().sum(1).exp()
+    log_ref = ebm.log_ref(tokens, lengths, ids).double()
+    gain = ebm.reward(tokens, lengths, ids).double() / ebm.beta * gain_scale
+    total = torch.zeros_like(policy.table)
+    for i in range(len(tokens)):
+        if not weights[i]:
+            continue
+        row = slice(i, i + 1)
+        loss = policy_gradient_loss(
+            log_pis()[row], log_ref[row], gain[row], lengths[row], ids[row], 1, options
+        )
+        total -= weights[i] * torch.autograd.grad(loss, policy.table)[0]
+    return total[0]
+
+
+def logits_of(problem, log_law):
+    """Logits of the policy whose law this is: log-sums of the responses behind each action."""
+    space = problem.space
+    tokens, lengths = space.sequences()
+    states = space.state_ids(tokens)
+    total = torch.zeros(space.num_states, space.vocab_size, dtype=torch.float64)
+    for y, n, row, p in zip(tokens.tolist(), lengths.tolist(), states, log_law.exp(), strict=True):
+        for t in range(n):
+            total[row[t], y[t]] += p
+    return total.log().nan_to_num(neginf=-1e3)
+
+
+# The gradient -----------------------------------------------------------------------------------
+
+
+@in_every_space
+@pytest.mark.parametrize("penalty", PENALTIES, ids="-".join)
+def test_the_field_is_the_expected_gradient_of_the_agents_loss(shape, penalty):
+    ebm = small_ebm(shape)
+    problem = problem_of(ebm)
+    theta = torch.randn(ebm.space.num_states, shape[0], generator=seeded(5), dtype=torch.float64)
+    k, place, level = penalty
+    options = PenaltyOptions(kl_estimator=k, kl_in=place, kl_level=level)
+    want = summed_gradient(ebm, theta, options)
+    assert float(want.abs().max()) > 0.01
+    got = field(problem, theta, Penalty(k, place, level))
+    mask = torch.cat([~torch.isneginf(t) for t in problem.log_ref])
+    close(got[mask], want[mask], 1e-12)
+    assert not got[~mask].any()
+
+
+def test_the_field_of_a_standardised_advantage_is_that_of_a_large_group():
+    ebm = small_ebm((3, 2, None))
+    space, problem = ebm.space, problem_of(ebm)
+    copies = 400  # of all responses: under a uniform policy, a group that is the law itself
+    policy = Tabular(space, scale=0.0, dtype=torch.float64)
+    tokens, lengths = space.sequences()
+    tokens, lengths = tokens.repeat(copies, 1), lengths.repeat(copies)
+    ids = torch.zeros_like(lengths)
+    options = PenaltyOptions(kl_estimator="k3", kl_in="loss", advantage="group-std")
+    log_pi = log_policy(policy.logits(tokens)).gather(2, tokens[..., None])[..., 0]
+    log_ref = ebm.log_ref(tokens, lengths, ids).double()
+    gain = ebm.reward(tokens, lengths, ids).double() / ebm.beta
+    loss = policy_gradient_loss(log_pi, log_ref, gain, lengths, ids, 1, options, ebm.beta)
+    want = -torch.autograd.grad(loss, policy.table)[0][0]
+    got = field(problem, torch.zeros_like(want), Penalty("k3", "loss", group_std=True))
+    assert float(want.abs().max()) > 0.05
+    close(got, want, 1e-3)
+
+
+# Closed forms -----------------------------------------------------------------------------------
+
+
+@in_every_space
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("penalty", INTERIOR, ids="-".join)
+def test_at_a_closed_form_the_gradient_of_the_loss_vanishes(shape, penalty, level):
+    ebm = small_ebm(shape, seed=3)
+    problem = problem_of(ebm)
+    point = penalised(problem, Penalty(*penalty, level))
+    assert not point.degenerate
+    close(float(point.log_law.exp().sum()), 1.0, 1e-12)
+    k, place = penalty
+    options = PenaltyOptions(kl_estimator=k, kl_in=place, kl_level=level)
+    theta = logits_of(problem, point.log_law)
+    assert float(summed_gradient(ebm, theta, options).abs().max()) < 1e-10
+    # The EBM is not one, but for the whole response under k2.
+    away = float(summed_gradient(ebm, logits_of(problem, problem.log_target), options).abs().max())
+    assert (away < 1e-10) == ((k, level) == ("k2", "sequence"))
+    assert (float(tv(point.log_law, problem.log_target)) < 1e-8) == (away < 1e-10)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_standardised_advantage_scales_the_temperature_by_its_own_deviation(level):
+    ebm = small_ebm((3, 2, None), seed=1)
+    problem = problem_of(ebm)
+    point = penalised(problem, Penalty("k3", "loss", level, group_std=True))
+    assert point.how == "root"
+    law, reward = point.log_law.exp(), problem.g_responses * ebm.beta
+    sigma = float(((law * reward.square()).sum() - (law * reward).sum() ** 2).sqrt())
+    options = PenaltyOptions(kl_estimator="k3", kl_in="loss", kl_level=level)
+    theta = logits_of(problem, point.log_law)
+    # (R - mean) / sigma against beta is R / (beta sigma) in nats.
+    assert float(summed_gradient(ebm, theta, options, 1 / sigma).abs().max()) < 1e-9
+    assert float(summed_gradient(ebm, theta, options).abs().max()) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(3, 2, None), (2, 3, 1)])
+@pytest.mark.parametrize(("k", "level"), [("k2", "token"), ("k3", "token"), ("k3", "sequence")])
+@pytest.mark.parametrize("group_std", [False, True])
+def test_the_flow_from_the_reference_ends_at_what_is_predicted(shape, k, level, group_std):
+    ebm = small_ebm(shape, beta=1.0, seed=2)
+    problem = problem_of(ebm)
+    penalty = Penalty(k, "loss", level, group_std)
+    point = penalised(problem, penalty)
+    theta = torch.empty(0)
+    for _, theta, rate in islice(follow(problem, penalty, tolerance=1e-8), 8000):  # noqa: B007
+        if float(rate.abs().max()) < 1e-6:
+            break
+    law = sequence_log_probs(by_depth(problem, theta), problem.space)
+    start = sequence_log_probs(problem.start(), problem.space)
+    assert float(tv(point.log_law, start)) > 0.05
+    assert float(tv(point.log_law, law)) < (0.02 if point.degenerate else 1e-4)
+
+
+def test_the_hyperbolic_rule_is_found_by_bisection_too():
+    g = seeded(4)
+    log_ref = torch.log_softmax(torch.randn(40, 5, generator=g, dtype=torch.float64), 1)
+    q = torch.cat([10.0 ** torch.arange(-6, 4.0)] * 4)[:, None] * torch.randn(
+        40, 5, generator=g, dtype=torch.float64
+    )
+    log_ref[0, 2] = -math.inf
+    q[0, 2] = 1e9  # forbidden, whatever it pays
+    q[1] = 0.7
+    got = hyperbolic_rule(log_ref, q).exp()
+    for row, (ref, values) in enumerate(zip(log_ref.exp().tolist(), q.tolist(), strict=True)):
+        terms = [(r, x) for r, x in zip(ref, values, strict=True) if r]
+        best = max(x for _, x in terms)
+        low, high = 0.0, 1.0  # lambda - best, of which sum r / (d + best - x) is 1
+        for _ in range(200):
+            middle = (low + high) / 2
+            over = math.fsum(r / (middle + (best - x)) for r, x in terms) > 1
+            low, high = (middle, high) if over else (low, middle)
+        want = [r / (low + (best - x)) if r else 0.0 for r, x in zip(ref, values, strict=True)]
+        close(got[row], torch.tensor(want, dtype=torch.float64), 1e-12)
+    close(got[1], log_ref[1].exp(), 1e-14)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_the_best_of_n_is_that_of_all_tuples(n):
+    log_ref = torch.log_softmax(torch.randn(4, generator=seeded(), dtype=torch.float64), 0)
+    g = torch.tensor([0.3, -1.0, 0.3, 2.0], dtype=torch.float64)  # two tie
+    p = log_ref.exp().tolist()
+    want = [0.0] * 4
+    for draws in product(range(4), repeat=n):
+        weight = math.prod(p[i] for i in draws)
+        best = [i for i in draws if g[i] == max(g[j] for j in draws)]
+        for i in best:  # one of the best draws, at random
+            want[i] += weight / len(best)
+    close(best_of_n(log_ref, g, n).exp(), torch.tensor(want, dtype=torch.float64), 1e-12)
+
+
+# On the boundary --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 2, None), (2, 3, 1)])
+@pytest.mark.parametrize("k", ["k2", "k3"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_penalty_in_the_reward_drives_responses_out(shape, k, level):
+    ebm = small_ebm(shape, beta=1.5, seed=6)
+    problem = problem_of(ebm)
+    point = boundary_limit(problem, k, level)
+    assert point.degenerate
+    assert point.how == "flow"
+    law = point.log_law.exp()
+    left = law > 0
+    assert 1 <= int(left.sum()) < len(law)
+    close(float(law.sum()), 1.0, 1e-12)
+    if level == "sequence" and left.sum() > 1:
+        u = (point.log_law - problem.log_ref_responses)[left]
+        kappa = u.square() / 2 if k == "k2" else (-u).exp() - 1 + u
+        equal = problem.g_responses[left] - kappa
+        close(equal, equal[:1].expand_as(equal), 1e-9)
+        assert bool((u > 0).all())
+    for _, theta, _ in islice(follow(problem, Penalty(k, "reward", level), tolerance=1e-4), 300):
+        flow = sequence_log_probs(by_depth(problem, theta), problem.space)
+    assert float(tv(flow, point.log_law)) < 0.01
+
+
+@pytest.mark.parametrize("k", ["k2", "k3"])
+def test_who_stays_has_equal_returns_less_penalty(k):
+    log_ref = torch.log_softmax(torch.randn(30, 4, generator=seeded(8), dtype=torch.float64), 1)
+    w = torch.randn(30, 4, generator=seeded(9), dtype=torch.float64) * 0.2
+    stays = torch.ones(30, 4, dtype=torch.bool)
+    stays[:, 0] = stays[::2, 1] = stays[::4, 2] = False
+    log_pi, c = staying(log_ref, w, stays, k)
+    close(log_pi.exp().sum(1), torch.ones(30).double(), 1e-12)
+    assert torch.equal(torch.isneginf(log_pi), ~stays)
+    u = (log_pi - log_ref).masked_fill(~stays, 0.0)
+    kappa = u.square() / 2 if k == "k2" else (-u).exp() - 1 + u
+    solved = ~c.isnan()
+    assert 10 < int(solved.sum()) < 30
+    rest = (w - kappa - c[:, None]).masked_fill(~stays, 0.0)[solved]
+    close(rest, torch.zeros_like(rest), 1e-8)
+    assert bool((u[solved] >= 0).all())
+    # Where there is none, equal ratios u >= 0 would weigh too much already.
+    lowest = w.masked_fill(~stays, math.inf).amin(1, keepdim=True)
+    x = (w - lowest).clamp(min=0)
+    if k == "k2":
+        mass = (log_ref + (2 * x).sqrt()).masked_fill(~stays, -math.inf).logsumexp(1)
+        assert bool((mass[~solved] > 0).all())
+
+
+def test_a_constant_reward_leaves_the_reference():
+    space = rl_ebm.TokenSpace(3, 2)
+    ebm = rl_ebm.EBM(space, torch.full((9,), 0.4), 0.5, Uniform(space))
+    problem = problem_of(ebm)
+    for k, place, level in PENALTIES:
+        for group_std in (False, True):
+            point = penalised(problem, Penalty(k, place, level, group_std))
+            if (k, place) != ("k1", "loss"):
+                assert not point.degenerate
+            close(point.log_law, problem.log_target, 1e-12)
+
+
+def test_without_a_penalty_the_best_response_takes_all():
+    ebm = small_ebm((3, 2, None))
+    problem = problem_of(ebm)
+    point = penalised(problem, Penalty("k1", "loss"))
+    assert point.degenerate
+    want = torch.full((9,), -math.inf, dtype=torch.float64)
+    want[problem.g_responses.argmax()] = 0.0
+    close(point.log_law.exp(), want.exp(), 0.0)
+    for _, theta, _ in islice(follow(problem, Penalty("k1", "loss"), tolerance=1e-4), 500):
+        law = sequence_log_probs(by_depth(problem, theta), problem.space)
+    assert float(tv(law, point.log_law)) < 0.02
+
+
+def test_what_the_reference_forbids_stays_forbidden():
+    ebm = small_ebm((3, 2, None), forbid=True)
+    problem = problem_of(ebm)
+    gone = torch.isneginf(problem.log_ref_responses)
+    assert int(gone.sum()) == 3
+    for k, place, level in PENALTIES:
+        for group_std in (False, True):
+            law = penalised(problem, Penalty(k, place, level, group_std)).log_law
+            assert bool(torch.isneginf(law[gone]).all()), (k, place, level)
+            assert not bool(law.isnan().any())
+            close(float(law.exp().sum()), 1.0, 1e-12)
+
+
+def test_rewards_of_minus_infinity_are_refused():
+    space = rl_ebm.TokenSpace(2, 2)
+    ebm = rl_ebm.EBM(space, torch.tensor([0.0, 1.0, -math.inf, 0.0]), 1.0, Uniform(space))
+    with pytest.raises(ValueError, match="finite"):
+        problems(rl_ebm.solve(ebm))
