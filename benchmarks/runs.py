@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 import rl_ebm
-from benchmarks.machine import interval
 from rl_ebm.envs import make_task
+from rl_ebm.intervals import interval
 
 Rows = list[dict[str, Any]]
 FIGURES = ("kl_target_policy", "kl_policy_target", "tv")

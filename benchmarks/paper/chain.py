@@ -47,14 +47,13 @@ class Chain:
         self.q_root = first + v[-1]
 
     @staticmethod
-    def random(space: TokenSpace, scale: float, seed: int) -> Chain:
-        """h and J of scale * N(0, 1)."""
+    def random(space: TokenSpace, scale: float, seed: int, shared: bool = False) -> Chain:
+        """h and J of scale * N(0, 1); one J for all positions where it is shared."""
         g = torch.Generator().manual_seed(seed)
         a, t = space.vocab_size, space.max_length
         first = scale * torch.randn(a, generator=g, dtype=torch.float64)
-        return Chain(
-            space, first, scale * torch.randn(t - 1, a, a, generator=g, dtype=torch.float64)
-        )
+        couplings = torch.randn(1 if shared else t - 1, a, a, generator=g, dtype=torch.float64)
+        return Chain(space, first, scale * couplings.expand(t - 1, a, a))
 
     @property
     def log_z(self) -> Float64[Tensor, ""]:

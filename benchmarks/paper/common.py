@@ -141,8 +141,11 @@ def publish(name: str, title: str, text: str, figure: Figure, rows: Rows, option
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """Markdown."""
-    rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*rows, *("| " + " | ".join(line) + " |" for line in lines)])
+
+    def row(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return "\n".join([row(head), "|" + "---|" * len(head), *map(row, lines)])
 
 
 def select(rows: Rows, **fields: Any) -> Rows:

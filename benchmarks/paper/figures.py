@@ -18,7 +18,6 @@ import tyro
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.machine import interval
 from benchmarks.paper import laws
 from benchmarks.paper.common import (
     ROOT,
@@ -46,6 +45,7 @@ from benchmarks.paper.fit import (
     scores,
 )
 from rl_ebm import EBM, TokenSpace, solve
+from rl_ebm.intervals import geometric, geometric_interval
 from rl_ebm.policies.scoring import q_values, tree_q_values
 from rl_ebm.soft_bellman import log_policy, sequence_log_probs
 
@@ -281,7 +281,7 @@ def compared(values: list[float], paper: float) -> str:
     """Ours, the paper's, and their ratio."""
     if not values:
         return "not run"
-    return f"{interval(values)} / {paper:.2g} ({statistics.fmean(values) / paper:.2g} x)"
+    return f"{geometric_interval(values)} / {paper:.2g} ({geometric(values)[0] / paper:.2g} x)"
 
 
 def main(options: Flags) -> None:
@@ -330,12 +330,12 @@ def main(options: Flags) -> None:
     for init, beta2 in choices:
         mine = select(rows, model="choice", init=init, beta2=beta2)
         at = sorted({r["step"] for r in mine})
-        values = [interval([r["gap"] for r in mine if r["step"] == k]) for k in at]
+        values = [geometric_interval([r["gap"] for r in mine if r["step"] == k]) for k in at]
         chosen.append((f"{init}'s", f"{beta2:g}", *(values or ["not run"] * 4)))
     cost_head = ["V, T, N", "through the prefix tree", "over all sequences", "cheaper by"]
     text = f"""
 Zipf data (exponent 1, ranks in lexicographic order), exact risk over all sequences, {steps:,} steps of Adam
-(beta2 = {Schedule.beta2:g}) with a trapezoid schedule, Flax's default initial weights. Ours / the paper's, read off its figures (their ratio):
+(beta2 = {Schedule.beta2:g}) with a trapezoid schedule, Flax's default initial weights. Ours, geometric mean over seeds (95% interval) / the paper's, read off its figures (their ratio):
 
 {table(head, lines)}
 
@@ -354,7 +354,7 @@ one they gain an order of magnitude or more, as in the paper.
 
 *Before* is not invariant: shifting the logits of a state changes it and leaves the policy as it is. The invariant
 distance, between centred log p and centred R, ends at
-{"; ".join(f"{interval(ends(select(rows, model='ARM', vocab_size=v, max_length=t, layers=n), 'invariant'))} (V={v}, T={t}, N={n})" for v, t, n in settings)}.
+{"; ".join(f"{geometric_interval(ends(select(rows, model='ARM', vocab_size=v, max_length=t, layers=n), 'invariant'))} (V={v}, T={t}, N={n})" for v, t, n in settings)}.
 
 The ARM's gradient through the prefix tree, each prefix evaluated once, against all sequences (one thread):
 

@@ -2,8 +2,9 @@
 
     python -m benchmarks.paper.harder_data [--quick]
 
-At equal size (the same Transformer, N = 2), and at equal compute: the EBM evaluates A^T (T + 1)
-tokens in a step, the ARM one for each prefix.
+At equal size (the same Transformer, N = 2) and equal steps, and at equal compute: a step of the
+EBM evaluates A^T (T + 1) tokens, one of the ARM a token for each prefix, so that the ARM may
+take more of them in the same time.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from dataclasses import dataclass
 import torch
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
-from benchmarks.machine import interval
 from benchmarks.paper import laws
 from benchmarks.paper.common import (
     Options,
@@ -31,6 +32,7 @@ from benchmarks.paper.common import (
 )
 from benchmarks.paper.fit import MAKE, SMALL, Schedule, gap, watch
 from rl_ebm import TokenSpace
+from rl_ebm.intervals import geometric, geometric_interval
 
 LAWS = {
     "zipf": "Zipf in order (the paper's)",
@@ -40,7 +42,11 @@ LAWS = {
     "normal-0.1": "softmax(N(0, I) / 0.1)",
     "normal-0.05": "softmax(N(0, I) / 0.05)",
     "lookahead": "planted lookahead",
+    "pairwise": "scores of all pairs",
 }
+RATES = (1e-2, 3e-3, 1e-3)
+TIMES = 8
+"""steps of the ARM in the time of one of the EBM's, about; the measured times are reported"""
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class Fit:
     vocab_size: int
     max_length: int
     steps: int
+    lr: float
     seed: int
 
 
@@ -61,7 +68,11 @@ def law(name: str, space: TokenSpace, seed: int) -> Tensor:
         return laws.normal(space, float(name.removeprefix("normal-")), seed)
     if name == "zipf":
         return laws.zipf(space)
-    make = {"permuted": laws.permuted_zipf, "lookahead": laws.lookahead}[name]
+    make = {
+        "permuted": laws.permuted_zipf,
+        "lookahead": laws.lookahead,
+        "pairwise": laws.pairwise,
+    }[name]
     return make(space, seed)
 
 
@@ -69,103 +80,153 @@ def measure(job: Fit) -> Rows:
     space = TokenSpace(job.vocab_size, job.max_length)
     log_rho = law(job.law, space, job.seed)
     model = MAKE[job.model](space, SMALL, job.seed)
-    started = time.perf_counter()
+    started = time.process_time()
     return [
         {
             "step": step,
             "gap": gap(log_rho, log_p),
-            "wall": round(time.perf_counter() - started, 2),
+            "seconds": round(time.process_time() - started, 2),
         }
-        for step, log_p in watch(model, log_rho, Schedule(job.steps))
+        for step, log_p in watch(model, log_rho, Schedule(job.steps, job.lr))
     ]
 
 
-def floor(space: TokenSpace, names: list[str], seeds: range) -> dict[str, float]:
+def best_rate(trials: Rows, model: str, name: str) -> float:
+    """That of the smallest gap at the end of the trials of a model on a law."""
+    mine = select(trials, model=model, law=name)
+    at_end = {lr: ends(select(mine, lr=lr), "gap")[0] for lr in RATES}
+    return min(RATES, key=lambda lr: at_end[lr])
+
+
+def floor(space: TokenSpace, name: str, seeds: range) -> float:
     """KL(rho, uniform): what a model that learned nothing would have."""
     uniform = torch.full((space.num_sequences,), -1.0).double().log_softmax(0)
-    return {
-        name: statistics.fmean(gap(law(name, space, seed), uniform) for seed in seeds)
-        for name in names
-    }
+    return statistics.fmean(gap(law(name, space, seed), uniform) for seed in seeds)
 
 
-def picture(rows: Rows, names: list[str]) -> Figure:
-    figure = Figure(figsize=(3.2 * len(names), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    longest = max(r["steps"] for r in rows)
-    for name, ax in zip(names, axes, strict=True):
-        for colour, model in enumerate(("ARM", "EBM")):
-            mine = select(rows, law=name, model=model, steps=longest)
-            plot_runs(ax, mine, "step", "gap", model, color=f"C{colour}")
-        ax.set(yscale="log", xlabel="steps", title=LAWS[name])
+def picture(rows: Rows, names: list[str], steps: int) -> Figure:
+    wide = min(4, len(names))
+    high = -(-len(names) // wide)
+    figure = Figure(figsize=(3.3 * wide, 3.1 * high), layout="constrained")
+    axes = figure.subplots(high, wide, sharey=True, squeeze=False)
+    for name, ax in zip(names, axes.flat, strict=True):
+        mine = select(rows, law=name)
+        runs = {"ARM": ("ARM", TIMES * steps, "C0"), "EBM": ("EBM", steps, "C1")}
+        for label, (model, length, colour) in runs.items():
+            line = [r for r in select(mine, model=model, steps=length) if r["step"] > 0]
+            plot_runs(ax, line, "seconds", "gap", label, color=colour)
+        short = select(mine, model="ARM", steps=steps)
+        ax.plot(
+            ends(short, "seconds"),
+            ends(short, "gap"),
+            "o",
+            color="C0",
+            markersize=4,
+            label=f"ARM, {steps:,} steps",
+        )
+        ax.set(xscale="log", yscale="log", title=LAWS[name])
         ax.title.set_fontsize(9)
-    axes[0].set_ylabel("KL(law, model) (nats)")
-    axes[0].legend()
+        ax.xaxis.set_minor_formatter(NullFormatter())
+    for ax in axes[-1]:
+        ax.set_xlabel("seconds of one core")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("KL(law, model) (nats)")
+    axes[0, 0].legend(fontsize=8)
     return figure
 
 
+def verdict(ratios: dict[str, list[float]]) -> str:
+    """Which laws the ARM is behind on, and ahead, where the interval of the ratio excludes 1."""
+    behind = [LAWS[k] for k, v in ratios.items() if geometric(v)[1] > 1]
+    ahead = [LAWS[k] for k, v in ratios.items() if geometric(v)[2] < 1]
+    always = [LAWS[k] for k, v in ratios.items() if min(v) > 1]
+    return (
+        f"behind on {', '.join(behind) or 'no law'}; ahead on {', '.join(ahead) or 'no law'} "
+        f"(behind with every seed, whatever the interval: {', '.join(always) or 'no law'})"
+    )
+
+
 def main(options: Options) -> None:
-    space, steps, names = TokenSpace(8, 4), 2000, list(LAWS)
+    space, steps, trial, names = TokenSpace(8, 4), 1000, 300, list(LAWS)
     if options.quick:
-        space, steps, names = TokenSpace(3, 3), 60, ["permuted", "lookahead"]
-    seeds = range(options.seeds)
-    # The EBM may take as many steps as the ARM's tokens allow, and the ARM what the EBM's do not cost.
-    arm_tokens = space.num_states
-    ebm_tokens = space.num_sequences * (space.max_length + 1)
-    short = max(2, steps * arm_tokens // ebm_tokens)
+        space, steps, trial, names = TokenSpace(3, 3), 40, 20, ["permuted", "lookahead"]
+    seeds, shape = range(options.seeds), (space.vocab_size, space.max_length)
+    trials = collect(
+        "harder_data_rates",
+        [
+            Fit(model, name, *shape, trial, lr, 0)
+            for name in names
+            for model in MAKE
+            for lr in RATES
+        ],
+        measure,
+        options,
+    )
+    rates = {(m, name): best_rate(trials, m, name) for m in MAKE for name in names}
+    kinds = {
+        "ARM": ("ARM", steps),
+        "EBM": ("EBM", steps),
+        "long": ("ARM", TIMES * steps),
+        "short": ("EBM", max(2, steps // TIMES)),
+    }
     jobs = [
-        Fit(model, name, space.vocab_size, space.max_length, length, seed)
+        Fit(model, name, *shape, length, rates[model, name], seed)
         for name in names
-        for model, length in (("ARM", steps), ("EBM", steps), ("EBM", short))
+        for model, length in kinds.values()
         for seed in seeds
     ]
     rows = collect("harder_data", jobs, measure, options)
-    nothing = floor(space, names, seeds)
-    lines = []
-    lags = []
-    for name in names:
-        arm = ends(select(rows, law=name, model="ARM"), "gap")
-        equal = ends(select(rows, law=name, model="EBM", steps=steps), "gap")
-        cheap = ends(select(rows, law=name, model="EBM", steps=short), "gap")
-        ratio = [a / e for a, e in zip(arm, equal, strict=True)]
-        lines.append(
-            (LAWS[name], f"{nothing[name]:.2f}", *map(interval, (arm, equal, ratio, cheap)))
+    gaps = {
+        (kind, name): ends(select(rows, law=name, model=model, steps=length), "gap")
+        for kind, (model, length) in kinds.items()
+        for name in names
+    }
+    ratios = {
+        against: {
+            name: [a / e for a, e in zip(gaps[a, name], gaps[e, name], strict=True)]
+            for name in names
+        }
+        for against, (a, e) in {"steps": ("ARM", "EBM"), "time": ("long", "EBM")}.items()
+    }
+    lines = [
+        (
+            LAWS[name],
+            f"{floor(space, name, seeds):.2f}",
+            *(geometric_interval(gaps[kind, name]) for kind in kinds),
+            *(geometric_interval(ratios[by][name]) for by in ratios),
         )
-        if min(ratio) > 1:
-            lags.append(LAWS[name])
+        for name in names
+    ]
     head = [
         "law",
         "KL(law, uniform)",
-        f"ARM, {steps:,} steps",
-        f"EBM, {steps:,} steps",
-        "ARM over EBM",
-        f"EBM at the ARM's compute ({short} steps)",
+        *(f"{model}, {length:,} steps" for model, length in kinds.values()),
+        "ARM over EBM, equal steps",
+        "ARM over EBM, equal time",
     ]
-    times = {
-        model: statistics.median(ends(select(rows, model=model, steps=steps), "wall"))
-        for model in ("ARM", "EBM")
-    }
-    easiest = LAWS[
-        min(
-            names,
-            key=lambda name: sum(
-                statistics.fmean(ends(select(rows, law=name, model=m, steps=steps), "gap"))
-                for m in ("ARM", "EBM")
-            ),
-        )
+    times = [
+        statistics.median(ends(select(rows, model=model, steps=length), "seconds"))
+        for model, length in kinds.values()
     ]
+    smaller = [
+        f"{m} on {LAWS[name]} {rate:g}" for (m, name), rate in rates.items() if rate < max(RATES)
+    ]
+    chosen = f"{max(RATES):g}, the largest, for all but {', '.join(smaller) or 'none'}"
+    tokens = space.num_sequences * (space.max_length + 1)
     text = f"""
-V={space.vocab_size}, T={space.max_length}, N=2 (ARM and EBM of the same Transformer), exact risk, learning rate 3e-3. KL(law, model)
-in nats at the end:
+V={space.vocab_size}, T={space.max_length}, N=2 (ARM and EBM of the same Transformer), exact risk. KL(law, model) in nats at the end,
+geometric mean over seeds (its 95% interval, Student's t on the logarithms); laws drawn at random differ from seed to seed:
 
 {table(head, lines)}
 
-**At equal size** the causal model is behind on every seed for: {", ".join(lags) or "no law"}. **At equal compute** (the EBM
-evaluates {ebm_tokens:,} tokens in a step, the ARM {arm_tokens:,}: {ebm_tokens / arm_tokens:.0f} times fewer) compare the second column of KLs with
-the last: there the EBM has {short} steps. A run of {steps:,} steps took {times["ARM"]:.0f} s for the ARM and {times["EBM"]:.0f} s for the EBM (median, one
-thread). The easiest law of all, for both models together, is: {easiest}.
+Judged by whether a ratio's interval holds 1 (95% for each law, not for all together): **at equal size and steps** the ARM is {verdict(ratios["steps"])}. **At equal size and time**
+(EBM of {steps:,} steps, ARM of {TIMES * steps:,}): {verdict(ratios["time"])}. Seconds of one core, median: {", ".join(f"{m} {n:,} steps {s:.0f}" for (m, n), s in zip(kinds.values(), times, strict=True))}.
+A step of the EBM evaluates {tokens:,} tokens, one of the ARM {space.num_states:,}.
+
+Learning rates: of {", ".join(f"{lr:g}" for lr in RATES)} that with the smallest KL after {trial:,} steps, by law and model, seed 0 alone: {chosen}.
 """
-    publish("harder_data", "What easy data hides", text, picture(rows, names), rows, options)
+    figure = picture(rows, names, steps)
+    publish("harder_data", "What easy data hides", text, figure, trials + rows, options)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from jaxtyping import Float64
@@ -35,7 +37,7 @@ def lookahead(space: TokenSpace, seed: int, penalty: float = 8.0) -> Float64[Ten
     """The first token decides what the last may be: a random set, of 1 to A - 1 tokens.
 
     All else is uniform; the last tokens that it rules out lose ``penalty`` nats. Whoever picks
-    the first token must know how many ways it leaves open.
+    the first token must know how many ways it leaves open; after it, V depends on it alone.
     """
     rng = np.random.default_rng(seed)
     a = space.vocab_size
@@ -50,7 +52,9 @@ def lookahead(space: TokenSpace, seed: int, penalty: float = 8.0) -> Float64[Ten
 def parity(space: TokenSpace, seed: int, strength: float = 3.0) -> Float64[Tensor, "N"]:
     """R = +-strength by the parity of the sum of tokens that a random map sends to 0 or 1.
 
-    An easy R (one bit of the whole), a hard q: no prefix says anything before the last token.
+    With as many tokens of either bit, V(s) is the same at every prefix of a depth: M has nothing
+    to add, and both models must learn a parity, the EBM of T tokens, the ARM of the T - 1 before
+    the last.
     """
     bits = np.random.default_rng(seed).permutation(space.vocab_size) % 2
     tokens, _ = space.sequences()
@@ -58,19 +62,37 @@ def parity(space: TokenSpace, seed: int, strength: float = 3.0) -> Float64[Tenso
     return torch.log_softmax(strength * (1 - 2 * odd).double(), 0)
 
 
+def pairwise(space: TokenSpace, seed: int, scale: float = 1.5) -> Float64[Tensor, "N"]:
+    """R(y) = sum_t h_t[y_t] + sum_{i<t} J_it[y_i, y_t]: a sum over pairs of tokens.
+
+    An easy R; its q adds V(s), a log-sum-exp over all completions of the whole prefix.
+    """
+    tokens, _ = space.sequences()
+    total = torch.zeros(len(tokens), dtype=torch.float64)
+    for t, terms in enumerate(_pairs(space, seed, scale)):
+        total += terms.gather(1, tokens[:, t : t + 1])[:, 0]
+    return torch.log_softmax(total, 0)
+
+
 def additive_logits(space: TokenSpace, seed: int, scale: float = 1.5) -> Float64[Tensor, "N"]:
-    """An ARM whose logits are sums of pairwise terms: q(s, a) = sum_i J_ti[s_i, a].
+    """An ARM with the terms of :func:`pairwise` as logits: q(s, a) = h_t[a] + sum_i J_it[s_i, a].
 
     An easy q; its R subtracts V(s), a log-sum-exp of the whole prefix, at every position.
     """
-    rng = np.random.default_rng(seed)
     tokens, _ = space.sequences()
     total = torch.zeros(len(tokens), dtype=torch.float64)
+    for t, terms in enumerate(_pairs(space, seed, scale)):
+        total += torch.log_softmax(terms, 1).gather(1, tokens[:, t : t + 1])[:, 0]
+    return total
+
+
+def _pairs(space: TokenSpace, seed: int, scale: float) -> Iterator[Float64[Tensor, "N A"]]:
+    """At each position t, h_t[a] + sum_{i<t} J_it[y_i, a] for every sequence y and token a."""
+    rng = np.random.default_rng(seed)
+    tokens, _ = space.sequences()
     a = space.vocab_size
     for t in range(space.max_length):
-        q = torch.from_numpy(scale * rng.standard_normal(a)).expand(len(tokens), -1).clone()
+        terms = torch.from_numpy(scale * rng.standard_normal(a)).expand(len(tokens), -1).clone()
         for i in range(t):
-            j = torch.from_numpy(scale / t**0.5 * rng.standard_normal((a, a)))
-            q += j[tokens[:, i]]
-        total += torch.log_softmax(q, 1).gather(1, tokens[:, t : t + 1])[:, 0]
-    return total
+            terms += torch.from_numpy(scale / t**0.5 * rng.standard_normal((a, a)))[tokens[:, i]]
+        yield terms

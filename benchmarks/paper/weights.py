@@ -8,7 +8,6 @@ all the same), the ARM. Features are those of every layer at every position of e
 
 from __future__ import annotations
 
-import math
 import statistics
 from dataclasses import dataclass
 
@@ -18,7 +17,6 @@ from jaxtyping import Float64
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from benchmarks.machine import interval
 from benchmarks.paper import laws
 from benchmarks.paper.common import Options, Rows, collect, publish, select, table
 from benchmarks.paper.fit import (
@@ -35,6 +33,7 @@ from benchmarks.paper.fit import (
 )
 from rl_ebm import EBM, TokenSpace, solve
 from rl_ebm.backbone import causal, everything
+from rl_ebm.intervals import geometric_interval, interval
 from rl_ebm.policies import Transformer
 from rl_ebm.policies.scoring import tree_q_values
 from rl_ebm.rewards import TransformerReward
@@ -42,14 +41,16 @@ from rl_ebm.rewards import TransformerReward
 LAWS = {
     "zipf": "Zipf in order",
     "normal": "softmax(N(0, I) / 0.3)",
-    "lookahead": "planted lookahead",
+    "pairwise": "scores of all pairs",
 }
+CHECKPOINTS = 12
+"""roots of the number of steps at which the weights are looked at; the first few are left out"""
 MODELS = {"EBM": "EBM, no mask", "EBM-causal": "EBM, causal mask", "ARM": "ARM"}
 
 
 @dataclass(frozen=True)
 class Weights:
-    """One model on one law; the probe and the ranks are taken at ``looks`` of its steps."""
+    """One model on one law."""
 
     model: str
     law: str
@@ -73,7 +74,7 @@ def law(name: str, space: TokenSpace, seed: int) -> Tensor:
     """log rho of a name of :data:`LAWS`."""
     if name == "zipf":
         return laws.zipf(space)
-    return laws.normal(space, 0.3, seed) if name == "normal" else laws.lookahead(space, seed)
+    return laws.normal(space, 0.3, seed) if name == "normal" else laws.pairwise(space, seed)
 
 
 @torch.no_grad()
@@ -113,19 +114,20 @@ def cka(x: Float64[Tensor, "N D"], y: Float64[Tensor, "N E"]) -> float:
 def probe(x: Float64[Tensor, "N D"], y: Float64[Tensor, "N"], folds: int = 5) -> float:
     """Share of the variance of y that ridge regression on x leaves unexplained, held out.
 
-    Cross-validated over random folds; 1 is what the mean alone leaves, above 1 is worse.
+    Cross-validated over random folds; 1 is what the mean alone leaves, above 1 is worse. The
+    ridge is far below the variance of any direction that a float32 network can use.
     """
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-    x, y = torch.cat([x, torch.ones(len(x), 1)], 1)[order], y[order]
+    x, y = x[order], y[order]
     lost = torch.zeros((), dtype=torch.float64)
     for k in range(folds):
         held = torch.arange(len(y)) % folds == k
         a, b = x[~held], y[~held]
-        scale = a.square().mean(0).clamp(min=1e-12).sqrt()
-        a = a / scale
-        gram = a.mT @ a + 1e-3 * len(a) * torch.eye(a.shape[1], dtype=a.dtype)
+        mean, scale = a.mean(0), a.std(0).clamp(min=1e-9)
+        a = (a - mean) / scale
+        gram = a.mT @ a + 1e-6 * len(a) * torch.eye(a.shape[1], dtype=a.dtype)
         w = torch.linalg.solve(gram, a.mT @ (b - b.mean()))
-        lost += (y[held] - b.mean() - x[held] / scale @ w).square().sum()
+        lost += (y[held] - b.mean() - (x[held] - mean) / scale @ w).square().sum()
     return float(lost / (y - y.mean()).square().sum())
 
 
@@ -175,20 +177,43 @@ def measure(job: Weights) -> Rows:
     model = make(job, space)
     risk = (descend_arm if job.model == "ARM" else descend_ebm)(model, log_rho)
     rows: Rows = []
-    at = {0, job.steps // 50, job.steps // 10, job.steps // 3, job.steps}
+    at = {0, *(round(job.steps ** (k / CHECKPOINTS)) for k in range(3, CHECKPOINTS + 1))}
     for step in fit(model, risk, Schedule(job.steps)):
         if step in at:
             rows += [{"step": step, **row} for row in looks(model, space, log_rho, v_star)]
     if job.model == "EBM":
-        # The ARM of the same law and seed, on the same positions of the same sequences.
-        policy = make_arm(space, SMALL, job.seed)
-        for _ in fit(policy, descend_arm(policy, log_rho), Schedule(job.steps)):
-            pass
-        for i, x in enumerate(features(policy, space)):
-            for j, y in enumerate(features(model, space)):
-                value = cka(x.flatten(0, 1), y[:, : space.max_length].flatten(0, 1))
-                rows.append({"step": job.steps, "layer": i, "other": j, "cka": value})
+        rows += alike(job, model, log_rho)
     return rows
+
+
+def alike(job: Weights, ebm: nn.Module, log_rho: Tensor) -> Rows:
+    """CKA of all pairs of layers: an ARM with the EBM, with another ARM, with an untrained EBM."""
+    space, arms = ebm.space, []
+    for seed in (job.seed, job.seed + 100):
+        arms.append(make_arm(space, SMALL, seed))
+        for _ in fit(arms[-1], descend_arm(arms[-1], log_rho), Schedule(job.steps)):
+            pass
+    others = {"cka": ebm, "cka_arm": arms[1], "cka_untrained": make(job, space)}
+    mine = [at_positions(x, space) for x in features(arms[0], space)]
+    rows = [
+        {"step": job.steps, "layer": i, "other": j}
+        for i in range(len(mine))
+        for j in range(len(mine))
+    ]
+    for name, other in others.items():
+        theirs = [at_positions(x, space) for x in features(other, space)]
+        for row in rows:
+            row[name] = cka(mine[row["layer"]], theirs[row["other"]])
+    return rows
+
+
+def at_positions(x: Float64[Tensor, "N L D"], space: TokenSpace) -> Float64[Tensor, "M D"]:
+    """Features at BOS and all tokens but the last, less their mean at each position.
+
+    Without this the position alone would make any two models look alike.
+    """
+    x = x[:, : space.max_length]
+    return (x - x.mean(0)).flatten(0, 1)
 
 
 def spearman(x: list[float], y: list[float]) -> float:
@@ -219,7 +244,7 @@ def picture(rows: Rows, names: list[str], layers: int, depth: int) -> Figure:
         )
         tokens = statistics.median(at_end(rows, f"tokens_{depth}", law=name, model="ARM", layer=0))
         left.axhline(tokens, color=f"C{colour}", linestyle=":", linewidth=1)
-        arm = select(rows, law=name, model="ARM", layer=layers - 1)
+        arm = [r for r in select(rows, law=name, model="ARM", layer=layers - 1) if r["step"] > 0]
         middle.scatter(
             [float(r["gap"]) for r in arm],
             [float(r[f"probe_{depth}"]) for r in arm],
@@ -239,6 +264,7 @@ def picture(rows: Rows, names: list[str], layers: int, depth: int) -> Figure:
         xlabel="KL(law, ARM) (nats), every checkpoint",
         ylabel="variance of V(s) unexplained, last layer",
         title="Does the probe's error go with the KL?",
+        yscale="log",
     )
     grid = torch.tensor(
         [
@@ -256,9 +282,9 @@ def picture(rows: Rows, names: list[str], layers: int, depth: int) -> Figure:
 
 
 def main(options: Options) -> None:
-    space, steps, names = TokenSpace(8, 4), 2000, list(LAWS)
+    space, steps, names = TokenSpace(8, 4), 1000, list(LAWS)
     if options.quick:
-        space, steps, names = TokenSpace(4, 3), 100, ["normal", "lookahead"]
+        space, steps, names = TokenSpace(4, 3), 60, ["normal", "pairwise"]
     jobs = [
         Weights(model, name, space.vocab_size, space.max_length, steps, seed)
         for name in names
@@ -267,68 +293,72 @@ def main(options: Options) -> None:
     ]
     rows = collect("weights", jobs, measure, options)
     layers, depth = SMALL.layers + 1, space.max_length - 1
-    gaps = [
-        (
-            LAWS[name],
-            *(interval(at_end(rows, "gap", law=name, model=m, layer=0)) for m in MODELS),
-        )
-        for name in names
-    ]
-    ranks = [
-        (
-            f"{LAWS[name]}, {MODELS[m]}",
-            *(interval(at_end(rows, "rank", law=name, model=m, layer=k)) for k in range(layers)),
-        )
-        for name in names
-        for m in MODELS
-    ]
-    probes = [
-        (
-            LAWS[name],
-            interval(at_end(rows, f"tokens_{depth}", law=name, model="ARM", layer=0)),
-            *(
-                interval(at_end(rows, f"probe_{depth}", law=name, model="ARM", layer=k))
-                for k in range(layers)
-            ),
-        )
-        for name in names
-    ]
-    correlations = []
-    for seed in range(options.seeds):
-        mine = [r for r in select(rows, model="ARM", layer=layers - 1, seed=seed) if r["step"] > 0]
-        xs, ys = ([float(r[key]) for r in mine] for key in ("gap", f"probe_{depth}"))
-        correlations.append(spearman(xs, ys))
-    alike = [
-        (
-            f"ARM layer {i}",
-            *(interval(at_end(rows, "cka", law=names[0], layer=i, other=j)) for j in range(layers)),
-        )
-        for i in range(layers)
-    ]
+    gaps, ranks, similar, correlations = [], [], [], []
+    probes: dict[int, list[tuple[str, ...]]] = {t: [] for t in range(2, depth + 1)}
+    for name in names:
+        found = [at_end(rows, "gap", law=name, model=m, layer=0) for m in MODELS]
+        cost = [c / e for c, e in zip(found[1], found[0], strict=True)]
+        gaps.append((LAWS[name], *map(geometric_interval, found), geometric_interval(cost)))
+        for m in MODELS:
+            mine = [at_end(rows, "rank", law=name, model=m, layer=k) for k in range(layers)]
+            ranks.append((LAWS[name], MODELS[m], *map(interval, mine)))
+        for t, lines in probes.items():
+            at_first = [x for x in select(rows, law=name, model="ARM") if x["step"] == 0]
+            untrained = [
+                [float(r[f"probe_{t}"]) for r in select(at_first, layer=k)] for k in range(layers)
+            ]
+            trained = [
+                at_end(rows, f"probe_{t}", law=name, model="ARM", layer=k) for k in range(layers)
+            ]
+            tokens = at_end(rows, f"tokens_{t}", law=name, model="ARM", layer=0)
+            lines.append((LAWS[name], *map(geometric_interval, [tokens, *trained, untrained[-1]])))
+        for k in range(layers):
+            both = [
+                at_end(rows, key, law=name, layer=k, other=k)
+                for key in ("cka", "cka_arm", "cka_untrained")
+            ]
+            similar.append((LAWS[name], str(k), *map(interval, both)))
+        ranked = []
+        for seed in range(options.seeds):
+            last = select(rows, law=name, model="ARM", layer=layers - 1, seed=seed)
+            xs, ys = (
+                [float(r[key]) for r in last if r["step"] > 0] for key in ("gap", f"probe_{depth}")
+            )
+            ranked.append(spearman(xs, ys))
+        correlations.append((LAWS[name], interval(ranked)))
     names_of_layers = ["embedding", *(f"block {k}" for k in range(1, layers))]
-    spread = math.prod([space.vocab_size] * depth)
+    probe_tables = "\n\n".join(
+        f"Depth {t} ({space.vocab_size**t} prefixes):\n\n"
+        + table(["law", "tokens", *names_of_layers, f"{names_of_layers[-1]}, untrained"], lines)
+        for t, lines in probes.items()
+    )
     text = f"""
-V={space.vocab_size}, T={space.max_length}, N=2 (3,600 to 3,800 parameters at V=8), exact risk, {steps:,} steps. **What the mask costs**: KL(law,
-model) in nats with the same Transformer; the causal EBM scores whole sequences too, but no position sees later ones:
+V={space.vocab_size}, T={space.max_length}, N=2 (3,600 to 3,800 parameters at V=8), exact risk, {steps:,} steps at rate {Schedule.lr:g}. **What the mask costs**: KL(law,
+model) in nats with the same Transformer, geometric mean over seeds (95% interval); the causal EBM scores whole sequences too, but no position sees later ones:
 
-{table(["law", *MODELS.values()], gaps)}
+{table(["law", *MODELS.values(), "causal EBM over EBM"], gaps)}
 
-**Effective rank** (of {SMALL.dim}) of the features of all positions:
+**Effective rank** (exp of the entropy of the singular values; at most {SMALL.dim}) of the features at BOS and all tokens but the last:
 
-{table(["law, model", *names_of_layers], ranks)}
+{table(["law", "model", *names_of_layers], ranks)}
 
-**Is the value of the future in there?** V(s) = log of the sum of exp R over all continuations of s, ridge regression from the hidden
-state at s, over the {spread} prefixes of depth {depth}, five-fold cross-validation: share of the variance left unexplained, against the
-same regression on the tokens one-hot:
+**Is the value of the future in there?** V(s) = log of the sum of exp R over all completions of s; with R = log of the law this is the log-probability
+of the prefix s. Ridge regression of V(s) on the ARM's hidden state at s, five-fold cross-validation, every prefix weighing the same: share of the
+variance left unexplained (0: it is there linearly; 1: no better than its mean), against the same regression on the prefix's tokens, one-hot,
+and on the last layer before training:
 
-{table(["law", "tokens", *names_of_layers], probes)}
+{probe_tables}
 
-Exact risk fixes an ARM's logits only up to a constant at each state, and V(s) is that constant: nothing in the loss asks for it. Rank
-correlation of the last layer's probe error with KL(law, ARM), over trained checkpoints of all laws, by seed: {interval(correlations)}.
+The exact risk fixes an ARM's logits only up to a constant at each state, and V(s) is that constant: nothing in the loss asks for it at s itself, though the
+logits before s hold the differences between V of the children. Does the probe's error go with the KL? Rank correlation between the two
+along training ({CHECKPOINTS - 2} checkpoints of a run, last layer, depth {depth}; both have a trend in time), mean over seeds:
 
-**CKA** of ARM and EBM features at the same positions, {LAWS[names[0]]}:
+{table(["law", "rank correlation"], correlations)}
 
-{table(["", *(f"EBM {x}" for x in names_of_layers)], alike)}
+**CKA** (linear; features less their mean at each position) of a layer of the ARM with the same layer of the EBM, of an ARM from other initial weights,
+and of an EBM before training, the level to compare with:
+
+{table(["law", "layer", "EBM", "another ARM", "untrained EBM"], similar)}
 """
     figure = picture(rows, names, layers, depth)
     publish("weights", "Weights, not functions", text, figure, rows, options)

@@ -1,0 +1,96 @@
+"""Tune every agent on the same small grid, on other tasks and seeds than a benchmark reports.
+
+    python -m benchmarks.tune            # hours; what is finished is not run again
+    python -m benchmarks.tune --quick    # a few steps each: only to see that it works
+
+The tasks are `prompts` and `random` with task seed 7, the seeds 100 and 101, the budget one of
+reward calls. Of each agent the point with the smallest geometric mean of KL(policy, target) wins.
+Writes ``benchmarks/results/tuned.json`` (for ``rl-ebm bench --options``) and ``tuned.md``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from benchmarks.machine import describe
+from rl_ebm.agents import AGENTS
+from rl_ebm.backbone import TransformerConfig
+from rl_ebm.bench import Plan, Problem, Rows, last_of, run
+from rl_ebm.checkpoint import write_text
+from rl_ebm.intervals import geometric
+
+RESULTS = Path(__file__).parent / "results"
+RATES = (3e-3, 1e-2, 3e-2)
+BATCHES = (256, 1024, 4096)
+PROBLEMS = (Problem("prompts", task_seed=7), Problem("random", task_seed=7))
+SEEDS = (100, 101)
+SMALLEST = 1e-9
+"""KL below which more is not better, nats"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of this script."""
+
+    agents: str = ",".join(name for name, entry in AGENTS.items() if entry.needs_reward)
+    """which, separated by commas"""
+    calls: int = 500_000
+    """responses that each run may score"""
+    workers: int = 2
+    """runs at a time"""
+    out: Path = Path("runs/tune")
+    """where the runs go"""
+    quick: bool = False
+    """two points, few calls, a small network; writes nothing into the results"""
+
+
+def grid(quick: bool) -> list[dict[str, Any]]:
+    """The same points for every agent."""
+    points = product(RATES[:1], BATCHES[:2]) if quick else product(RATES, BATCHES)
+    return [{"lr": lr, "batch_size": batch} for lr, batch in points]
+
+
+def score(rows: Rows, agent: str) -> float:
+    """Geometric mean of KL(policy, target) at the end of the runs of an agent."""
+    ends = [max(row["kl_policy_target"], SMALLEST) for row in last_of(rows, agent=agent)]
+    return geometric(ends)[0]
+
+
+def main(options: Options) -> None:
+    agents = tuple(options.agents.split(","))
+    network = TransformerConfig(1, 1, 8, 8) if options.quick else TransformerConfig()
+    found: dict[str, list[tuple[float, dict[str, Any]]]] = {agent: [] for agent in agents}
+    for i, point in enumerate(grid(options.quick)):
+        plan = Plan(
+            agents,
+            PROBLEMS[:1] if options.quick else PROBLEMS,
+            SEEDS[:1] if options.quick else SEEDS,
+            2048 if options.quick else options.calls,
+            network=network,
+            options=dict.fromkeys(agents, point),
+        )
+        rows = run(plan, options.out / str(i), options.workers)
+        for agent in agents:
+            found[agent].append((score(rows, agent), point))
+    best = {agent: min(points, key=lambda x: x[0]) for agent, points in found.items()}
+    lines = ["| agent | lr | batch_size | KL(policy, target) |", "|---|---|---|---|"]
+    lines += [
+        f"| `{agent}` | {point['lr']:g} | {point['batch_size']:,} | {value:.2g} |"
+        for agent, (value, point) in best.items()
+    ]
+    text = "\n".join([*lines, "", describe()]) + "\n"
+    print(text)
+    if not options.quick:
+        chosen = {agent: point for agent, (_, point) in best.items()}
+        write_text(RESULTS / "tuned.json", json.dumps(chosen, indent=1) + "\n")
+        write_text(RESULTS / "tuned.md", text)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
