@@ -10,6 +10,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# torch warns once in a process: with this a test that fails for it fails in any order.
+torch.set_warn_always(True)
 
 
 def pytest_collection_modifyitems(items):
