@@ -93,10 +93,8 @@ def log_ref_and_gain(
         batch: responses with their rewards.
         forbidden_log_weight: what stands for ``-inf``, nats; None to keep it.
     """
-    if batch.reward is None:
-        raise ValueError("the batch has no rewards: call ebm.score(batch) first")
     log_ref = ebm.log_ref(batch.tokens, batch.lengths, batch.prompt_ids).float()
-    gain = (batch.reward / ebm.beta).float()
+    gain = (batch.rewards() / ebm.beta).float()
     if forbidden_log_weight is None:
         return log_ref, gain
     return (

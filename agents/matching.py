@@ -104,6 +104,7 @@ class MatchingAgent(OnPolicyAgent):
         self,
         batch: Batch,
         log_pi: Float[Tensor, "B T"],
+        log_pi_old: Float[Tensor, "B T"],
         log_ref: Float[Tensor, "B T"],
         gain: Float[Tensor, "B"],
     ) -> Tensor:

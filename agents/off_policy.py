@@ -6,6 +6,7 @@ exploration and replay move the speed, not the fixed point (where every response
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +66,7 @@ class OffPolicyOptions:
             raise ValueError("replay_batch needs replay_size > 0")
 
 
-class OffPolicyAgent:
+class OffPolicyAgent(ABC):
     """Sampling, replay and the step of such an agent; a subclass is its :meth:`loss`."""
 
     logits_are_values = False
@@ -93,9 +94,9 @@ class OffPolicyAgent:
         """What is learned beside the policy."""
         return ()
 
+    @abstractmethod
     def loss(self, batch: Batch, r: Float[Tensor, "B T"]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of responses, and what to log; r are the log-weights of the tokens."""
-        raise NotImplementedError
 
     def sample(self) -> Batch | None:
         """Responses of the policy and of the explorer."""

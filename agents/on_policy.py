@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,7 @@ class OnPolicyOptions:
         check_batch_size("batch_size", self.batch_size)
 
 
-class OnPolicyAgent:
+class OnPolicyAgent(ABC):
     """Sampling and the step of such an agent; a subclass is its :meth:`loss`."""
 
     logits_are_values = False
@@ -70,10 +71,17 @@ class OnPolicyAgent:
         self.generator = torch.Generator(ebm.device) if generator is None else generator
         self.learner = Learner(policy, self.config.lr, self.config.max_grad_norm)
 
+    @property
+    def epochs(self) -> int:
+        """Gradient steps on each batch."""
+        return 1
+
+    @abstractmethod
     def loss(
         self,
         batch: Batch,
         log_pi: Float[Tensor, "B T"],
+        log_pi_old: Float[Tensor, "B T"],
         log_ref: Float[Tensor, "B T"],
         gain: Float[Tensor, "B"],
     ) -> Tensor:
@@ -81,10 +89,10 @@ class OnPolicyAgent:
 
         Args:
             log_pi: of the tokens, with gradient, 0 past the end.
+            log_pi_old: the same when they were drawn, before the first step on them.
             log_ref: log p_ref of the tokens, 0 past the end.
             gain: R / beta.
         """
-        raise NotImplementedError
 
     def sample(self) -> Batch | None:
         """Responses of the policy itself, in groups that share a prompt."""
@@ -93,13 +101,19 @@ class OnPolicyAgent:
         return sample(self.policy, self.ebm.space, n, self.generator, prompt_ids)
 
     def update(self, batch: Batch, progress: float = 0.0) -> dict[str, Tensor]:
-        """One gradient step on responses of the current policy, with their rewards."""
+        """``epochs`` gradient steps on responses of the current policy, with their rewards."""
         batch = batch.clean()
         log_ref, gain = log_ref_and_gain(self.ebm, batch, self.config.forbidden_log_weight)
         log_pi = self.log_pi(batch)
-        loss = self.loss(batch, log_pi, log_ref, gain)
-        metrics = {"losses/loss": loss.detach(), "losses/elbo": elbo(log_pi, log_ref, gain)}
-        return metrics | self.learner.descend(loss, progress)
+        old = log_pi.detach()
+        metrics = {"losses/elbo": elbo(old, log_ref, gain)}
+        for epoch in range(self.epochs):
+            if epoch:
+                log_pi = self.log_pi(batch)
+            loss = self.loss(batch, log_pi, old, log_ref, gain)
+            metrics["losses/loss"] = loss.detach()
+            metrics |= self.learner.descend(loss, progress)
+        return metrics
 
     def log_pi(self, batch: Batch) -> Float[Tensor, "B T"]:
         """log pi of the tokens, 0 past the end."""
@@ -115,4 +129,4 @@ class OnPolicyAgent:
 
 def elbo(log_pi: Tensor, log_ref: Tensor, gain: Tensor) -> Tensor:
     """E[log-weight - log pi], the lower bound of log Z: arXiv 2512.15605, App. A.8."""
-    return (gain + (log_ref - log_pi.detach()).sum(1)).mean()
+    return (gain + (log_ref - log_pi).sum(1)).mean()

@@ -12,16 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from rl_ebm import divergences
-from rl_ebm.agents.learner import Learner, check_batch_size, check_rates, draw_prompts
-from rl_ebm.ebm import EBM
-from rl_ebm.policies.scoring import Policy, Trainable, q_values, sample
+from rl_ebm.agents.imitation import ImitationAgent, ImitationOptions, given
+from rl_ebm.policies.scoring import Policy, q_values
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.tokens import Batch, length_mask
 
@@ -33,21 +32,16 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class OnPolicyDistillationConfig:
+class OnPolicyDistillationConfig(ImitationOptions):
     """Options of the agent ``on-policy-distillation``."""
 
-    divergence: Literal["forward", "reverse", "js"] = "reverse"
-    """of the teacher and the policy at each state"""
     batch_size: int = 2048
     """responses in a step"""
-    lr: float | int = 1e-2
-    """peak learning rate of Adam"""
-    max_grad_norm: float | int = 1.0
-    """gradients are clipped to this norm"""
+    divergence: Literal["forward", "reverse", "js"] = "reverse"
+    """of the teacher and the policy at each state"""
 
     def __post_init__(self) -> None:
-        check_rates(self.lr, self.max_grad_norm)
-        check_batch_size("batch_size", self.batch_size)
+        super().__post_init__()
         if self.divergence not in DIVERGENCES:
             names = ", ".join(DIVERGENCES)
             raise ValueError(f"divergence must be one of {names}, got {self.divergence!r}")
@@ -67,57 +61,29 @@ def on_policy_distillation_loss(
     return terms.masked_fill(past, 0.0).sum(1).mean()
 
 
-class OnPolicyDistillationAgent:
-    """Learns from a teacher at the states that its own policy visits."""
+class OnPolicyDistillationAgent(ImitationAgent):
+    """Learns from a teacher at the states that its own policy visits; rewards are not read."""
 
-    logits_are_values = False
+    Config = OnPolicyDistillationConfig
 
-    def __init__(
-        self,
-        ebm: EBM,
-        policy: Trainable,
-        config: OnPolicyDistillationConfig | None = None,
-        generator: torch.Generator | None = None,
-        teacher: Policy | None = None,
-    ) -> None:
-        if teacher is None:
-            raise ValueError(
-                "on-policy-distillation needs a teacher: pass teacher=rl_ebm.solve(ebm)"
-            )
-        ebm.check_policy(policy)
-        ebm.check_policy(teacher, "the teacher")
-        self.config = OnPolicyDistillationConfig() if config is None else config
+    def drawn_from(self, teacher: Policy | None) -> Policy:
+        """The policy itself; the teacher only says what it would do."""
+        self.teacher = given(teacher, self.ebm, "on-policy-distillation")
         if self.config.divergence == "reverse" and bool(getattr(teacher, "forbids", False)):
             raise ValueError(
                 "the teacher forbids some actions, so KL(policy, teacher) is infinite: use "
                 "divergence='forward' or 'js'"
             )
-        self.ebm, self.policy, self.teacher = ebm, policy, teacher
-        self.generator = torch.Generator(ebm.device) if generator is None else generator
-        self.learner = Learner(policy, self.config.lr, self.config.max_grad_norm)
+        return self.policy
 
-    def sample(self) -> Batch | None:
-        """Responses of the policy itself."""
-        n, p = self.config.batch_size, self.ebm.num_prompts
-        prompt_ids = draw_prompts(n, p, 1, self.generator)
-        return sample(self.policy, self.ebm.space, n, self.generator, prompt_ids)
-
-    def update(self, batch: Batch, progress: float = 0.0) -> dict[str, Tensor]:
-        """One gradient step; the rewards of the batch are not read."""
-        batch = batch.clean()
+    def loss(self, batch: Batch) -> Float[Tensor, ""]:
+        """The divergences at the states of the policy's responses."""
         space, ids = self.ebm.space, batch.prompt_ids
         with torch.no_grad():
             # A single prompt needs no ids: the teacher would read them from the device to check.
             asked = ids if self.ebm.num_prompts > 1 else None
             log_teacher = log_policy(q_values(self.teacher, space, batch.tokens, asked))
         log_pi = log_policy(q_values(self.policy, space, batch.tokens, ids))
-        loss = on_policy_distillation_loss(
+        return on_policy_distillation_loss(
             log_pi, log_teacher.to(log_pi.dtype), batch.lengths, self.config.divergence
         )
-        return {"losses/loss": loss.detach()} | self.learner.descend(loss, progress)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"learner": self.learner.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.learner.load_state_dict(state["learner"])

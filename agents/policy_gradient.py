@@ -68,6 +68,7 @@ class PolicyGradientAgent(OnPolicyAgent):
         self,
         batch: Batch,
         log_pi: Float[Tensor, "B T"],
+        log_pi_old: Float[Tensor, "B T"],
         log_ref: Float[Tensor, "B T"],
         gain: Float[Tensor, "B"],
     ) -> Tensor:

@@ -20,8 +20,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from rl_ebm.agents.kl_penalty import PenaltyOptions, advantages, kl_terms, token_weights
-from rl_ebm.agents.learner import log_ref_and_gain
-from rl_ebm.agents.on_policy import OnPolicyAgent, elbo
+from rl_ebm.agents.on_policy import OnPolicyAgent
 from rl_ebm.tokens import Batch
 
 
@@ -85,22 +84,25 @@ class PPOAgent(OnPolicyAgent):
 
     Config = PPOConfig
 
-    def update(self, batch: Batch, progress: float = 0.0) -> dict[str, Tensor]:
-        """``epochs`` gradient steps on responses of the current policy, with their rewards."""
-        batch, cfg = batch.clean(), self.config
-        log_ref, gain = log_ref_and_gain(self.ebm, batch, cfg.forbidden_log_weight)
-        with torch.no_grad():
-            old = self.log_pi(batch)
-            kappa = kl_terms(old, log_ref, batch.lengths, cfg).sum(1)
-            returns = gain - kappa if cfg.kl_in == "reward" else gain
-        ids, p = batch.prompt_ids, self.ebm.num_prompts
+    @property
+    def epochs(self) -> int:
+        """Gradient steps on each batch."""
+        return int(self.config.epochs)
+
+    def loss(
+        self,
+        batch: Batch,
+        log_pi: Float[Tensor, "B T"],
+        log_pi_old: Float[Tensor, "B T"],
+        log_ref: Float[Tensor, "B T"],
+        gain: Float[Tensor, "B"],
+    ) -> Tensor:
+        """The clipped loss of the policy's responses."""
+        cfg, ids, p = self.config, batch.prompt_ids, self.ebm.num_prompts
+        kappa = kl_terms(log_pi_old, log_ref, batch.lengths, cfg).sum(1)
+        returns = gain - kappa if cfg.kl_in == "reward" else gain
         advantage = advantages(returns, ids, p, cfg, self.ebm.beta)
-        metrics: dict[str, Tensor] = {}
-        for _ in range(cfg.epochs):
-            loss = clipped_loss(self.log_pi(batch), old, log_ref, advantage, batch.lengths, cfg)
-            metrics = {"losses/loss": loss.detach(), "losses/elbo": elbo(old, log_ref, gain)}
-            metrics |= self.learner.descend(loss, progress)
-        return metrics
+        return clipped_loss(log_pi, log_pi_old, log_ref, advantage, batch.lengths, cfg)
 
 
 class GRPOAgent(PPOAgent):

@@ -58,6 +58,4 @@ class Replay:
 
 
 def _columns(batch: Batch) -> list[Tensor]:
-    if batch.reward is None:
-        raise ValueError("the batch has no rewards: call ebm.score(batch) first")
-    return [batch.tokens, batch.lengths, batch.prompt_ids, batch.reward]
+    return [batch.tokens, batch.lengths, batch.prompt_ids, batch.rewards()]

@@ -20,6 +20,8 @@ from rl_ebm.envs import make_task
 from rl_ebm.intervals import interval
 
 Rows = list[dict[str, Any]]
+FOUR = ("soft-q", "policy-gradient", "teacher-forcing", "exact")
+"""one agent of each kind: those of the README's tables"""
 FIGURES = ("kl_target_policy", "kl_policy_target", "tv")
 
 

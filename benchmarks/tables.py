@@ -1,4 +1,4 @@
-"""Every agent on a real reward table: exact KL both ways, TV, largest logit error by depth.
+"""One agent of each kind on a real reward table: exact KLs, TV, largest logit error by depth.
 
     python -m benchmarks.tables six6_ref_r1.tsv --seconds 300
 
@@ -18,7 +18,7 @@ import tyro
 
 import rl_ebm
 from benchmarks.machine import describe
-from rl_ebm.agents import AGENTS
+from benchmarks.runs import FOUR
 from rl_ebm.rewards import read_table
 
 RESULTS = Path(__file__).parent / "results"
@@ -45,7 +45,7 @@ def main(options: Options) -> None:
     table = read_table(options.table, normalise="minmax")
     ebm = rl_ebm.EBM(table.space, table.scores, options.beta)
     rows = []
-    for name in AGENTS:
+    for name in FOUR:
         _, report = rl_ebm.train(ebm, name, seconds=options.seconds, seed=options.seed)
         assert report is not None
         row = {

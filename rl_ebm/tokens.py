@@ -57,6 +57,17 @@ class Batch:
         """True at real tokens; from the lengths, never from pad ids."""
         return length_mask(self.lengths, self.tokens.shape[1])
 
+    def rewards(self) -> Shaped[Tensor, "B"]:
+        """The reward of each; ValueError where they are not known yet."""
+        if self.reward is None:
+            raise ValueError("the batch has no rewards: call ebm.score(batch) first")
+        return self.reward
+
+    def take(self, rows: Int64[Tensor, "N"]) -> Batch:
+        """These rows of the batch."""
+        reward = None if self.reward is None else self.reward[rows]
+        return Batch(self.tokens[rows], self.lengths[rows], self.prompt_ids[rows], reward)
+
     def clean(self) -> Batch:
         """The batch with token 0 past the end of each response: what stands there is not read."""
         return replace(self, tokens=self.tokens.masked_fill(~self.mask, 0))

@@ -44,6 +44,7 @@ LAYERS = (
 
 # Agents do not know each other; what they share is listed here.
 SHARED_BY_AGENTS = {
+    "agents.imitation",
     "agents.kl_penalty",
     "agents.learner",
     "agents.off_policy",

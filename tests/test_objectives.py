@@ -310,7 +310,7 @@ def test_distillation_sums_the_divergences_at_the_states_of_each_response(diverg
     problem = case(kind)
     space, batch = problem.space, problem.batch(pad=1)
     rows = [
-        rl_ebm.policies.scoring.log_pi_rows(p, space, batch.tokens, batch.prompt_ids)
+        rl_ebm.policies.scoring.log_pi_rows(p, space, batch.tokens, batch.prompt_ids).detach()
         for p in (problem.table(), problem.star())
     ]
     of = {"forward": divergences.kl, "js": divergences.js}.get(
@@ -380,5 +380,5 @@ def test_the_learned_log_z_is_saved_and_goes_on():
         one.update(problem.batch(), k / 10)
     other = make("trajectory-balance", problem, one.policy)
     other.load_state_dict(one.state_dict())
-    assert float(one.log_z.abs().min()) > 0
+    assert one.log_z.detach().ne(0).all()
     close(other.log_z.detach(), one.log_z.detach(), 0.0)

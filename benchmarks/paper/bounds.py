@@ -30,6 +30,7 @@ from benchmarks.paper.common import (
     table,
 )
 from benchmarks.paper.fit import SIZES, Schedule, descend_arm, fit, make_arm, marks
+from benchmarks.runs import FOUR
 from rl_ebm import EBM, TokenSpace, bounds, divergences, solve
 from rl_ebm.agents import AGENTS
 from rl_ebm.envs import make_task
@@ -45,8 +46,6 @@ NAMES = {
     "split": "occupancy of states and actions",
 }
 SPACE = (8, 4)
-TRAINED = ("soft-q", "policy-gradient", "teacher-forcing", "exact")
-"""agents whose policies are looked at along their training"""
 
 
 @dataclass(frozen=True)
@@ -289,13 +288,13 @@ def main(options: Options) -> None:
         steps, fig5_steps, layers, lengths, errors = 20, 60, (2,), (2, 4), (0.01, 1.0, 10.0)
     seeds = range(options.seeds)
     jobs: list[Agent | Planted | Fig5] = [
-        Agent(name, steps, seed) for name in TRAINED for seed in seeds
+        Agent(name, steps, seed) for name in FOUR for seed in seeds
     ]
     jobs += [Planted(4, t, e, seed) for t in lengths for e in errors for seed in seeds]
     jobs += [Fig5(n, 0.1, fig5_steps, seed) for n in layers for seed in seeds]
     rows = collect("bounds", jobs, measure, options)
     broken = violations(rows)
-    groups = {f"`{a}`, along training": select(rows, kind="agent", agent=a) for a in TRAINED}
+    groups = {f"`{a}`, along training": select(rows, kind="agent", agent=a) for a in FOUR}
     for e in errors:
         groups[f"planted, error {e:g}"] = select(rows, kind="planted", error=e)
     lines = [(name, *(looseness(mine, b) for b in NAMES)) for name, mine in groups.items()]

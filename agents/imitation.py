@@ -1,0 +1,113 @@
+"""What agents share that imitate responses: the negative log-likelihood of chosen ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from rl_ebm.agents.learner import Learner, check_batch_size, check_rates, draw_prompts
+from rl_ebm.ebm import EBM
+from rl_ebm.policies.scoring import Policy, Trainable, q_values, sample
+from rl_ebm.policies.tabular import Uniform
+from rl_ebm.soft_bellman import log_policy, sequence_log_prob
+from rl_ebm.tokens import Batch
+
+
+@dataclass(frozen=True)
+class ImitationOptions:
+    """Options of every agent that imitates responses."""
+
+    batch_size: int = 4096
+    """responses in a step, at least 1"""
+    lr: float | int = 1e-2
+    """peak learning rate of Adam"""
+    max_grad_norm: float | int = 1.0
+    """gradients are clipped to this norm"""
+
+    def __post_init__(self) -> None:
+        check_rates(self.lr, self.max_grad_norm)
+        check_batch_size("batch_size", self.batch_size)
+
+
+def teacher_forcing_loss(
+    q: Float[Tensor, "B T A"], tokens: Int64[Tensor, "B T"], lengths: Int64[Tensor, "B"]
+) -> Float[Tensor, ""]:
+    """-log pi(y|x), summed over the real tokens, mean over the rows; nats.
+
+    Args:
+        q: masked logits before each token.
+        tokens: the responses to imitate.
+        lengths: real tokens of each.
+    """
+    return -sequence_log_prob(log_policy(q), tokens, lengths).mean()
+
+
+class ImitationAgent:
+    """Draws responses of its source and imitates those that :meth:`chosen` makes of them."""
+
+    logits_are_values = False
+    Config: type[Any] = ImitationOptions
+
+    def __init__(
+        self,
+        ebm: EBM,
+        policy: Trainable,
+        config: Any = None,
+        generator: torch.Generator | None = None,
+        teacher: Policy | None = None,
+    ) -> None:
+        self.config = self.Config() if config is None else config
+        ebm.check_policy(policy)
+        self.ebm, self.policy = ebm, policy
+        self.source = self.drawn_from(teacher)
+        self.generator = torch.Generator(ebm.device) if generator is None else generator
+        self.learner = Learner(policy, self.config.lr, self.config.max_grad_norm)
+
+    def drawn_from(self, teacher: Policy | None) -> Policy:
+        """Who draws: here the policy itself, or the reference (uniform without one)."""
+        if self.config.source == "policy":
+            return self.policy
+        return Uniform(self.ebm.space) if self.ebm.reference is None else self.ebm.reference
+
+    def prompts(self) -> Int64[Tensor, "B"]:
+        """The prompts of the next responses."""
+        return draw_prompts(self.config.batch_size, self.ebm.num_prompts, 1, self.generator)
+
+    def sample(self) -> Batch | None:
+        """Responses of the source."""
+        ids = self.prompts()
+        return sample(self.source, self.ebm.space, len(ids), self.generator, ids)
+
+    def chosen(self, batch: Batch) -> Batch:
+        """The responses to imitate, made of those that were drawn; here all of them."""
+        return batch
+
+    def loss(self, batch: Batch) -> Float[Tensor, ""]:
+        """The loss of responses of the source."""
+        with torch.no_grad():
+            batch = self.chosen(batch)
+        q = q_values(self.policy, self.ebm.space, batch.tokens, batch.prompt_ids)
+        return teacher_forcing_loss(q, batch.tokens, batch.lengths)
+
+    def update(self, batch: Batch, progress: float = 0.0) -> dict[str, Tensor]:
+        """One gradient step on responses of the source."""
+        loss = self.loss(batch.clean())
+        return {"losses/loss": loss.detach()} | self.learner.descend(loss, progress)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"learner": self.learner.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.learner.load_state_dict(state["learner"])
+
+
+def given(teacher: Policy | None, ebm: EBM, name: str) -> Policy:
+    """The teacher of the agent ``name``; ValueError where there is none, or for another space."""
+    if teacher is None:
+        raise ValueError(f"{name} needs a teacher: pass teacher=rl_ebm.solve(ebm)")
+    ebm.check_policy(teacher, "the teacher")
+    return teacher
