@@ -56,16 +56,11 @@ class PenaltyOptions(OnPolicyOptions):
 
 
 def fixed_point(options: PenaltyOptions, problem: Problem) -> FixedPoint:
-    """What the expected gradient converges to from p_ref; of groups without end.
-
-    Where responses end early, ``reduce_tokens="mean"`` weighs short ones up, and moves it further:
-    that limit is not computed.
-    """
-    if options.reduce_tokens == "mean" and problem.space.eos_id is not None:
-        return FixedPoint(None, how="not computed")
-    group_std = options.advantage == "group-std"
-    penalty = Penalty(options.kl_estimator, options.kl_in, options.kl_level, group_std)
-    return penalised(problem, penalty)
+    """What the expected gradient converges to from p_ref; of groups without end."""
+    group_std, mean = options.advantage == "group-std", options.reduce_tokens == "mean"
+    return penalised(
+        problem, Penalty(options.kl_estimator, options.kl_in, options.kl_level, group_std, mean)
+    )
 
 
 def kl_terms(

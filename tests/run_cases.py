@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from rl_ebm.agents import AGENTS
@@ -24,6 +25,11 @@ TASK_FLAGS = ["--task", "random", "--vocab-size", "3", "--max-length", "3"]
 SMALL_BATCH = {
     name: 16 for name, entry in AGENTS.items() if "batch_size" in entry.config.__dataclass_fields__
 }
+# Each keeps a state of its own between two steps; what holds for these holds for the others,
+# which are tried with the slow tests.
+STATES = ("soft-q", "trajectory-balance", "dpg", "sampled-teacher", "ppo", "exact")
+AGENT_PARAMS = [a if a in STATES else pytest.param(a, marks=pytest.mark.slow) for a in AGENTS]
+every_agent = pytest.mark.parametrize("agent", AGENT_PARAMS)
 REPLAY = ["--tau", "0.1", "--replay-size", "64", "--replay-batch", "16"]
 
 # State that a clock decides, or that says where the logs end.

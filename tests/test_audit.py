@@ -12,7 +12,7 @@ from agent_cases import KIND_IDS, KINDS, case
 from toy_policies import close, seeded
 
 import rl_ebm
-from rl_ebm import cli
+from rl_ebm import cli, divergences
 from rl_ebm.agents import AGENTS
 from rl_ebm.audit import MEASURES, audit, to_json, to_text
 from rl_ebm.exact import problems
@@ -220,3 +220,34 @@ def test_the_agent_with_a_table_ends_at_its_fixed_point(name, options):
     assert tv < 0.02
     if name not in ALWAYS_TARGET:
         assert away > 0.04
+
+
+@pytest.mark.slow
+def test_with_responses_that_end_early_grpo_ends_at_its_own_fixed_point():
+    space = rl_ebm.TokenSpace(3, 3, 0)
+    reference = Tabular(space, scale=0.7, generator=seeded(0))
+    weights = torch.randn(space.num_sequences, generator=seeded(1))
+
+    def reward(tokens, lengths):
+        return weights[space.sequence_indices(tokens, lengths)] + 0.5 * lengths
+
+    ebm = rl_ebm.EBM(space, reward, 1.0, reference)
+    (problem,) = problems(rl_ebm.solve(ebm))
+    entry = AGENTS["grpo"]
+    laws = {}
+    for reduce_tokens in ("mean", "sum"):
+        config = entry.config(batch_size=1024, lr=0.05, epochs=1, reduce_tokens=reduce_tokens)
+        laws[reduce_tokens] = entry.fixed_point(config, problem).log_law
+    policy = Tabular.from_tables([t[0].detach() for t in reference.tables()], space)
+    config = entry.config(batch_size=1024, lr=0.05, epochs=1)
+    agent = entry.agent(ebm, policy, config, seeded(2), None)
+    for k in range(800):
+        agent.update(ebm.score(agent.sample()), k / 800)
+    with torch.no_grad():
+        tables = [t[0].double() for t in policy.tables()]
+        mask = space.action_mask()
+        rows = [log_policy(t.masked_fill(~mask[d], -math.inf)) for d, t in enumerate(tables)]
+        log_law = sequence_log_probs(rows, space)
+    assert float(divergences.tv(log_law, laws["mean"])) < 0.02
+    assert float(divergences.tv(log_law, laws["sum"])) > 0.04
+    assert float(divergences.tv(log_law, problem.log_target)) > 0.04

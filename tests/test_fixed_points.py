@@ -53,7 +53,7 @@ def problem_of(ebm):
     return problem
 
 
-def summed_gradient(ebm, theta, options, gain_scale=1.0):
+def summed_gradient(ebm, theta, options, gain_scale=1.0, shift=0.0):
     """d theta / dt as the loss has it: each response alone, weighed by its probability."""
     space = ebm.space
     policy = Tabular.from_tables(
@@ -70,7 +70,7 @@ def summed_gradient(ebm, theta, options, gain_scale=1.0):
     with torch.no_grad():
         weights = log_pis().sum(1).exp()
     log_ref = ebm.log_ref(tokens, lengths, ids).double()
-    gain = ebm.reward(tokens, lengths, ids).double() / ebm.beta * gain_scale
+    gain = ebm.reward(tokens, lengths, ids).double() / ebm.beta * gain_scale + shift
     total = torch.zeros_like(policy.table)
     for i in range(len(tokens)):
         if not weights[i]:
@@ -320,3 +320,53 @@ def test_rewards_of_minus_infinity_are_refused():
     ebm = rl_ebm.EBM(space, torch.tensor([0.0, 1.0, -math.inf, 0.0]), 1.0, Uniform(space))
     with pytest.raises(ValueError, match="finite"):
         problems(rl_ebm.solve(ebm))
+
+
+# The mean over the tokens -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 0), (2, 3, 1)])
+@pytest.mark.parametrize("penalty", INTERIOR, ids="-".join)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_with_the_mean_over_tokens_the_gradient_vanishes_at_the_root(shape, penalty, level):
+    ebm = small_ebm(shape, seed=3)
+    problem = problem_of(ebm)
+    k, place = penalty
+    options = PenaltyOptions(kl_estimator=k, kl_in=place, kl_level=level, reduce_tokens="mean")
+    point = penalised(problem, Penalty(k, place, level, mean_tokens=True))
+    close(float(point.log_law.exp().sum()), 1.0, 1e-12)
+    b = float((point.log_law.exp() * problem.g_responses).sum())  # the baseline, of its own law
+
+    def slope(log_law, b):
+        return summed_gradient(ebm, logits_of(problem, log_law), options, shift=-b).abs().max()
+
+    assert float(slope(point.log_law, b)) < 1e-10
+    assert float(slope(point.log_law, b + 0.1)) > 1e-4
+    summed = penalised(problem, Penalty(k, place, level))
+    # E kappa' = 0 for k3 of the whole response: nothing moves there.
+    stays = (k, level) == ("k3", "sequence")
+    assert (float(tv(point.log_law, summed.log_law)) < 1e-8) == stays
+
+
+def test_with_the_mean_over_tokens_the_penalty_in_the_reward_still_ends_at_the_ebm():
+    ebm = small_ebm((3, 3, 0), seed=3)
+    problem = problem_of(ebm)
+    options = PenaltyOptions(reduce_tokens="mean")
+    theta = logits_of(problem, problem.log_target)
+    (log_z,) = rl_ebm.solve(ebm).log_z.tolist()
+    at_target = summed_gradient(ebm, theta, options, shift=-log_z)  # E[g - u] = log Z there
+    assert float(at_target.abs().max()) < 1e-10
+    assert float(summed_gradient(ebm, theta, options).abs().max()) > 1e-3  # without a baseline
+    close(penalised(problem, Penalty("k1", "reward", mean_tokens=True)).log_law, problem.log_target)
+    for penalty in (Penalty("k1", "loss"), Penalty("k3", "reward")):
+        assert penalised(problem, penalty._replace(mean_tokens=True)).log_law is None
+
+
+def test_with_a_fixed_length_the_mean_over_tokens_moves_nothing():
+    problem = problem_of(small_ebm((3, 2, None)))
+    for penalty in (Penalty("k3", "loss", "token", True), Penalty("k2", "loss")):
+        close(
+            penalised(problem, penalty._replace(mean_tokens=True)).log_law,
+            penalised(problem, penalty).log_law,
+            0.0,
+        )

@@ -14,6 +14,7 @@ import pytest
 import torch
 from run_cases import (
     differences,
+    every_agent,
     killed_before_operation,
     load_state,
     snapshot,
@@ -74,7 +75,7 @@ def kill_and_resume(run: Path, agent: str, operations) -> int:
     raise AssertionError("not enough operations")
 
 
-@pytest.mark.parametrize("agent", AGENTS)
+@every_agent
 def test_kill_resume_kill_resume_is_bit_identical(agent, whole, tmp_path):
     reference = whole(agent)
     rng = random.Random(agent)
@@ -127,7 +128,7 @@ def test_sigkill_of_a_process(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("agent", AGENTS)
+@every_agent
 def test_sigkill_of_processes_at_random_moments(agent, tmp_path):
     rng = random.Random(agent)
     kills = [(0.0, "config.json")]  # before the first checkpoint
@@ -144,7 +145,7 @@ def test_resume_without_a_checkpoint_starts_at_step_0(whole, tmp_path):
     assert [row["step"] for row in rows(run)].count("0") == 1
 
 
-@pytest.mark.parametrize("agent", AGENTS)
+@every_agent
 def test_a_finished_run_says_so_and_nothing_is_touched(agent, whole, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(whole(agent), run)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from run_cases import (
+    AGENT_PARAMS,
     NETWORK,
     killed_before_operation,
     load_state,
@@ -21,7 +22,6 @@ from run_cases import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import rl_ebm
-from rl_ebm.agents import AGENTS
 from rl_ebm.cli import main
 from rl_ebm.metrics import MetricsFile
 from rl_ebm.plots import error_figure, figure_image
@@ -45,7 +45,7 @@ def read_rows(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.fixture(scope="module", params=AGENTS)
+@pytest.fixture(scope="module", params=AGENT_PARAMS)
 def run(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("events") / request.param
     assert main([*train_args(request.param, **LOOK_OFTEN), "--out", str(folder)]) == 0

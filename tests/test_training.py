@@ -6,7 +6,15 @@ import math
 
 import pytest
 import torch
-from run_cases import NETWORK, differences, load_state, small_options, start, train_args
+from run_cases import (
+    NETWORK,
+    differences,
+    every_agent,
+    load_state,
+    small_options,
+    start,
+    train_args,
+)
 
 import rl_ebm
 from rl_ebm import training
@@ -37,14 +45,14 @@ def short(agent: str = "soft-q", ebm: rl_ebm.EBM | None = None, **kwargs):
     return weights(policy), report
 
 
-@pytest.mark.parametrize("agent", AGENTS)
+@every_agent
 def test_the_same_seed_gives_the_same_run(agent):
     first, _ = short(agent, seed=3)
     assert differences(first, short(agent, seed=3)[0]) == []
     assert differences(first, short(agent, seed=4)[0])
 
 
-@pytest.mark.parametrize("agent", AGENTS)
+@every_agent
 def test_looking_does_not_change_the_run(agent, tmp_path):
     """Evaluating, logging and checkpointing draw from no generator of the training."""
     rare = TrainConfig(steps=6, log_every=1000, eval_every=1e9, checkpoint_every=1e9)
@@ -56,7 +64,7 @@ def test_looking_does_not_change_the_run(agent, tmp_path):
     assert differences(load_state(tmp_path / "rare"), load_state(tmp_path / "often")) == []
 
 
-@pytest.mark.parametrize("agent", AGENTS)
+@every_agent
 def test_the_global_generator_is_left_alone(agent, tmp_path):
     torch.manual_seed(5)
     before = torch.get_rng_state()

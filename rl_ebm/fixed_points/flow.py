@@ -8,7 +8,7 @@ With one logit for each state and action, and rewards in nats,
     A(s, a) = E[g - kappa'(u(y)) | s, a]                kappa of the response in the loss
 
 (see :mod:`rl_ebm.fixed_points.penalised`): the mean of every sampled estimate of these
-objectives, whatever its baseline.
+objectives, whatever its baseline, summed over the tokens of each response.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def by_depth(problem: Problem, theta: Float[Tensor, "S A"]) -> list[Tensor]:
 
 def advantages(problem: Problem, log_pi: list[Tensor], penalty: Penalty) -> list[Tensor]:
     """A(s, a) of the module's docstring, by depth; 0 where forbidden."""
-    estimator, place, level, group_std = penalty
+    estimator, place, level, group_std, _ = penalty
     term = (KL_TERMS if place == "reward" else SLOPES)[estimator]
     forbidden = [torch.isneginf(r) for r in problem.log_ref]
     scale = 1.0

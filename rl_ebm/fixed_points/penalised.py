@@ -22,6 +22,9 @@ state, but the states visited are not weighed by what they will cost: the rule o
 against a penalty of beta: the fixed point is that of beta sigma in the place of beta, with sigma
 the standard deviation of R under that very policy. With the penalty in the reward they scale
 the whole gradient, and move nothing.
+
+**The mean over a response's tokens**, where responses end early, weighs short ones up:
+:mod:`rl_ebm.fixed_points.normalised`.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from torch import Tensor
 
 from rl_ebm.fixed_points.boundary import boundary_limit
 from rl_ebm.fixed_points.closed_form import hyperbolic_rule, softmax_rule
+from rl_ebm.fixed_points.normalised import normalised
 from rl_ebm.fixed_points.problem import FixedPoint, Penalty, Problem
 from rl_ebm.soft_bellman import expectation, sequence_log_probs
 
@@ -43,19 +47,28 @@ Law = Callable[[float], Tensor]
 
 def penalised(problem: Problem, penalty: Penalty) -> FixedPoint:
     """The limit from p_ref of the expected policy gradient."""
-    estimator, place, level, group_std = penalty
+    estimator, place, level, group_std, mean_tokens = penalty
+    shortened = mean_tokens and problem.space.eos_id is not None
     if place == "reward":
         if estimator == "k1":
             return FixedPoint(problem.log_target)
+        if shortened:
+            return FixedPoint(None, how="not computed")
         return boundary_limit(problem, estimator, level)
     if estimator == "k1":
+        if shortened:  # E[w grad log pi] is not 0: long responses are paid for being long
+            return FixedPoint(None, how="not computed")
         best = best_response(problem)
         return FixedPoint(best, degenerate=bool((torch.isneginf(best) & problem.allowed).any()))
 
     def law(scale: float) -> Tensor:
+        if shortened:
+            return normalised(problem, estimator, level, scale)
         return _in_loss(problem, estimator, level, scale)
 
-    return _group_scaled(problem, law) if group_std else FixedPoint(law(1.0))
+    if group_std:
+        return _group_scaled(problem, law)
+    return FixedPoint(law(1.0), how="root" if shortened else "closed form")
 
 
 def best_response(problem: Problem) -> Float[Tensor, "N"]:

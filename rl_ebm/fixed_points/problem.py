@@ -28,6 +28,8 @@ class Penalty(NamedTuple):
     """token or sequence"""
     group_std: bool = False
     """whether advantages are divided by the standard deviation of their (large) group"""
+    mean_tokens: bool = False
+    """whether the loss of a response is the mean over its tokens, not their sum"""
 
 
 @dataclass(frozen=True)
