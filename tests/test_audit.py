@@ -224,12 +224,12 @@ def test_the_agent_with_a_table_ends_at_its_fixed_point(name, options):
 
 @pytest.mark.slow
 def test_with_responses_that_end_early_grpo_ends_at_its_own_fixed_point():
-    space = rl_ebm.TokenSpace(3, 3, 0)
+    space = rl_ebm.TokenSpace(3, 4, 0)
     reference = Tabular(space, scale=0.7, generator=seeded(0))
     weights = torch.randn(space.num_sequences, generator=seeded(1))
 
     def reward(tokens, lengths):
-        return weights[space.sequence_indices(tokens, lengths)] + 0.5 * lengths
+        return weights[space.sequence_indices(tokens, lengths)] + lengths
 
     ebm = rl_ebm.EBM(space, reward, 1.0, reference)
     (problem,) = problems(rl_ebm.solve(ebm))
@@ -248,6 +248,6 @@ def test_with_responses_that_end_early_grpo_ends_at_its_own_fixed_point():
         mask = space.action_mask()
         rows = [log_policy(t.masked_fill(~mask[d], -math.inf)) for d, t in enumerate(tables)]
         log_law = sequence_log_probs(rows, space)
-    assert float(divergences.tv(log_law, laws["mean"])) < 0.02
-    assert float(divergences.tv(log_law, laws["sum"])) > 0.04
+    assert float(divergences.tv(log_law, laws["mean"])) < 0.012
+    assert float(divergences.tv(log_law, laws["sum"])) > 0.025
     assert float(divergences.tv(log_law, problem.log_target)) > 0.04
