@@ -37,6 +37,8 @@ class PenaltyOptions(OnPolicyOptions):
     """of each token and then summed, or of the whole response; the same for k1"""
     advantage: Literal["none", "group-std"] = "none"
     """group-std divides the advantages by the standard deviation of their group (GRPO)"""
+    baseline: Literal["leave-one-out", "group-mean", "none"] = "leave-one-out"
+    """taken off each return: the mean of the others in its group (RLOO), of the group, nothing"""
     reduce_tokens: Literal["sum", "mean"] = "sum"
     """sum over the tokens of a response, or their mean (which weighs short responses up)"""
 
@@ -47,20 +49,31 @@ class PenaltyOptions(OnPolicyOptions):
             "kl_in": ("reward", "loss"),
             "kl_level": ("token", "sequence"),
             "advantage": ("none", "group-std"),
+            "baseline": ("leave-one-out", "group-mean", "none"),
             "reduce_tokens": ("sum", "mean"),
         }
         for name, allowed in choices.items():
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if self.advantage == "group-std" and self.baseline == "none":
+            raise ValueError(
+                "baseline='none' cannot be had with advantage='group-std', which takes off the "
+                "group's mean: use advantage='none'"
+            )
 
 
 def fixed_point(options: PenaltyOptions, problem: Problem) -> FixedPoint:
     """What the expected gradient converges to from p_ref; of groups without end."""
-    group_std, mean = options.advantage == "group-std", options.reduce_tokens == "mean"
-    return penalised(
-        problem, Penalty(options.kl_estimator, options.kl_in, options.kl_level, group_std, mean)
+    penalty = Penalty(
+        options.kl_estimator,
+        options.kl_in,
+        options.kl_level,
+        group_std=options.advantage == "group-std",
+        mean_tokens=options.reduce_tokens == "mean",
+        baseline=options.baseline != "none",
     )
+    return penalised(problem, penalty)
 
 
 def kl_terms(
@@ -83,11 +96,18 @@ def kl_terms(
     return KL_TERMS[options.kl_estimator](u)
 
 
-def leave_one_out(
-    returns: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], num_prompts: int = 1
+def centred(
+    returns: Float[Tensor, "B"],
+    prompt_ids: Int64[Tensor, "B"],
+    num_prompts: int = 1,
+    baseline: str = "leave-one-out",
 ) -> Float[Tensor, "B"]:
-    """Return less the mean return of the other responses to the same prompt."""
+    """Return less its baseline: the mean return of the (other) responses to the same prompt."""
+    if baseline == "none":
+        return returns
     total, count = _group_sums(returns, prompt_ids, num_prompts)
+    if baseline == "group-mean":
+        return returns - total / count
     return returns - (total - returns) / (count - 1).clamp(min=1)
 
 
@@ -95,10 +115,9 @@ def standardised(
     returns: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], num_prompts: int = 1
 ) -> Float[Tensor, "B"]:
     """Return less the mean of its group, over the group's standard deviation (GRPO)."""
-    total, count = _group_sums(returns, prompt_ids, num_prompts)
-    centred = returns - total / count
-    square, _ = _group_sums(centred.square(), prompt_ids, num_prompts)
-    return centred / ((square / (count - 1).clamp(min=1)).sqrt() + 1e-6)
+    rest = centred(returns, prompt_ids, num_prompts, "group-mean")
+    square, count = _group_sums(rest.square(), prompt_ids, num_prompts)
+    return rest / ((square / (count - 1).clamp(min=1)).sqrt() + 1e-6)
 
 
 def advantages(
@@ -117,7 +136,7 @@ def advantages(
     """
     if options.advantage == "group-std":
         return standardised(returns, prompt_ids, num_prompts) / beta
-    return leave_one_out(returns, prompt_ids, num_prompts)
+    return centred(returns, prompt_ids, num_prompts, options.baseline)
 
 
 def token_weights(

@@ -28,7 +28,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from rl_ebm.agents.kl_penalty import leave_one_out
+from rl_ebm.agents.kl_penalty import centred
 from rl_ebm.agents.on_policy import OnPolicyAgent, OnPolicyOptions
 from rl_ebm.ebm import EBM
 from rl_ebm.policies.scoring import Policy, Trainable
@@ -80,7 +80,7 @@ def matching_loss(
         log_z: of each response's prompt.
     """
     slope = SLOPES[divergence](log_pi.detach() - log_weight + log_z)
-    return (leave_one_out(slope, prompt_ids, num_prompts) * log_pi).mean()
+    return (centred(slope, prompt_ids, num_prompts) * log_pi).mean()
 
 
 class MatchingAgent(OnPolicyAgent):

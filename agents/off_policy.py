@@ -2,6 +2,7 @@
 
 Their losses vanish at q* on every path, whoever drew it: no importance weights are needed, and
 exploration and replay move the speed, not the fixed point (where every response keeps a chance).
+How responses were drawn, by temperature or by epsilon, is never part of a log pi in a loss.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class OffPolicyOptions:
     """share of them drawn from the reference (uniform without one), the rest from the policy"""
     temperature: float | int = 1.0
     """of the policy's own draws; above 1 they explore"""
+    epsilon: float | int = 0.0
+    """chance of each token of the policy's own draws to be a uniform one instead"""
     replay_size: int = 0
     """responses kept for replay; 0 for none"""
     replay_batch: int = 0
@@ -55,7 +58,7 @@ class OffPolicyOptions:
     def __post_init__(self) -> None:
         check_rates(self.lr, self.max_grad_norm)
         check_batch_size("batch_size", self.batch_size)
-        for name in ("explore", "anneal"):
+        for name in ("explore", "epsilon", "anneal"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if not 0 < self.temperature < float("inf"):
@@ -106,10 +109,10 @@ class OffPolicyAgent(ABC):
         # Shuffled, so that every prompt gets its share of both.
         order = torch.randperm(len(prompt_ids), generator=self.generator, device=prompt_ids.device)
         parts = [
-            sample(policy, space, len(ids), self.generator, ids, temperature)
-            for policy, ids, temperature in (
-                (self.explorer, prompt_ids[order[:others]], 1.0),
-                (self.policy, prompt_ids[order[others:]], cfg.temperature),
+            sample(policy, space, len(ids), self.generator, ids, temperature, epsilon)
+            for policy, ids, temperature, epsilon in (
+                (self.explorer, prompt_ids[order[:others]], 1.0, 0.0),
+                (self.policy, prompt_ids[order[others:]], cfg.temperature, cfg.epsilon),
             )
             if len(ids)
         ]

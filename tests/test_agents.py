@@ -193,6 +193,16 @@ def constant(problem, token):
     return policy
 
 
+def test_epsilon_is_of_the_policys_own_draws():
+    problem = case(((3, 3, None), None, True), reference=constant(case(KINDS[0]), 2))
+    options = {"batch_size": 400, "explore": 0.5, "epsilon": 1.0}
+    agent = make("vargrad", problem, constant(problem, 1), seeded(), **options)
+    counts = torch.bincount(agent.sample().tokens.flatten(), minlength=3).tolist()
+    assert counts[2] > 600 + 130  # the explorer's all, and a third of the policy's
+    assert min(counts[:2]) > 130
+    assert counts[0] < 270
+
+
 @pytest.mark.parametrize("explore", [0.0, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("prompts", [None, [[], [5]]], ids=["", "prompts"])
 def test_soft_q_explores_with_its_share_of_the_reference(explore, prompts):
@@ -259,6 +269,7 @@ def test_immediate_log_weights_are_those_of_the_definition(kind):
         ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
         ({"explore": -0.1}, r"explore must be in \[0, 1\], got -0.1"),
         ({"explore": 1.1}, r"explore must be in \[0, 1\], got 1.1"),
+        ({"epsilon": 1.1}, r"epsilon must be in \[0, 1\], got 1.1"),
         ({"lam": 1.5}, r"lam must be in \[0, 1\], got 1.5"),
         ({"lam": math.nan}, r"lam must be in \[0, 1\], got nan"),
         ({"tau": 0.0}, r"tau must be in \(0, 1\], got 0.0"),

@@ -358,8 +358,25 @@ def test_with_the_mean_over_tokens_the_penalty_in_the_reward_still_ends_at_the_e
     assert float(at_target.abs().max()) < 1e-10
     assert float(summed_gradient(ebm, theta, options).abs().max()) > 1e-3  # without a baseline
     close(penalised(problem, Penalty("k1", "reward", mean_tokens=True)).log_law, problem.log_target)
+    # Without a baseline long responses are paid for their length, and it is another law.
+    bare = penalised(problem, Penalty("k1", "reward", mean_tokens=True, baseline=False)).log_law
+    at_bare = summed_gradient(ebm, logits_of(problem, bare), options)
+    assert float(at_bare.abs().max()) < 1e-10
+    assert float(tv(bare, problem.log_target)) > 1e-3
     for penalty in (Penalty("k1", "loss"), Penalty("k3", "reward")):
         assert penalised(problem, penalty._replace(mean_tokens=True)).log_law is None
+
+
+@pytest.mark.parametrize("penalty", INTERIOR, ids="-".join)
+def test_without_a_baseline_the_mean_over_tokens_has_another_root(penalty):
+    ebm = small_ebm((3, 3, 0), seed=3)
+    problem = problem_of(ebm)
+    options = PenaltyOptions(kl_estimator=penalty[0], kl_in=penalty[1], reduce_tokens="mean")
+    bare = penalised(problem, Penalty(*penalty, mean_tokens=True, baseline=False)).log_law
+    theta = logits_of(problem, bare)
+    assert float(summed_gradient(ebm, theta, options).abs().max()) < 1e-10
+    with_one = penalised(problem, Penalty(*penalty, mean_tokens=True)).log_law
+    assert float(tv(bare, with_one)) > 1e-3
 
 
 def test_with_a_fixed_length_the_mean_over_tokens_moves_nothing():

@@ -266,6 +266,19 @@ def test_the_temperature_divides_the_logits():
     assert_drawn_from(drawn(batch), exact_log_probs(warm, space)[0], space)
 
 
+def test_with_epsilon_some_tokens_are_uniform_ones():
+    space, epsilon = TokenSpace(3, 3, eos_id=0), 0.4
+    policy = tabular(space)
+    mask = space.action_mask()
+    mixed = []
+    for t, table in enumerate(policy.tables()):
+        pi = table.detach().masked_fill(~mask[t], -INF).softmax(-1)
+        mixed.append(((1 - epsilon) * pi + epsilon * mask[t] / mask[t].sum()).log())
+    batch = sample(policy, space, 9_000, seeded(), epsilon=epsilon)
+    mixture = Tabular.from_tables(mixed, space)
+    assert_drawn_from(drawn(batch), exact_log_probs(mixture, space)[0], space)
+
+
 @pytest.mark.parametrize("n", [0, 1, 5, 400])
 def test_the_same_seed_draws_the_same_bits(n):
     space = TokenSpace(3, 4, eos_id=2)

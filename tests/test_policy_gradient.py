@@ -12,7 +12,7 @@ from toy_policies import close, responses, scores_of, seeded
 
 import rl_ebm
 from rl_ebm.agents import PolicyGradientAgent, PolicyGradientConfig
-from rl_ebm.agents.kl_penalty import leave_one_out
+from rl_ebm.agents.kl_penalty import centred
 from rl_ebm.agents.policy_gradient import policy_gradient_loss
 from rl_ebm.tokens import Batch
 
@@ -34,16 +34,19 @@ def unclipped(n=8, **options):
 # The baseline -----------------------------------------------------------------------------------
 
 
-def test_leave_one_out_subtracts_the_mean_of_the_others_with_the_same_prompt():
+def test_a_baseline_is_the_mean_of_the_others_with_the_same_prompt_or_of_all_or_none():
     returns = torch.randn(11, generator=seeded(), dtype=torch.float64)
     ids = torch.tensor([0, 2, 2, 0, 4, 2, 0, 0, 1, 4, 2])  # one response to 1, none to 3
     want = []
     for i, p in enumerate(ids.tolist()):
         others = [float(g) for j, g in enumerate(returns) if j != i and ids[j] == p]
         want.append(float(returns[i]) - (math.fsum(others) / len(others) if others else 0.0))
-    close(leave_one_out(returns, ids, 5), torch.tensor(want, dtype=torch.float64))
-    alone = leave_one_out(returns[:1], ids[:1])
+    close(centred(returns, ids, 5), torch.tensor(want, dtype=torch.float64))
+    alone = centred(returns[:1], ids[:1])
     close(alone, returns[:1], 0.0)
+    close(centred(returns, ids, 5, "none"), returns, 0.0)
+    want = [float(g - returns[ids == p].mean()) for g, p in zip(returns, ids, strict=True)]
+    close(centred(returns, ids, 5, "group-mean"), torch.tensor(want, dtype=torch.float64))
 
 
 def test_the_loss_is_minus_the_mean_of_advantage_times_log_pi_and_its_gradient_the_advantage():
@@ -56,7 +59,7 @@ def test_the_loss_is_minus_the_mean_of_advantage_times_log_pi_and_its_gradient_t
     log_pi.requires_grad_()
     ids = torch.tensor([0, 1, 0, 1, 1, 0])
     returns = gain + (log_ref - log_pi.detach()).sum(1)
-    advantage = leave_one_out(returns, ids, 2)
+    advantage = centred(returns, ids, 2)
     loss = policy_gradient_loss(log_pi, log_ref, gain, lengths, ids, 2)
     close(float(loss.detach()), -math.fsum((advantage * log_pi.detach().sum(1)).tolist()) / 6)
     loss.backward()
@@ -183,6 +186,8 @@ def test_it_samples_its_own_policy_in_groups_that_share_a_prompt():
     [
         ({"group_size": 1}, r"group_size must be in \[2, batch_size=4096\], got 1"),
         ({"group_size": 9, "batch_size": 8}, r"group_size must be in \[2, batch_size=8\], got 9"),
+        ({"baseline": "none", "advantage": "group-std"}, "use advantage='none'"),
+        ({"baseline": "mean"}, "baseline must be one of leave-one-out, group-mean, none"),
         ({"batch_size": 0}, "group_size must be in"),
     ],
 )

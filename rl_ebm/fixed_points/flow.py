@@ -52,7 +52,7 @@ def by_depth(problem: Problem, theta: Float[Tensor, "S A"]) -> list[Tensor]:
 
 def advantages(problem: Problem, log_pi: list[Tensor], penalty: Penalty) -> list[Tensor]:
     """A(s, a) of the module's docstring, by depth; 0 where forbidden."""
-    estimator, place, level, group_std, _ = penalty
+    estimator, place, level, group_std, *_ = penalty
     term = (KL_TERMS if place == "reward" else SLOPES)[estimator]
     forbidden = [torch.isneginf(r) for r in problem.log_ref]
     scale = 1.0

@@ -14,7 +14,8 @@ of w behind an action and Q that of w (g - b),
 backwards over the depths, with b found such that it is the policy's own E[g]. Of a whole response
 the same holds with one action for each response; there k3 moves
 nothing, as E kappa' = 0. With k1 in the reward the fixed point stays the
-EBM: w (g - u - b) must be one number c for all responses, and E[g - u - b] = 0 = c E|y|.
+EBM: w (g - u - b) must be one number c for all responses, and E[g - u - b] = 0 = c E|y|. Without a
+baseline b is 0, and it is p_ref exp(g - c |y|).
 """
 
 from __future__ import annotations
@@ -65,8 +66,14 @@ def weighed_hyperbolic_rule(
 RULES: dict[str, WeighedRule] = {"k2": softmax_rule, "k3": weighed_hyperbolic_rule}
 
 
-def normalised(problem: Problem, estimator: str, level: str, scale: float) -> Float[Tensor, "N"]:
-    """log-law of the fixed point, with rewards in nats divided by ``scale``."""
+def normalised(
+    problem: Problem, estimator: str, level: str, scale: float, baseline: bool = True
+) -> Float[Tensor, "N"]:
+    """log-law of the fixed point, with rewards in nats divided by ``scale``.
+
+    Args:
+        baseline: whether b is E_pi[g], else 0.
+    """
     sizes = [len(g) for g in problem.g]
     lengths = torch.cat([torch.full((n,), t + 1.0) for t, n in enumerate(sizes)]).double()
     g = problem.g_responses.masked_fill(~problem.allowed, 0.0)
@@ -82,6 +89,8 @@ def normalised(problem: Problem, estimator: str, level: str, scale: float) -> Fl
     def excess(b: float) -> float:
         return float(expectation(law(b), g).sum()) - b
 
+    if not baseline:
+        return law(0.0)
     allowed = g[problem.allowed]
     start = float(expectation(torch.log_softmax(problem.log_ref_responses, 0), g).sum())
     first = excess(start)

@@ -47,11 +47,13 @@ Law = Callable[[float], Tensor]
 
 def penalised(problem: Problem, penalty: Penalty) -> FixedPoint:
     """The limit from p_ref of the expected policy gradient."""
-    estimator, place, level, group_std, mean_tokens = penalty
+    estimator, place, level, group_std, mean_tokens, baseline = penalty
     shortened = mean_tokens and problem.space.eos_id is not None
     if place == "reward":
-        if estimator == "k1":
+        if estimator == "k1" and (baseline or not shortened):
             return FixedPoint(problem.log_target)
+        if estimator == "k1":  # w (g - u) is one number, as for k2 of the response in the loss
+            return FixedPoint(normalised(problem, "k2", "sequence", 1.0, baseline), how="root")
         if shortened:
             return FixedPoint(None, how="not computed")
         return boundary_limit(problem, estimator, level)
@@ -63,7 +65,7 @@ def penalised(problem: Problem, penalty: Penalty) -> FixedPoint:
 
     def law(scale: float) -> Tensor:
         if shortened:
-            return normalised(problem, estimator, level, scale)
+            return normalised(problem, estimator, level, scale, baseline)
         return _in_loss(problem, estimator, level, scale)
 
     if group_std:

@@ -30,6 +30,8 @@ class Penalty(NamedTuple):
     """whether advantages are divided by the standard deviation of their (large) group"""
     mean_tokens: bool = False
     """whether the loss of a response is the mean over its tokens, not their sum"""
+    baseline: bool = True
+    """whether the mean return is taken off each return; it matters with ``mean_tokens`` alone"""
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,7 @@ def sample(
     generator: torch.Generator | None = None,
     prompt_ids: Int64[Tensor, "n"] | None = None,
     temperature: float | int = 1.0,
+    epsilon: float | int = 0.0,
 ) -> Batch:
     """Draw responses, by Gumbel-max on the masked logits: a forbidden token is never drawn.
 
@@ -168,6 +169,7 @@ def sample(
         generator: on the policy's device; None for the global one.
         prompt_ids: which prompt each row answers, (n,); needed where the policy has several.
         temperature: of the draw; 1 samples the policy itself.
+        epsilon: chance of each token to be drawn uniformly from the allowed ones instead.
 
     Raises:
         ValueError: ``prompt_ids`` missing or of another length.
@@ -184,7 +186,11 @@ def sample(
     for t in range(space.max_length):
         logits = next_logits(t, tokens)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        logits = (logits / temperature).masked_fill(~mask[t], -torch.inf)
+        logits = logits / temperature
+        if epsilon:
+            anything = torch.rand(n, 1, generator=generator, device=device) < epsilon
+            logits = logits.masked_fill(anything, 0.0)
+        logits = logits.masked_fill(~mask[t], -torch.inf)
         # Gumbel noise is -log(Exponential); argmax of logits + noise is a draw from softmax.
         noise = torch.empty_like(logits).exponential_(generator=generator).log_()
         action = (logits - noise).argmax(-1)
