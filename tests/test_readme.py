@@ -55,6 +55,7 @@ def test_every_command_runs_in_the_order_in_which_it_stands(tmp_path, monkeypatc
 def test_every_benchmark_runs(script, tmp_path):
     quick = {
         "benchmarks.curves": ["--quick", "--seeds", "2"],
+        "benchmarks.objectives": ["--quick"],
         "benchmarks.returns": ["--quick", "--seeds", "2"],
         "benchmarks.speed": ["--quick", "--no-compile", "--repeat", "1"],
         "benchmarks.tables": [str(tmp_path / "table.tsv"), "--seconds", "1", "--dry"],

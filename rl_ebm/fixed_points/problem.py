@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -101,6 +101,10 @@ class Problem:
         for table, part in zip(found, values.split([len(g) for g in self.g]), strict=True):
             table[:, self.space.eos_id] = part
         return found
+
+    def with_returns(self, g: Float[Tensor, "N"]) -> Problem:
+        """The same with other values, in nats, at the ends of the responses."""
+        return replace(self, g=self.at_ends(g), limits={})
 
     def start(self) -> list[Tensor]:
         """log pi of p_ref, normalised at each state: where a flow starts."""

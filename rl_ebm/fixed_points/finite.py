@@ -1,0 +1,108 @@
+r"""What finite numbers of responses make of a limit: resampling from n, advantages in groups of n.
+
+Both are expectations over the n - 1 other responses, computed without drawing any.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rl_ebm.fixed_points.penalised import RULES
+from rl_ebm.fixed_points.problem import Problem
+from rl_ebm.soft_bellman import sequence_log_probs
+
+
+def resampled_law(
+    log_proposal: Float[Tensor, "N"], log_weight: Float[Tensor, "N"], n: int, points: int = 4000
+) -> Float[Tensor, "N"]:
+    r"""log-law of a response drawn from n proposals with probability w / sum w (SIR).
+
+    With phi(t) = E[exp(-t w)] under the proposal b, and 1 / S = int exp(-t S) dt,
+
+        P(y) = n b(y) w(y) int exp(-t w(y)) phi(t)^(n - 1) dt,
+
+    by the trapezoidal rule in log t, which converges exponentially here. Its bias is what fitting
+    such samples ends at, instead of w b / sum w b.
+
+    Args:
+        log_proposal: log b of every response, summing to 1.
+        log_weight: log w of every response; any constant may be added.
+    """
+    log_proposal = torch.log_softmax(log_proposal, 0)
+    allowed = ~(torch.isneginf(log_proposal) | torch.isneginf(log_weight))
+    log_w = log_weight - log_weight[allowed].max()
+    w, b = log_w.exp(), log_proposal.exp()
+    # exp(-t w) is 1 or 0 to all digits beyond these, for every w that is drawn at all.
+    mean = float((b * w).sum())
+    low, high = math.log(1e-12 / n), math.log(1e3 / mean) + 12.0
+    log_t = torch.linspace(low, high, points, dtype=torch.float64)
+    t, step = log_t.exp(), float(log_t[1] - log_t[0])
+    total = torch.zeros_like(w)
+    for part in t.split(max(1, 2**24 // len(w))):
+        decay = torch.exp(-part[:, None] * w)
+        phi = decay @ b
+        total += (part * phi ** (n - 1) * step) @ decay
+    law = math.log(n) + log_proposal + log_w + total.log()
+    return torch.log_softmax(law.masked_fill(~allowed, -torch.inf), 0)
+
+
+def multisets(kinds: int, size: int) -> Float[Tensor, "M kinds"]:
+    """How often each kind is in every multiset of a size."""
+    rows = torch.zeros(1, 0, dtype=torch.float64)
+    left = torch.tensor([float(size)], dtype=torch.float64)
+    for kind in range(kinds):
+        if kind == kinds - 1:
+            return torch.cat([rows, left[:, None]], 1)
+        repeats = (left + 1).long()
+        rows, left = rows.repeat_interleave(repeats, 0), left.repeat_interleave(repeats)
+        starts = repeats.cumsum(0) - repeats
+        count = torch.arange(len(left)) - starts.repeat_interleave(repeats)
+        rows, left = torch.cat([rows, count[:, None].double()], 1), left - count
+    raise ValueError(f"kinds must be >= 1, got {kinds}")
+
+
+def group_advantages(
+    log_law: Float[Tensor, "N"], g: Float[Tensor, "N"], size: int, epsilon: float = 1e-6
+) -> Float[Tensor, "N"]:
+    """Expected (g(y) - mean) / std of a response in a group with size - 1 others from a law.
+
+    Sums over every multiset of others: C(N + size - 2, size - 1) of them.
+    """
+    others = multisets(len(g), size - 1)
+    log_p = torch.where(others > 0, others * log_law, 0.0).sum(1)
+    log_p = log_p + math.lgamma(size) - torch.lgamma(others + 1).sum(1)
+    total, square = others @ g, others @ g.square()
+    found = []
+    for value in g:
+        mean = (total + value) / size
+        variance = ((square + value.square()) / size - mean.square()).clamp(min=0.0)
+        std = (variance * size / (size - 1)).sqrt()
+        found.append((log_p.exp() * (value - mean) / (std + epsilon)).sum())
+    return torch.stack(found)
+
+
+def group_fixed_point(
+    problem: Problem, estimator: str, size: int, iterations: int = 500
+) -> Float[Tensor, "N"]:
+    """log-law that group-standardised advantages of groups of a size end at.
+
+    The penalty, k2 or k3 of each token, is in the loss. The plain return of the closed form is
+    here the expected advantage over beta, under the law itself: iterated to its fixed point.
+
+    Raises:
+        RuntimeError: the iteration does not settle.
+    """
+    g, law = problem.g_responses, torch.log_softmax(problem.log_ref_responses, 0)
+    for _ in range(iterations):
+        advantage = group_advantages(law, g, size) / problem.beta
+        tables = problem.with_returns(advantage).backward(RULES[estimator])
+        new = sequence_log_probs(tables, problem.space)
+        change = float((new.exp() - law.exp()).abs().max())
+        law = torch.log_softmax(torch.logaddexp(new, law), 0)  # half a step
+        if change < 1e-12:
+            return law
+    raise RuntimeError(f"the fixed point of groups of {size} was not found: {change:.1e} left")
