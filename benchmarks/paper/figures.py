@@ -38,6 +38,7 @@ from benchmarks.paper.fit import (
     descend_ebm,
     fit,
     gap,
+    hasten,
     log_law,
     make_arm,
     make_ebm,
@@ -59,6 +60,9 @@ PAPER = {
     (4, 8, 3): (3.1e-7, 1.1e-6, 3.7, 0.017),
 }
 """read off its figures at step 5,000: ARM gap, EBM gap, logit distance before and after the map"""
+
+LONG = 10_000
+"""sequences beyond which a fit is compiled, and an EBM's keeps checkpoints"""
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,10 @@ def fit_ebm(job: Any, rows: Rows) -> Tensor:
     look, started = marks(job.steps), time.perf_counter()
     name = f"ebm_{job.vocab_size}_{job.max_length}_{job.layers}_{job.steps}_{job.lr}_{job.beta2}_{job.seed}"
     schedule = Schedule(job.steps, job.lr, beta2=job.beta2)
-    checkpoint = ROOT / "runs" / "paper" / f"{name}.pt" if space.num_sequences > 10_000 else None
+    checkpoint = None
+    if space.num_sequences > LONG:
+        checkpoint = ROOT / "runs" / "paper" / f"{name}.pt"
+        hasten(reward)
     for step in fit(reward, descend_ebm(reward, log_rho), schedule, rows, checkpoint):
         if step in look:
             rows.append(
@@ -153,6 +160,8 @@ def fit_arm(job: Pair, r_star: Tensor, rows: Rows) -> None:
     space = TokenSpace(job.vocab_size, job.max_length)
     log_rho = laws.zipf(space)
     policy = make_arm(space, SIZES[job.layers], job.seed)
+    if space.num_sequences > LONG:
+        hasten(policy)
     q_star = tree_q_values(solve(EBM(space, r_star)), space)[0]
     sizes = [space.num_prefixes(t) for t in range(space.max_length)]
     tokens, _ = space.sequences()

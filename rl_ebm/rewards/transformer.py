@@ -24,6 +24,8 @@ class TransformerReward(nn.Module):
     """
 
     forbids = False
+    unmasked: Attend = staticmethod(everything)
+    """attention where all responses are of one length and there is nothing to mask"""
 
     def __init__(
         self,
@@ -62,7 +64,7 @@ class TransformerReward(nn.Module):
         real = torch.cat([self.context_real[prompt_ids], mask], dim=1)
         attend: Attend = masked(real[:, None, None])
         if self.space.eos_id is None and not self.context_padded:
-            attend = everything  # the same, without a mask to apply
+            attend = self.unmasked  # the same, without a mask to apply
         x = self.backbone(ids, torch.cat([start, later], dim=1), attend)
         weight = F.normalize(real.to(x.dtype), p=1.0, dim=1)
         out: Tensor = self.head((weight[..., None] * x).sum(1))[:, 0]
