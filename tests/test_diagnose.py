@@ -20,9 +20,7 @@ from rl_ebm.rewards import Table
 SPACE = rl_ebm.TokenSpace(3, 3)
 
 
-def run_of(
-    tmp_path, agent, steps=300, network="tabular", seed=1, beta=1.0, space=SPACE, **options
-):
+def run_of(tmp_path, agent, steps=300, network="tabular", seed=1, beta=1.0, space=SPACE, **options):
     scores = 2 * torch.randn(space.num_sequences, generator=seeded(seed), dtype=torch.float64)
     ebm = rl_ebm.EBM(space, scores, beta, rl_ebm.policies.Uniform(space))
     assert isinstance(ebm.reward_model, Table)

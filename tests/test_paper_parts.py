@@ -5,9 +5,23 @@ import math
 import pytest
 import torch
 
-from benchmarks.paper import common, figures, function_space, sampled_ebm, samples, traces, weights
-from benchmarks.paper.fit import SMALL, log_law, make_arm
+from benchmarks.paper import (
+    common,
+    contrast,
+    figures,
+    function_space,
+    sampled_ebm,
+    samples,
+    traces,
+    weights,
+)
+from benchmarks.paper.chain import Chain
+from benchmarks.paper.fit import SMALL, gap, log_law, make_arm, scores
 from rl_ebm import TokenSpace
+
+
+def setting(method, law="normal"):
+    return sampled_ebm.make_setting(sampled_ebm.Sampled(method, law, 3, 3, 1.0, 3e-3, 0))
 
 
 def test_deviations_find_a_planted_error():
@@ -148,11 +162,11 @@ def test_the_trace_losses_have_the_gradient_of_the_answers_kl(kind):
 
 @pytest.mark.parametrize(("method", "scale", "steps"), [("gibbs", 20, 120), ("metropolis", 5, 120)])
 def test_chains_draw_from_the_ebm_when_it_stands_still(method, scale, steps):
-    s = sampled_ebm.Setting(sampled_ebm.Sampled(method, "normal", 3, 3, 1.0, 0))
+    s = setting(method)
     with torch.no_grad():
         s.reward.head.weight.mul_(scale)  # far from uniform
         s.policy.head.weight.mul_(0.2)  # a proposal that is far off needs many steps
-    step = sampled_ebm.METHODS[method](s)
+    step = contrast.METHODS[method](s)
     s.set_rate(1.0)
     counts = torch.zeros(27).double()
     for i in range(steps):
@@ -160,7 +174,7 @@ def test_chains_draw_from_the_ebm_when_it_stands_still(method, scale, steps):
         if i >= steps // 6:
             lengths = torch.full((len(drawn),), 3)
             counts += torch.bincount(s.space.sequence_indices(drawn, lengths), minlength=27)
-    p = torch.softmax(sampled_ebm.scores(s.reward), 0)
+    p = torch.softmax(scores(s.reward), 0)
     uniform_tv = float((p - 1 / 27).abs().sum() / 2)
     assert uniform_tv > 0.2
     assert float((p - counts / counts.sum()).abs().sum() / 2) < 0.05
@@ -168,24 +182,24 @@ def test_chains_draw_from_the_ebm_when_it_stands_still(method, scale, steps):
 
 @pytest.mark.slow
 def test_nce_learns_the_log_partition_function():
-    s = sampled_ebm.Setting(sampled_ebm.Sampled("nce", "normal", 3, 3, 1.0, 0))
+    s = setting("nce")
     with torch.no_grad():
         s.log_z.add_(1.0)
-    step = sampled_ebm.nce(s)
-    start = float((s.log_rho.exp() * (s.log_rho + math.log(27))).sum())
+    step = contrast.nce(s)
+    start = float((s.law.log_rho.exp() * (s.law.log_rho + math.log(27))).sum())
     for i in range(1000):
         s.set_rate(i / 1000)
         step()
-    r = sampled_ebm.scores(s.reward)
-    kl = float((s.log_rho.exp() * (s.log_rho - torch.log_softmax(r, 0))).sum())
+    r = scores(s.reward)
+    kl = float((s.law.log_rho.exp() * (s.law.log_rho - torch.log_softmax(r, 0))).sum())
     assert kl < 0.2 * start
     assert float(s.log_z.detach()) == pytest.approx(float(torch.logsumexp(r, 0)), abs=0.1)
 
 
 def test_the_policy_of_min_max_draws_its_own_negatives():
-    s = sampled_ebm.Setting(sampled_ebm.Sampled("min-max", "normal", 3, 3, 1.0, 0))
+    s = setting("min-max")
     before = [p.clone() for p in s.policy.parameters()]
-    step = sampled_ebm.min_max(s)
+    step = contrast.min_max(s)
     s.set_rate(1.0)
     drawn = torch.cat([step() for _ in range(20)])
     assert all(torch.equal(a, b) for a, b in zip(before, s.policy.parameters(), strict=True))
@@ -200,36 +214,36 @@ def test_the_policy_of_min_max_draws_its_own_negatives():
 
 
 def test_the_exact_partition_function_with_all_the_data_is_the_risk(monkeypatch):
-    s = sampled_ebm.Setting(sampled_ebm.Sampled("exact", "normal", 3, 3, 1.0, 0))
-    draws = torch.multinomial(s.log_rho.exp(), 100_000, replacement=True, generator=s.generator)
-    monkeypatch.setattr(s, "data", lambda: s.tokens[draws])
+    s = setting("exact")
+    draws = torch.multinomial(s.law.log_rho.exp(), 100_000, replacement=True, generator=s.generator)
+    monkeypatch.setattr(s, "data", lambda: s.law.tokens[draws])
     s.set_rate(1.0)
     gradients = []
     for method in ("exact", "risk"):
-        sampled_ebm.METHODS[method](s)()
+        contrast.METHODS[method](s)()
         gradients.append(s.reward.head.weight.grad.clone())
     assert float(gradients[1].abs().max()) > 0.1
     torch.testing.assert_close(gradients[0], gradients[1], atol=0.02, rtol=0)
 
 
 def test_the_bias_is_that_of_what_is_drawn_for_the_ebm_as_it_is():
-    s = sampled_ebm.Setting(sampled_ebm.Sampled("gibbs", "normal", 3, 3, 1.0, 0))
+    s = setting("gibbs")
     with torch.no_grad():
         s.reward.head.weight.mul_(5)
-    r = sampled_ebm.scores(s.reward)
+    r = scores(s.reward)
     before = [p.clone() for p in s.reward.parameters()]
 
     def always_best() -> torch.Tensor:
-        return s.tokens[r.argmax()].expand(10, -1)
+        return s.law.tokens[r.argmax()].expand(10, -1)
 
     want = float(r.max() - (torch.softmax(r, 0) * r).sum())
     assert sampled_ebm.bias(s, always_best, "gibbs")["bias"] == pytest.approx(want, abs=1e-5)
-    assert sampled_ebm.bias(s, sampled_ebm.METHODS["risk"](s), "risk") == {}
+    assert sampled_ebm.bias(s, contrast.METHODS["risk"](s), "risk") == {}
     found = sampled_ebm.bias(s, always_best, "nce")
     assert found == {
         "log_z_error": pytest.approx(math.log(27) - float(torch.logsumexp(r, 0)), abs=1e-6)
     }
-    sampled_ebm.bias(s, sampled_ebm.METHODS["gibbs"](s), "gibbs")
+    sampled_ebm.bias(s, contrast.METHODS["gibbs"](s), "gibbs")
     assert all(torch.equal(a, b) for a, b in zip(before, s.reward.parameters(), strict=True))
     rows = [
         {"run": "a", "spent": x, "seconds": 10.0, "bias": b}
@@ -237,6 +251,51 @@ def test_the_bias_is_that_of_what_is_drawn_for_the_ebm_as_it_is():
     ]
     assert sampled_ebm.along(rows, "bias") == [1.5]
     assert sampled_ebm.along(rows, "other") == []
+
+
+def test_beyond_enumeration_the_kl_is_estimated_with_its_error():
+    s = setting("nce", "chain")
+    assert isinstance(s.law, contrast.ChainLaw)
+    with torch.no_grad():  # far from the law, from each other and from uniform
+        s.reward.head.weight.mul_(3)
+        s.policy.head.weight.mul_(2)
+    tokens, lengths = s.space.sequences()
+    log_rho = s.law.log_p(tokens)
+    torch.testing.assert_close(
+        log_rho, torch.log_softmax(s.law.chain.reward(tokens, lengths), 0), atol=1e-9, rtol=0
+    )
+    exact = {"kl": gap(log_rho, log_law(s.reward)), "policy_kl": gap(log_rho, log_law(s.policy))}
+    found = [sampled_ebm.estimate(s, 400, seed) for seed in range(60)]
+    for key, want in exact.items():
+        assert want > 0.2
+        values = torch.tensor([x[key] for x in found]).double()
+        error = float(torch.tensor([x[f"{key}_error"] for x in found]).mean())
+        assert abs(float(values.mean()) - want) < 5 * error / math.sqrt(60)
+        assert 0.7 * error < float(values.std()) < 1.4 * error
+    # All weights are equal where the EBM is the mixture itself: then every draw counts.
+    mixture = torch.stack([log_rho, log_law(s.policy), torch.full_like(log_rho, -math.log(27))])
+    log_m = torch.logsumexp(mixture, 0) - math.log(3)
+    index = s.space.sequence_indices
+    s.r = lambda x: log_m[index(x, torch.full((len(x),), 3))]
+    assert sampled_ebm.estimate(s, 400, 0)["ess"] == pytest.approx(1.0)
+    assert all(x["ess"] < 0.9 for x in found)
+
+
+def test_a_law_draws_what_it_says():
+    chain = Chain.random(TokenSpace(3, 3), 1.5, 0)
+    tokens, lengths = chain.space.sequences()
+    log_rho = torch.log_softmax(chain.reward(tokens, lengths), 0)
+    for law in (contrast.ChainLaw(chain), contrast.Enumerated(chain.space, log_rho)):
+        drawn = law.draw(20_000, torch.Generator().manual_seed(0))
+        index = chain.space.sequence_indices(drawn, torch.full((20_000,), 3))
+        share = torch.bincount(index, minlength=27).double() / 20_000
+        assert float((share - log_rho.exp()).abs().sum() / 2) < 0.03
+        torch.testing.assert_close(law.log_p(drawn), log_rho[index])
+
+
+def test_the_best_rate_is_that_of_the_smallest_kl_at_the_end():
+    rows = [{"lr": lr, "kl": kl} for lr, kl in ((1e-2, 0.1), (1e-2, 5.0), (1e-3, 9.0), (1e-3, 0.5))]
+    assert sampled_ebm.best_rate(rows) == 1e-3
 
 
 def test_the_rate_is_that_of_the_smallest_area_once_all_were_tried():

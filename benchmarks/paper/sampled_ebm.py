@@ -2,15 +2,14 @@
 
     python -m benchmarks.paper.sampled_ebm [--quick]
 
-The gradient of the risk is E_p grad R - E_data grad R; each method has another way to the first
-term, or around it. Checked where the truth is known (V = 8, T = 4), at equal time of one core.
+First where the truth is known (V = 8, T = 4), at equal time of one core; then beyond enumeration,
+on data from a chain whose probabilities and exact samples dynamic programming gives.
 
     risk        both terms by enumeration: no sampling at all
     exact       the sum over all sequences, data sampled
     gibbs       persistent chains, one sweep of Gibbs a step
     metropolis  persistent chains, proposals from an ARM that is fitted to the same data
     nce         noise-contrastive estimation against that ARM, log Z a parameter
-                (Gutmann and Hyvarinen 2010)
     min-max     a policy as the sampler, trained to the EBM by RLOO (arXiv 2512.15605, App. A.8)
 """
 
@@ -18,29 +17,42 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import tyro
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.nn import functional as F
 
 from benchmarks.paper import laws
+from benchmarks.paper.chain import Chain
 from benchmarks.paper.common import Options, Rows, collect, ends, plot_runs, publish, select, table
-from benchmarks.paper.fit import SMALL, descend_ebm, gap, log_law, make_arm, make_ebm, scores
+from benchmarks.paper.contrast import (
+    INNER,
+    METHODS,
+    POLICY_RATE,
+    ChainLaw,
+    Enumerated,
+    Law,
+    Setting,
+    Step,
+    evaluations,
+    timed,
+)
+from benchmarks.paper.fit import SMALL, gap, log_law, scores
 from rl_ebm import TokenSpace
-from rl_ebm.agents.policy_gradient import policy_gradient_loss
-from rl_ebm.intervals import geometric_interval, interval
-from rl_ebm.policies import log_prob
-from rl_ebm.policies.scoring import sample
-from rl_ebm.rewards import TransformerReward
+from rl_ebm.backbone import TransformerConfig
+from rl_ebm.intervals import NORMAL95, geometric_interval, interval
 
-LAWS = {"zipf": "Zipf in order", "normal": "softmax(N(0, I) / 0.3)"}
-BATCH = 512
-LR = 3e-3
+LAWS = {"zipf": "Zipf in order", "normal": "softmax(N(0, I) / 0.3)", "chain": "a chain"}
+SIZES = {"zipf": SMALL, "normal": SMALL, "chain": TransformerConfig(2, 4, 64, 64)}
+BATCH = {"zipf": 512, "normal": 512, "chain": 256}
+RATES = (1e-2, 3e-3, 1e-3, 3e-4)
+"""of the EBM; each method has the one that a shorter run on another seed ends best with"""
+TRIAL_SEED = 100
+POLICIES = ("metropolis", "nce", "min-max")
+"""methods that keep an ARM beside the EBM"""
+CHUNK = 4096
 
 
 @dataclass(frozen=True)
@@ -52,217 +64,22 @@ class Sampled:
     vocab_size: int
     max_length: int
     seconds: float
+    lr: float
     seed: int
+    samples: int = 0
+    """of each kind for an estimate, beyond enumeration"""
 
 
-class Setting:
-    """What every method shares: the data, the EBM, its optimiser."""
-
-    def __init__(self, job: Sampled) -> None:
-        self.space = TokenSpace(job.vocab_size, job.max_length)
-        self.log_rho = (
-            laws.zipf(self.space) if job.law == "zipf" else laws.normal(self.space, 0.3, job.seed)
-        )
-        self.reward = make_ebm(self.space, SMALL, job.seed)
-        self.generator = torch.Generator().manual_seed(job.seed)
-        self.tokens, self.lengths = self.space.sequences()
-        self.optimizers: list[torch.optim.Optimizer] = []
-        self.adam(self.reward.parameters())
-        self.policy = make_arm(self.space, SMALL, job.seed + 100)
-        self.log_z = torch.tensor(math.log(self.space.num_sequences), requires_grad=True)
-
-    def adam(self, parameters: object) -> torch.optim.Optimizer:
-        """An Adam whose rate follows the run's schedule."""
-        self.optimizers.append(torch.optim.Adam(parameters, lr=LR))  # type: ignore[arg-type]
-        return self.optimizers[-1]
-
-    def set_rate(self, progress: float) -> None:
-        """A constant rate that falls to 0 over the last fifth."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = LR * min(1.0, 5 * (1 - progress))
-
-    def data(self) -> Tensor:
-        """Responses drawn from the law."""
-        draws = torch.multinomial(
-            self.log_rho.exp(), BATCH, replacement=True, generator=self.generator
-        )
-        return self.tokens[draws]
-
-    def r(self, tokens: Tensor, reward: TransformerReward | None = None) -> Tensor:
-        """R of responses, with gradient."""
-        lengths = torch.full((len(tokens),), self.space.max_length)
-        model = self.reward if reward is None else reward
-        out: Tensor = model(tokens, lengths, torch.zeros_like(lengths))
-        return out
-
-    def draw(self) -> Tensor:
-        """Responses of the policy."""
-        ids = torch.zeros(BATCH, dtype=torch.int64)
-        return sample(self.policy, self.space, BATCH, self.generator, ids).tokens
-
-    def log_q(self, tokens: Tensor) -> Tensor:
-        """log-probability of responses under the policy, with gradient."""
-        lengths = torch.full((len(tokens),), self.space.max_length)
-        return log_prob(self.policy, self.space, tokens, lengths)
-
-    def teach(self) -> Callable[[], None]:
-        """A step of teacher forcing of the policy on the data."""
-        optimizer = self.adam(self.policy.parameters())
-
-        def step() -> None:
-            optimizer.zero_grad()
-            (-self.log_q(self.data()).mean()).backward()
-            optimizer.step()
-
-        return step
-
-    def contrast(self, negatives: Tensor) -> None:
-        """One step on E_negatives R - E_data R."""
-        optimizer = self.optimizers[0]
-        optimizer.zero_grad()
-        r = self.r(torch.cat([negatives, self.data()]))
-        (r[: len(negatives)].mean() - r[len(negatives) :].mean()).backward()
-        optimizer.step()
+def make_law(job: Sampled) -> Law:
+    space = TokenSpace(job.vocab_size, job.max_length)
+    if job.law == "chain":
+        return ChainLaw(Chain.random(space, 1.5, job.seed, shared=True))
+    zipf = job.law == "zipf"
+    return Enumerated(space, laws.zipf(space) if zipf else laws.normal(space, 0.3, job.seed))
 
 
-Step = Callable[[], Tensor | None]
-"""One step of a method; responses that stand for the EBM's own, where it has some."""
-
-
-def risk(s: Setting) -> Step:
-    descend = descend_ebm(s.reward, s.log_rho)
-
-    def step() -> None:
-        s.optimizers[0].zero_grad()
-        descend()
-        s.optimizers[0].step()
-
-    return step
-
-
-def exact(s: Setting) -> Step:
-    def step() -> None:
-        s.optimizers[0].zero_grad()
-        r = s.r(torch.cat([s.tokens, s.data()]))
-        log_z = torch.logsumexp(r[: len(s.tokens)], 0)
-        (log_z - r[len(s.tokens) :].mean()).backward()
-        s.optimizers[0].step()
-
-    return step
-
-
-def gibbs(s: Setting) -> Step:
-    a, t = s.space.vocab_size, s.space.max_length
-    chains = torch.randint(a, (BATCH, t), generator=s.generator)
-
-    def step() -> Tensor:
-        for place in torch.randperm(t, generator=s.generator).tolist():
-            candidates = chains[:, None].repeat(1, a, 1)
-            candidates[:, :, place] = torch.arange(a)
-            with torch.no_grad():
-                r = s.r(candidates.flatten(0, 1)).view(BATCH, a)
-            noise = torch.empty_like(r).exponential_(generator=s.generator).log_()
-            chains[:, place] = (r - noise).argmax(1)
-        s.contrast(chains)
-        return chains.clone()
-
-    return step
-
-
-def metropolis(s: Setting) -> Step:
-    improve, chains = s.teach(), s.draw()
-
-    def step() -> Tensor:
-        improve()
-        proposals = s.draw()
-        with torch.no_grad():
-            both = torch.cat([chains, proposals])
-            # Both are weighed anew: the EBM and the proposal have moved since the last step.
-            weight = s.r(both) - s.log_q(both)
-        accept = torch.rand(BATCH, generator=s.generator).log() < weight[BATCH:] - weight[:BATCH]
-        chains[accept] = proposals[accept]
-        s.contrast(chains)
-        return chains.clone()
-
-    return step
-
-
-def nce(s: Setting) -> Step:
-    improve, optimizer = s.teach(), s.adam([s.log_z])
-
-    def step() -> None:
-        improve()
-        both = torch.cat([s.draw(), s.data()])
-        with torch.no_grad():
-            log_q = s.log_q(both)
-        logit = s.r(both) - s.log_z - log_q
-        is_data = (torch.arange(2 * BATCH) >= BATCH).float()
-        s.optimizers[0].zero_grad()
-        optimizer.zero_grad()
-        F.binary_cross_entropy_with_logits(logit, is_data).backward()
-        s.optimizers[0].step()
-        optimizer.step()
-
-    return step
-
-
-def min_max(s: Setting) -> Step:
-    optimizer = s.adam(s.policy.parameters())
-
-    def step() -> Tensor:
-        tokens = s.draw()
-        with torch.no_grad():
-            log_weight = s.r(tokens)
-        optimizer.zero_grad()
-        log_pi = s.log_q(tokens)
-        ids = torch.zeros(BATCH, dtype=torch.int64)
-        loss = policy_gradient_loss(
-            log_pi[:, None], torch.zeros(BATCH, 1), log_weight, ids + 1, ids
-        )
-        loss.backward()
-        optimizer.step()
-        s.contrast(tokens)
-        return tokens
-
-    return step
-
-
-METHODS: dict[str, Callable[[Setting], Step]] = {
-    "risk": risk,
-    "exact": exact,
-    "gibbs": gibbs,
-    "metropolis": metropolis,
-    "nce": nce,
-    "min-max": min_max,
-}
-
-
-def evaluations(space: TokenSpace) -> dict[str, int]:
-    """Responses that each method scores by R in a step."""
-    return {
-        "risk": space.num_sequences,
-        "exact": space.num_sequences + BATCH,
-        "gibbs": BATCH * space.max_length * space.vocab_size + 2 * BATCH,
-        "metropolis": 4 * BATCH,
-        "nce": 2 * BATCH,
-        "min-max": 3 * BATCH,
-    }
-
-
-def timed(step: Step, s: Setting, seconds: float) -> Iterator[tuple[float, int]]:
-    """Steps until the time is over: processor time spent in them, and their number.
-
-    What the caller does between two steps costs nothing.
-    """
-    spent, count = 0.0, 0
-    while spent < seconds:
-        s.set_rate(spent / seconds)
-        start = time.process_time()
-        step()
-        spent += time.process_time() - start
-        count += 1
-        yield spent, count
+def make_setting(job: Sampled) -> Setting:
+    return Setting(make_law(job), SIZES[job.law], BATCH[job.law], job.lr, job.seed)
 
 
 def bias(s: Setting, step: Step, method: str) -> dict[str, float]:
@@ -281,21 +98,74 @@ def bias(s: Setting, step: Step, method: str) -> dict[str, float]:
     return {"bias": float(s.r(drawn).detach().mean()) - float((torch.softmax(r, 0) * r).sum())}
 
 
+@torch.no_grad()
+def estimate(s: Setting, n: int, seed: int) -> dict[str, float]:
+    """KL(law, EBM) and KL(law, policy) from exact samples of the law, with standard errors.
+
+    log Z is the mean weight exp(R) / m of n draws each of the law, of the ARM beside the EBM and of
+    the uniform one, m their mixture: what any of them finds counts, and no weight is larger than
+    three times that under the law alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    uniform = -s.space.max_length * math.log(s.space.vocab_size)
+
+    def look(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        parts = [
+            (s.law.log_p(x).double(), s.log_q(x).double(), s.r(x).double())
+            for x in tokens.split(CHUNK)
+        ]
+        log_p, log_q, r = (torch.cat(column) for column in zip(*parts, strict=True))
+        return log_p, log_q, r
+
+    draws = [s.law.draw(n, generator), s.draw(n, generator)]
+    draws.append(torch.randint(s.space.vocab_size, draws[0].shape, generator=generator))
+    log_w = []
+    for tokens in draws:
+        log_p, log_q, r = look(tokens)
+        mixture = torch.stack([log_p, log_q, torch.full_like(r, uniform)])
+        log_w.append(r - (torch.logsumexp(mixture, 0) - math.log(3)))
+    stacked = torch.stack(log_w)
+    log_z = torch.logsumexp(stacked.flatten(), 0) - math.log(3 * n)
+    relative = (stacked - log_z).exp()
+    # The three kinds are strata: their own variances count, not those between them.
+    variance_z = relative.var(1).sum() / (9 * n)
+    log_p, log_q, r = look(s.law.draw(n, generator))
+    own, other = log_p - r, log_p - log_q
+    return {
+        "kl": float(own.mean() + log_z),
+        "kl_error": float((own.var() / n + variance_z).sqrt()),
+        "policy_kl": float(other.mean()),
+        "policy_kl_error": float((other.var() / n).sqrt()),
+        "ess": float(relative.sum().square() / relative.square().sum() / (3 * n)),
+    }
+
+
 def measure(job: Sampled) -> Rows:
-    s = Setting(job)
+    s = make_setting(job)
     step = METHODS[job.method](s)
     rows: Rows = []
     due = 0.0
     for spent, count in timed(step, s, job.seconds):
         if spent < due and spent < job.seconds:
             continue
-        due += job.seconds / 25
-        kl = gap(s.log_rho, log_law(s.reward))
-        row = {"spent": round(min(spent, job.seconds), 3), "count": count, "kl": kl}
-        rows.append(row | bias(s, step, job.method))
-    if job.method in ("metropolis", "nce", "min-max"):
-        rows[-1]["policy_kl"] = gap(s.log_rho, log_law(s.policy))
+        due += job.seconds / (8 if job.samples else 25)
+        row = {"spent": round(min(spent, job.seconds), 3), "count": count}
+        if isinstance(s.law, Enumerated):
+            row["kl"] = gap(s.law.log_rho, log_law(s.reward))
+            row |= bias(s, step, job.method)
+        else:
+            n = job.samples if spent >= job.seconds else min(CHUNK, job.samples)
+            row |= estimate(s, n, job.seed + 1000)
+        rows.append(row)
+    if isinstance(s.law, Enumerated) and job.method in POLICIES:
+        rows[-1]["policy_kl"] = gap(s.law.log_rho, log_law(s.policy))
     return rows
+
+
+def best_rate(rows: Rows) -> float:
+    """The rate whose trial ends at the smallest KL."""
+    found = {r["lr"]: r["kl"] for r in rows}  # the last row of each
+    return min(found, key=lambda lr: found[lr])
 
 
 def starts(rows: Rows) -> Rows:
@@ -316,64 +186,129 @@ def along(rows: Rows, key: str) -> list[float]:
 
 
 def picture(rows: Rows, names: list[str]) -> Figure:
-    figure = Figure(figsize=(5.2 * len(names), 3.8), layout="constrained")
+    figure = Figure(figsize=(5.0 * len(names), 3.8), layout="constrained")
     axes = figure.subplots(1, len(names), squeeze=False)[0]
     for name, ax in zip(names, axes, strict=True):
+        mine = select(rows, law=name)
         for colour, method in enumerate(METHODS):
-            mine = select(rows, law=name, method=method)
-            plot_runs(ax, mine, "spent", "kl", method, color=f"C{colour}")
+            if runs := select(mine, method=method):
+                plot_runs(ax, runs, "spent", "kl", method, color=f"C{colour}")
+        where = "V={vocab_size}, T={max_length}".format(**mine[0])
+        kind = "exact" if name != "chain" else "estimated"
         ax.set(
             yscale="log",
             xlabel="seconds of one core",
-            ylabel="exact KL(law, EBM) (nats)",
-            title=LAWS[name],
+            ylabel=f"{kind} KL(law, EBM) (nats)",
+            title=f"{LAWS[name]}, {where}",
         )
         ax.legend(fontsize=8)
     return figure
 
 
-def main(options: Options) -> None:
-    space, seconds, names = TokenSpace(8, 4), 20.0, list(LAWS)
-    if options.quick:
-        space, seconds, names = TokenSpace(3, 3), 1.0, ["zipf"]
-    jobs = [
-        Sampled(method, name, space.vocab_size, space.max_length, seconds, seed)
-        for name in names
-        for method in METHODS
-        for seed in range(options.seeds)
-    ]
-    rows = collect("sampled_ebm", jobs, measure, options)
-    cost, lines, closer = evaluations(space), [], []
-    for name in names:
-        for method in METHODS:
-            mine = select(rows, law=name, method=method)
-            biases, log_z = along(mine, "bias"), along(mine, "log_z_error")
-            shown = f"log Z: {interval(log_z)}" if log_z else interval(biases) if biases else "none"
-            policy = [float(r["policy_kl"]) for r in mine if r.get("policy_kl", "") != ""]
-            kls = ends(mine, "kl")
-            # A run starts near uniform: what ends above its start has learned less than nothing.
-            worse = sum(r["kl"] < end for r, end in zip(starts(mine), kls, strict=True))
-            if (
-                policy
-                and method != "min-max"
-                and all(a < b for a, b in zip(policy, kls, strict=True))
-            ):
-                closer.append(f"`{method}` on {LAWS[name]}")
-            lines.append(
-                (
-                    LAWS[name],
-                    method,
-                    f"{cost[method]:,}",
-                    f"{min(ends(mine, 'count')):,.0f}",
-                    geometric_interval(kls),
-                    f"{worse} of {len(kls)}",
-                    shown,
-                    geometric_interval(policy) if policy else "",
-                )
+def checked(rows: Rows, name: str) -> list[tuple[str, ...]]:
+    """Lines of the table where the truth is known."""
+    lines = []
+    for method in METHODS:
+        mine = select(rows, law=name, method=method)
+        space = TokenSpace(mine[0]["vocab_size"], mine[0]["max_length"])
+        biases, log_z = along(mine, "bias"), along(mine, "log_z_error")
+        shown = f"log Z: {interval(log_z)}" if log_z else interval(biases) if biases else "none"
+        policy = ends([r for r in mine if r.get("policy_kl", "") != ""], "policy_kl")
+        kls = ends(mine, "kl")
+        # A run starts near uniform: what ends above its start has learned less than nothing.
+        worse = sum(r["kl"] < end for r, end in zip(starts(mine), kls, strict=True))
+        lines.append(
+            (
+                LAWS[name],
+                method,
+                f"{mine[0]['lr']:g}",
+                f"{evaluations(space, BATCH[name])[method]:,}",
+                f"{min(ends(mine, 'count')):,.0f}",
+                geometric_interval(kls),
+                f"{worse} of {len(kls)}",
+                shown,
+                geometric_interval(policy) if policy else "",
             )
+        )
+    return lines
+
+
+def beyond(rows: Rows) -> list[tuple[str, ...]]:
+    """Lines of the table beyond enumeration."""
+
+    def shown(mine: Rows, key: str) -> str:
+        widest = NORMAL95 * max(ends(mine, f"{key}_error"))
+        return f"{interval(ends(mine, key))} ({widest:.1g})"
+
+    lines = []
+    for method in dict.fromkeys(r["method"] for r in rows):
+        mine = select(rows, method=method)
+        space = TokenSpace(mine[0]["vocab_size"], mine[0]["max_length"])
+        lines.append(
+            (
+                method,
+                f"{mine[0]['lr']:g}",
+                f"{evaluations(space, BATCH['chain'])[method]:,}",
+                f"{min(ends(mine, 'count')):,.0f}",
+                shown(mine, "kl"),
+                f"{100 * min(ends(mine, 'ess')):.2g} %",
+                shown(mine, "policy_kl") if method in POLICIES else "",
+            )
+        )
+    return lines
+
+
+def main(options: Options) -> None:
+    sizes = {"zipf": (8, 4, 20.0, 0), "normal": (8, 4, 20.0, 0), "chain": (32, 8, 60.0, 20_480)}
+    rates, share = RATES, 0.3
+    if options.quick:
+        sizes = {"zipf": (3, 3, 1.0, 0), "chain": (4, 3, 1.0, 512)}
+        rates = RATES[1:2]
+    names = list(sizes)
+
+    def jobs(
+        name: str, lrs: dict[str, list[float]], seeds: list[int], part: float
+    ) -> list[Sampled]:
+        v, t, seconds, samples = sizes[name]
+        return [
+            Sampled(method, name, v, t, part * seconds, lr, seed, samples)
+            for method in METHODS
+            if name != "chain" or method not in ("risk", "exact")
+            for lr in lrs[method]
+            for seed in seeds
+        ]
+
+    every = {method: list(rates) for method in METHODS}
+    trials = [job for name in names for job in jobs(name, every, [TRIAL_SEED], share)]
+    tried = collect("sampled_ebm_rates", trials, measure, options)
+    runs = []
+    for name in names:
+        chosen = {m: select(tried, law=name, method=m) for m in METHODS}
+        best = {m: [best_rate(rows)] for m, rows in chosen.items() if rows}
+        runs += jobs(name, {m: best.get(m, []) for m in METHODS}, list(range(options.seeds)), 1.0)
+    rows = collect("sampled_ebm", runs, measure, options)
+    laws_checked = [name for name in names if name != "chain"]
+    lines = [line for name in laws_checked for line in checked(rows, name)]
+    closer = [
+        f"`{method}` on {LAWS[name]}"
+        for name in names
+        for method in ("metropolis", "nce")
+        if all(
+            a < b
+            for a, b in zip(
+                ends(
+                    [r for r in select(rows, law=name, method=method) if r["policy_kl"] != ""],
+                    "policy_kl",
+                ),
+                ends(select(rows, law=name, method=method), "kl"),
+                strict=True,
+            )
+        )
+    ]
     head = [
         "law",
         "method",
+        "rate",
         "R evaluations a step",
         "steps",
         "KL(law, EBM)",
@@ -381,17 +316,31 @@ def main(options: Options) -> None:
         "bias",
         "KL(law, its policy)",
     ]
+    far = [*head[1:6], "smallest ESS", head[-1]]
+    v, t, seconds, _ = sizes["zipf"]
+    v2, t2, seconds2, samples = sizes["chain"]
+    space = TokenSpace(v, t)
     text = f"""
-V={space.vocab_size}, T={space.max_length}, N=2, {seconds:.0f} s of processor time for each method and seed, on one core; batches of {BATCH}, one learning rate for all ({LR:g},
-falling to 0 over the last fifth), so that a ranking is one at this rate. The KLs are exact, in nats at the end: the gap of the
-log-likelihood; geometric mean over seeds (95% interval). *Bias* is the mean of R over what a method draws in the place of the EBM's own responses, less the exact
-E R of the EBM as it stands there, in nats, mean over training between a fifth and four fifths of the time; for `nce` the learned log Z less the exact one:
+**Where the truth is known.** V={v}, T={t}, N=2, {seconds:.0f} s of processor time for each method and seed, on one core; batches of {BATCH["zipf"]}; the EBM's learning rate is, of
+{", ".join(f"{x:g}" for x in rates)}, that with which a run of {share * seconds:g} s on another seed ends best, that of an ARM beside it {POLICY_RATE:g}; both fall to 0 over the last fifth. The
+KLs are exact, in nats at the end: the gap of the log-likelihood; geometric mean over seeds (95% interval). *Bias* is the mean of R over what a method draws in the
+place of the EBM's own responses, less the exact E R of the EBM as it stands there, in nats, mean over training between a fifth and four fifths of the time; for `nce`
+the learned log Z less the exact one:
 
 {table(head, lines)}
 
 `risk` enumerates both terms of the gradient, `exact` the partition function alone, with data drawn as for the others. At {space.num_sequences:,} sequences
 a sweep of Gibbs costs more than this sum: beyond enumeration the comparison is that of the last four. `metropolis` and `nce` also train an ARM
-on the same data (teacher forcing), `min-max` one that chases the EBM: its own KL is the last column. On every seed that ARM is closer to the law than the EBM it serves for: {", ".join(closer) or "none"}.
+on the same data (teacher forcing), `min-max` one that chases the EBM, {INNER} steps to each of its own: its own KL is the last column.
+
+**Beyond enumeration.** V={v2}, T={t2}, {float(v2) ** t2:.0e} sequences: data from the EBM of a chain reward (1.5 N(0, 1) couplings, one J for all positions), whose probabilities and exact samples
+are at hand. A Transformer of 2 layers of width 64 for both models, batches of {BATCH["chain"]}, {seconds2:.0f} s of processor time, rates chosen as above. KL(law, EBM) is E_law[log p - R] + log Z, its log Z by importance
+sampling from a mixture of the law, the ARM and the uniform one, {samples:,} draws each: mean over seeds ± 95% interval, in brackets the half-width of the largest 95% interval of one estimate (asymptotic;
+*ESS*, the share of draws that the weights leave, says whether to believe it; an ARM's KL needs no log Z):
+
+{table(far, beyond(select(rows, law="chain")))}
+
+On every seed the ARM is closer to the law than the EBM it serves for: {", ".join(closer) or "none"}.
 """
     publish("sampled_ebm", "The EBM beyond enumeration", text, picture(rows, names), rows, options)
 
