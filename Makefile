@@ -27,10 +27,10 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n auto --dist worksteal -m "not slow"
 
 test-slow: install
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -n auto --dist worksteal -m slow
 
 # Every claim of the paper: hours the first time, nothing where the results are there already.
 PAPER := function_space figures harder_data bounds scale weights samples traces sampled_ebm

@@ -11,8 +11,9 @@ from rl_ebm.tokens import TokenSpace
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flat", [True, False], ids=["flat", "dict"])
-@pytest.mark.parametrize("eos_id", [None, 2], ids=["fixed", "eos"])
+@pytest.mark.parametrize(
+    ("flat", "eos_id"), [(True, None), (False, 2)], ids=["flat-fixed", "dict-eos"]
+)
 def test_ppo_of_stable_baselines3_learns(flat, eos_id, tmp_path, monkeypatch):
     """PPO seeks the best response, not p*: so it is judged by its return alone."""
     from stable_baselines3 import PPO

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from run_cases import (
+    STATES,
     differences,
     every_agent,
     killed_before_operation,
@@ -128,7 +129,7 @@ def test_sigkill_of_a_process(tmp_path):
 
 
 @pytest.mark.slow
-@every_agent
+@pytest.mark.parametrize("agent", STATES)
 def test_sigkill_of_processes_at_random_moments(agent, tmp_path):
     rng = random.Random(agent)
     kills = [(0.0, "config.json")]  # before the first checkpoint
