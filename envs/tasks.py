@@ -15,14 +15,10 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from rl_ebm.ebm import EBM
-from rl_ebm.envs import planted
-from rl_ebm.names import count_text
+from rl_ebm.envs import planted, scores
 from rl_ebm.policies import Policy, Uniform
 from rl_ebm.rewards.base import Prompts, Reward
 from rl_ebm.tokens import TokenSpace
-
-MAX_SCORES = 2**26
-"""most scores a task draws: 512 MiB of float64"""
 
 
 @dataclass(frozen=True)
@@ -80,24 +76,6 @@ class Pairwise:
         return Pairwise(self.couplings.to(device), self.space)
 
 
-def random_scores(space: TokenSpace, task_seed: int) -> Float64[Tensor, "N"]:
-    """2 * N(0, 1), one score for each response in enumeration order.
-
-    Raises:
-        ValueError: more than :data:`MAX_SCORES` responses.
-    """
-    return _scores(space, task_seed, num_prompts=1)[0]
-
-
-def random_scores_of_prompts(space: TokenSpace, task_seed: int) -> Float64[Tensor, "P N"]:
-    """2 * N(0, 1), one score for each prompt and response.
-
-    Raises:
-        ValueError: more than :data:`MAX_SCORES` of them.
-    """
-    return _scores(space, task_seed, num_prompts=len(PROMPTS))
-
-
 def pairwise(space: TokenSpace, task_seed: int) -> Pairwise:
     """:class:`Pairwise` with standard-normal couplings, drawn pair after pair.
 
@@ -114,9 +92,6 @@ def pairwise(space: TokenSpace, task_seed: int) -> Pairwise:
     return Pairwise(torch.from_numpy(couplings), space)
 
 
-PROMPTS = [[0], [1, 0], []]
-"""of the task "prompts": lengths 1, 2 and 0, ids of any vocabulary"""
-
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -125,7 +100,7 @@ TASKS: dict[str, Task] = {
             "a random score for each sequence: nothing to generalise, everything to verify",
             vocab_size=8,
             max_length=4,
-            reward=random_scores,
+            reward=scores.normal,
         ),
         Task(
             "pairwise",
@@ -139,8 +114,22 @@ TASKS: dict[str, Task] = {
             "a random score for each of three prompts and each sequence: a conditional EBM",
             vocab_size=4,
             max_length=4,
-            reward=random_scores_of_prompts,
-            prompts=PROMPTS,
+            reward=scores.normal_of_prompts,
+            prompts=scores.PROMPTS,
+        ),
+        Task(
+            "zipf",
+            "the law of arXiv 2512.15605, Figs. 2 to 4: Zipf in enumeration order, smooth",
+            vocab_size=8,
+            max_length=4,
+            reward=scores.zipf,
+        ),
+        Task(
+            "peaked",
+            "the law of its Fig. 5, softmax(N(0, I) / 0.1): a few sequences hold it all",
+            vocab_size=8,
+            max_length=4,
+            reward=scores.peaked,
         ),
         Task(
             "planted",
@@ -251,14 +240,3 @@ def find_ebm(ebm: object, task: object, task_kwargs: Mapping[str, Any] | None) -
     if task_kwargs:
         raise ValueError("task_kwargs are arguments of a task: leave them out with ebm=")
     return ebm
-
-
-def _scores(space: TokenSpace, task_seed: int, num_prompts: int) -> Float64[Tensor, "P N"]:
-    count = num_prompts * space.num_sequences
-    if count > MAX_SCORES:
-        raise ValueError(
-            f"this task draws one score for each response, {count_text(count)} here, and at most "
-            f"{MAX_SCORES} fit: take a smaller vocab_size or max_length, or the task 'pairwise'"
-        )
-    rng = np.random.default_rng(task_seed)
-    return torch.from_numpy(2 * rng.standard_normal((num_prompts, space.num_sequences)))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from rl_ebm import solve
 from rl_ebm.envs import TASKS, Task, make_task
 from rl_ebm.envs.tasks import find_ebm
 from rl_ebm.policies import Tabular, Uniform
@@ -15,7 +16,7 @@ from rl_ebm.tokens import TokenSpace
 
 def test_every_task_has_its_name_and_one_line():
     assert list(TASKS)[:3] == ["random", "pairwise", "prompts"]
-    assert set(TASKS) >= {"planted", "lookahead", "sparse", "star"}
+    assert set(TASKS) >= {"zipf", "peaked", "planted", "lookahead", "sparse", "star"}
     for name, task in TASKS.items():
         assert task.name == name
         assert task.description
@@ -32,6 +33,27 @@ def test_random_is_a_score_for_each_sequence_in_enumeration_order(task_seed, eos
     assert ebm.reward_model.scores.dtype == torch.float64
     np.testing.assert_array_equal(ebm.reward_model.scores[0].numpy(), want)
     assert ebm.prompts is None
+
+
+@pytest.mark.parametrize("eos_id", [None, 1])
+def test_the_laws_of_the_paper(eos_id):
+    solution = solve(make_task("zipf", vocab_size=3, max_length=3, eos_id=eos_id))
+    tokens, lengths = solution.ebm.space.sequences()
+    got = solution.log_prob(tokens, lengths).exp().tolist()
+    harmonic = math.fsum(1 / k for k in range(1, len(got) + 1))
+    assert got == pytest.approx([1 / k / harmonic for k in range(1, len(got) + 1)])
+
+    solution = solve(make_task("peaked", vocab_size=3, max_length=3, eos_id=eos_id, task_seed=4))
+    z = np.random.default_rng(4).standard_normal(len(got)).tolist()
+    total = math.fsum(math.exp(x / 0.1) for x in z)
+    got = solution.log_prob(tokens, lengths).exp().tolist()
+    assert got == pytest.approx([math.exp(x / 0.1) / total for x in z])
+
+
+@pytest.mark.parametrize("name", ["random", "zipf", "peaked", "prompts"])
+def test_a_list_of_scores_that_does_not_fit_is_refused(name):
+    with pytest.raises(ValueError, match="one score for each response"):
+        make_task(name, vocab_size=8, max_length=9)
 
 
 @pytest.mark.parametrize(("a", "t", "task_seed"), [(4, 8, 0), (3, 4, 2), (2, 2, 0)])

@@ -10,6 +10,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from rl_ebm import TokenSpace
+from rl_ebm.envs import planted, scores
 
 
 def zipf(space: TokenSpace) -> Float64[Tensor, "N"]:
@@ -17,8 +18,7 @@ def zipf(space: TokenSpace) -> Float64[Tensor, "N"]:
 
     The exponent and the order are what the paper's curves point to; it states neither.
     """
-    rank = torch.arange(1, space.num_sequences + 1).double()
-    return torch.log_softmax(-rank.log(), 0)
+    return torch.log_softmax(scores.zipf(space), 0)
 
 
 def permuted_zipf(space: TokenSpace, seed: int) -> Float64[Tensor, "N"]:
@@ -29,24 +29,16 @@ def permuted_zipf(space: TokenSpace, seed: int) -> Float64[Tensor, "N"]:
 
 def normal(space: TokenSpace, temperature: float, seed: int) -> Float64[Tensor, "N"]:
     """softmax(z / temperature) with z ~ N(0, I): arXiv 2512.15605, App. C (temperature 0.1)."""
-    z = np.random.default_rng(seed).standard_normal(space.num_sequences)
-    return torch.log_softmax(torch.from_numpy(z) / temperature, 0)
+    return torch.log_softmax(scores.peaked(space, seed, temperature), 0)
 
 
 def lookahead(space: TokenSpace, seed: int, penalty: float = 8.0) -> Float64[Tensor, "N"]:
     """The first token decides what the last may be: a random set, of 1 to A - 1 tokens.
 
-    All else is uniform; the last tokens that it rules out lose ``penalty`` nats. Whoever picks
-    the first token must know how many ways it leaves open; after it, V depends on it alone.
+    All else is uniform; the last tokens that it rules out lose ``penalty`` nats. After the first
+    token V depends on it alone.
     """
-    rng = np.random.default_rng(seed)
-    a = space.vocab_size
-    allowed = torch.zeros(a, a, dtype=torch.bool)
-    for first in range(a):
-        allowed[first, torch.from_numpy(rng.permutation(a)[: rng.integers(1, a)])] = True
-    tokens, _ = space.sequences()
-    score = torch.where(allowed[tokens[:, 0], tokens[:, -1]], 0.0, -penalty)
-    return torch.log_softmax(score.double(), 0)
+    return torch.log_softmax(planted.lookahead(space, seed, penalty), 0)
 
 
 def parity(space: TokenSpace, seed: int, strength: float = 3.0) -> Float64[Tensor, "N"]:
