@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -125,15 +126,17 @@ def picture(plan: Plan, problem: Problem, rows: Rows) -> Figure:
     """KL against calls, KL against seconds, and E[R] against KL(policy, reference)."""
     figure = Figure(figsize=(15, 4.4), layout="constrained")
     by_calls, by_seconds, pareto = figure.subplots(1, 3)
+    palette = matplotlib.colormaps["tab10" if len(plan.agents) <= 10 else "tab20"]
     for k, agent in enumerate(plan.agents):
         mine = [row for row in rows if row["agent"] == agent]
+        color = palette(k % palette.N)
         for axes, key in ((by_calls, "reward_calls"), (by_seconds, "seconds")):
-            _curves(axes, mine, key, plan.seeds, f"C{k}", agent)
+            _curves(axes, mine, key, plan.seeds, color, agent)
         ends = last_of(mine)
         pareto.scatter(
             [row["kl_reference"] for row in ends],
             [row["expected_reward_policy"] for row in ends],
-            color=f"C{k}",
+            color=color,
             s=18,
             label=agent,
             zorder=3,
@@ -149,7 +152,14 @@ def picture(plan: Plan, problem: Problem, rows: Rows) -> Figure:
     return figure
 
 
-def _curves(axes: Axes, rows: Rows, key: str, seeds: Sequence[int], color: str, label: str) -> None:
+def _curves(
+    axes: Axes,
+    rows: Rows,
+    key: str,
+    seeds: Sequence[int],
+    color: tuple[float, float, float, float],
+    label: str,
+) -> None:
     for i, seed in enumerate(seeds):
         line = [row for row in rows if row["seed"] == seed]
         values = [row["kl_policy_target"] for row in line]

@@ -166,7 +166,7 @@ class Bench:
     """folder of the runs, results.csv and report.md; what it holds already is not run again"""
     agents: str = "soft-q,path-consistency,trajectory-balance,vargrad,policy-gradient,grpo,dpg"
     """names that rl-ebm agents lists, separated by commas"""
-    tasks: str = "random,pairwise,planted,lookahead,sparse,star"
+    tasks: str = "random,zipf,peaked,pairwise,planted,lookahead,sparse,star"
     """named tasks, or paths of tables (scaled to [0, 1]), separated by commas"""
     seeds: int = 3
     """runs of each agent on each task"""

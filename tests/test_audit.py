@@ -22,6 +22,8 @@ from rl_ebm.soft_bellman import log_policy, sequence_log_probs
 
 SIX6 = Path(__file__).parents[2] / "shared" / "data" / "six6_ref_r1.tsv"
 ALWAYS_TARGET = set(AGENTS) - {"policy-gradient", "grpo", "best-of-n"}
+REPLAY = {"batch_size": 512, "replay_size": 8192, "replay_batch": 512}
+WITH_REPLAY = sorted(n for n, entry in AGENTS.items() if hasattr(entry.config, "replay_size"))
 
 
 @pytest.fixture(autouse=True)
@@ -195,6 +197,7 @@ def test_a_table_of_65536_sequences_is_audited(capsys):
         ("grpo", {"batch_size": 1024}),
         ("best-of-n", {"source": "reference"}),
         *((name, {}) for name in sorted(ALWAYS_TARGET)),
+        *((name, REPLAY) for name in WITH_REPLAY),
     ],
     ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values())),
 )
