@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
 
 from benchmarks.machine import describe
@@ -63,6 +64,7 @@ def score(rows: Rows, agent: str) -> float:
 
 
 def main(options: Options) -> None:
+    torch.set_num_threads(1)  # what the runs have, and what `describe` says
     agents = tuple(options.agents.split(","))
     network = TransformerConfig(1, 1, 8, 8) if options.quick else TransformerConfig()
     found: dict[str, list[tuple[float, dict[str, Any]]]] = {agent: [] for agent in agents}

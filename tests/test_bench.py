@@ -5,12 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from toy_policies import seeded
 
 import rl_ebm
+from benchmarks import methods
 from rl_ebm import cli, intervals
 from rl_ebm.agents import AGENTS
 from rl_ebm.bench import Plan, Problem, finished, jobs, last_of, measure, rows_of
@@ -20,6 +24,7 @@ from rl_ebm.fixed_points import boundary
 from rl_ebm.policies import Tabular, TransformerConfig, Uniform
 from rl_ebm.runs import load
 
+ROOT = Path(__file__).parents[1]
 TINY = TransformerConfig(layers=1, heads=1, dim=8, hidden=8)
 OPTIONS = {"soft-q": {"batch_size": 64}, "grpo": {"batch_size": 32, "group_size": 4}}
 
@@ -182,3 +187,37 @@ def test_a_report_has_a_line_for_each_agent(tmp_path):
     ends = [r["kl_policy_target"] for r in last_of(rows, agent="grpo")]
     assert intervals.interval(ends) in text
     assert set(AGENTS) >= set(small.agents)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [("tune", ["--agents", "vargrad,dpg"]), ("methods", ["--seeds", "2"])],
+    ids=["tune", "methods"],
+)
+def test_the_scripts_that_tune_and_compare_run(script, flags, tmp_path):
+    results = sorted(path.stat().st_mtime_ns for path in ROOT.glob("benchmarks/results/*"))
+    command = [sys.executable, "-m", f"benchmarks.{script}", "--quick", *flags]
+    done = subprocess.run(
+        [*command, "--workers", "1", "--out", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "| `vargrad` |" in done.stdout
+    assert "Measured on" in done.stdout
+    now = sorted(path.stat().st_mtime_ns for path in ROOT.glob("benchmarks/results/*"))
+    assert now == results, "a trial run overwrote the measured results"
+
+
+def test_the_smallest_geometric_mean_of_a_task_wins():
+    def row(agent, seed, kl):
+        return {"task": "t", "agent": agent, "seed": seed, "kl_policy_target": kl}
+
+    rows = [row("a", 0, 9.0), row("a", 0, 1e-3), row("a", 1, 1.0), row("b", 0, 0.1)]
+    rows += [row("b", 1, 0.1), row("c", 0, 1e-9), row("c", 1, math.inf)]
+    assert methods.best(rows, ("a", "b", "c")) == {"a"}  # sqrt(1e-3) < 0.1
+    assert methods.best(rows, ("b", "c")) == {"b"}
+    assert methods.cell(last_of(rows, agent="c")) == "∞"
+    assert methods.cell(last_of(rows, agent="b")).startswith("0.1 (0.1 to")

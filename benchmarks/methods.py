@@ -1,0 +1,141 @@
+"""Every method on every task under one budget of reward calls, each tuned on other tasks and seeds.
+
+    python -m benchmarks.methods                    # hours; what is finished is not run again
+    python -m benchmarks.methods --table FILE.tsv   # a table of yours as well, at beta 0.1
+    python -m benchmarks.methods --quick            # a few steps: only to see that it works
+
+The options are those of ``benchmarks/results/tuned.json`` (see benchmarks/tune.py). Writes
+``benchmarks/results/methods.md``, one line a method and one column a task, and what
+``rl-ebm bench`` writes, ``results.csv``, ``report.md`` and a picture a task, to
+``benchmarks/results/methods/``.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import geometric_mean
+
+import torch
+import tyro
+
+from benchmarks.machine import describe
+from rl_ebm.agents import AGENTS
+from rl_ebm.backbone import TransformerConfig
+from rl_ebm.bench import RESULTS as CSV
+from rl_ebm.bench import Plan, Problem, Rows, last_of, read_options, run
+from rl_ebm.bench_report import targets, write_report
+from rl_ebm.checkpoint import write_text
+from rl_ebm.intervals import geometric_interval
+
+RESULTS = Path(__file__).parent / "results"
+TASKS = (
+    "random",
+    "zipf",
+    "peaked",
+    "pairwise",
+    "prompts",
+    "planted",
+    "lookahead",
+    "sparse",
+    "star",
+)
+SMALLEST = 1e-12
+"""KL below which rounding is all there is, nats"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of this script."""
+
+    table: Path | None = None
+    """a table file, scaled to [0, 1], at beta 0.1"""
+    seeds: int = 3
+    """runs of each method on each task"""
+    calls: int = 262_144
+    """responses that each run may score"""
+    workers: int = 2
+    """runs at a time, each with one thread"""
+    out: Path = Path("runs/methods")
+    """where the runs go"""
+    quick: bool = False
+    """two methods, one task, a small network; writes nothing into the results"""
+
+
+def cell(rows: Rows) -> str:
+    """KL(policy, target) at the end: geometric mean and 95% interval; infinite where one is."""
+    ends = [row["kl_policy_target"] for row in rows]
+    if any(x == float("inf") for x in ends):
+        return "∞"
+    return geometric_interval([max(x, SMALLEST) for x in ends])
+
+
+def best(rows: Rows, agents: tuple[str, ...]) -> set[str]:
+    """The agent of the smallest geometric mean on a task."""
+    found = {}
+    for agent in agents:
+        ends = [row["kl_policy_target"] for row in last_of(rows, agent=agent)]
+        found[agent] = geometric_mean([max(x, SMALLEST) for x in ends])
+    return {min(found, key=lambda agent: found[agent])}
+
+
+def table(plan: Plan, rows: Rows) -> str:
+    """One line for each agent, one column for each task; the best that needs no teacher in bold."""
+    lines = [["agent", "ends at the EBM", *(p.label for p in plan.problems)]]
+    ends_there = [targets(plan, problem) for problem in plan.problems]
+    sampled = tuple(a for a in plan.agents if not AGENTS[a].needs_teacher)
+    tasks = [[row for row in rows if row["task"] == p.label] for p in plan.problems]
+    winners = [best(mine, sampled) for mine in tasks]
+    for agent in plan.agents:
+        there = {known[agent] for known in ends_there}
+        verdict = {True: "yes", False: "no", None: "not known"}[
+            next(iter(there)) if len(there) == 1 else None
+        ]
+        cells = [cell(last_of(mine, agent=agent)) for mine in tasks]
+        shown = [f"**{c}**" if agent in w else c for c, w in zip(cells, winners, strict=True)]
+        lines.append([f"`{agent}`", verdict, *shown])
+    head, *body = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([head, "|" + "---|" * len(lines[0]), *body])
+
+
+def main(options: Options) -> None:
+    torch.set_num_threads(1)  # what the runs have, and what `describe` says
+    problems = [Problem(name) for name in TASKS]
+    if options.table is not None:
+        problems.append(Problem(str(options.table), 0.1))
+    agents, network, calls, tuned = tuple(AGENTS), TransformerConfig(), options.calls, None
+    if (RESULTS / "tuned.json").exists():
+        tuned = RESULTS / "tuned.json"
+    if options.quick:
+        problems, agents, calls = [Problem("lookahead")], ("vargrad", "grpo"), 16_384
+        network, tuned = TransformerConfig(1, 1, 8, 8), None
+    plan = Plan(
+        agents,
+        tuple(problems),
+        tuple(range(options.seeds)),
+        calls,
+        network=network,
+        options={k: v for k, v in read_options(tuned).items() if k in agents},
+    )
+    rows = run(plan, options.out, options.workers)
+    write_report(plan, rows, options.out)
+    chosen = "its defaults" if tuned is None else "chosen by benchmarks/tune.py"
+    text = (
+        f"{table(plan, rows)}\n\nKL(policy, target) in nats after {calls:,} responses scored, "
+        f"geometric mean (95% interval) of {options.seeds} seeds; in bold the smallest of a task "
+        f"among those that need no teacher. Learning rate and batch size of each: {chosen}. "
+        f"{describe()}\n"
+    )
+    print(text)
+    if options.quick:
+        return
+    write_text(RESULTS / "methods.md", text)
+    kept = RESULTS / "methods"
+    kept.mkdir(parents=True, exist_ok=True)
+    for name in (CSV, "report.md", *(f"{p.label}.png" for p in problems)):
+        shutil.copy(options.out / name, kept / name)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
