@@ -19,6 +19,7 @@ from rl_ebm.agents.exact import ExactAgent, ExactConfig
 from rl_ebm.agents.kl_penalty import fixed_point as penalised_fixed_point
 from rl_ebm.agents.matching import SLOPES, MatchingAgent, MatchingConfig
 from rl_ebm.agents.monte_carlo import MonteCarloAgent, MonteCarloConfig
+from rl_ebm.agents.monte_carlo import fixed_point as monte_carlo_fixed_point
 from rl_ebm.agents.on_policy_distillation import (
     OnPolicyDistillationAgent,
     OnPolicyDistillationConfig,
@@ -131,6 +132,7 @@ AGENTS = {
         MonteCarloConfig,
         "regression of Q* = log E_ref exp(R / beta) on rollouts of the reference (Q#)",
         "Zhou et al. 2025, arXiv 2502.20548",
+        fixed_point=monte_carlo_fixed_point,
     ),
     "policy-gradient": AgentEntry(
         PolicyGradientAgent,

@@ -49,10 +49,11 @@ def best_of_groups(reward: Float[Tensor, "B"], n: int) -> Int64[Tensor, "G"]:
 
 def fixed_point(config: BestOfNConfig, problem: Problem) -> FixedPoint:
     """The best-of-n law of p_ref, or the best response alone."""
+    if config.n == 1:  # nothing is chosen
+        return FixedPoint(problem.start_law, sampler=True)
     if config.source == "policy":
-        return FixedPoint(best_response(problem), degenerate=config.n > 1, sampler=True)
-    law = best_of_n(problem.log_ref_responses, problem.g_responses, config.n)
-    return FixedPoint(law, sampler=True)
+        return best_response(problem)
+    return FixedPoint(best_of_n(problem.start_law, problem.g_responses, config.n), sampler=True)
 
 
 class BestOfNAgent(ImitationAgent):

@@ -150,6 +150,18 @@ def draw_prompts(
     return chosen[torch.arange(n, device=device) % len(chosen)]
 
 
+def log_mean_exp(
+    x: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], num_prompts: int
+) -> Float[Tensor, "P"]:
+    """log of the mean of exp x over each prompt's rows; -inf for a prompt without rows."""
+    zero = x.new_zeros(num_prompts)
+    # Each prompt's own largest: what is nothing beside another prompt's is no zero.
+    top = zero.scatter_reduce(0, prompt_ids, x, "amax", include_self=False)
+    total = zero.index_add(0, prompt_ids, (x - top[prompt_ids]).exp())
+    count = zero.index_add(0, prompt_ids, torch.ones_like(x))
+    return (total / count.clamp(min=1)).log() + top
+
+
 def token_values(rows: Float[Tensor, "B T A"], batch: Batch) -> Float[Tensor, "B T"]:
     """The entries of rows at the batch's tokens, 0 past the end."""
     return gather_tokens(rows, batch.tokens).masked_fill(~batch.mask, 0.0)

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rl_ebm.agents.kl_penalty import centred
+from rl_ebm.agents.learner import log_mean_exp
 from rl_ebm.agents.on_policy import OnPolicyAgent, OnPolicyOptions
 from rl_ebm.ebm import EBM
 from rl_ebm.policies.scoring import Policy, Trainable
@@ -118,15 +119,11 @@ class MatchingAgent(OnPolicyAgent):
     def _average(self, log_ratio: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"]) -> None:
         """Take the batch's mean of exp(log-ratio), prompt by prompt, into that of Z."""
         keep = self.config.z_decay
-        top = log_ratio.max()
-        zero = log_ratio.new_zeros(self.ebm.num_prompts)
-        total = zero.index_add(0, prompt_ids, (log_ratio - top).exp())
-        count = zero.index_add(0, prompt_ids, torch.ones_like(log_ratio))
-        seen = count > 0
         log_keep = math.log(keep) if keep else -math.inf
-        new = torch.stack([total.log() + top - count.log(), torch.zeros_like(total)])
+        log_mean = log_mean_exp(log_ratio, prompt_ids, self.ebm.num_prompts)
+        new = torch.stack([log_mean, torch.zeros_like(log_mean)])
         mixed = torch.logaddexp(self.log_z + log_keep, new + math.log(1 - keep))
-        self.log_z = torch.where(seen, mixed, self.log_z)
+        self.log_z = torch.where(log_mean > -math.inf, mixed, self.log_z)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"log_z": self.log_z.clone()}

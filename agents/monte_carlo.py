@@ -9,9 +9,9 @@ arXiv 2502.20548, Sec. 3) learns as a distribution of returns, here as its expon
 
     loss = mean_i sum_t ( exp(f_t - c) - exp(g_i - c) f_t )
 
-has its minimum where exp f is the mean of exp g, for any constant c; c is the log of the mean of
-exp g over the first batch, and keeps the exponentials in range. Without a reference the rollouts
-are uniform, and each later token weighs by its number of alternatives.
+has its minimum where exp f is the mean of exp g, for any constant c; c is the largest log of the
+mean of exp g over a batch so far, prompt by prompt, and keeps the exponentials in range. Without
+a reference the rollouts are uniform, and each later token weighs by its number of alternatives.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.agents.learner import token_values
+from rl_ebm.agents.learner import log_mean_exp, token_values
 from rl_ebm.agents.off_policy import OffPolicyAgent, OffPolicyOptions
 from rl_ebm.ebm import EBM
+from rl_ebm.fixed_points import FixedPoint, Problem
 from rl_ebm.policies.scoring import Policy, Trainable, q_values
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.tokens import Batch, length_mask
 
 LARGEST = 30.0
-"""of an exponent: a batch with a larger one would throw its step away"""
+"""of an exponent; beyond it exp goes on along its tangent, and still pulls f back"""
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,27 @@ def monte_carlo_loss(
     f: Float[Tensor, "B T"],
     returns: Float[Tensor, "B T"],
     lengths: Int64[Tensor, "B"],
-    c: Float[Tensor, ""],
+    c: Float[Tensor, "B"],
 ) -> Float[Tensor, ""]:
     """The loss of the module's docstring: sum over real tokens, mean over rows.
 
     Args:
         f: q(s_t, a_t) - log p_ref(a_t|s_t), with gradient.
         returns: log of the weight of what follows the token, g included.
-        c: the constant, nats.
+        c: the constant of each row's prompt, nats.
     """
     past = ~length_mask(lengths, f.shape[1])
     f, returns = f.masked_fill(past, 0.0), returns.masked_fill(past, 0.0)
-    terms = (f - c).clamp(max=LARGEST).exp() - (returns - c).clamp(max=LARGEST).exp() * f
+    c = c[:, None]
+    x = f - c
+    tangent = 1 + (x - LARGEST).clamp(min=0.0)
+    terms = x.clamp(max=LARGEST).exp() * tangent - (returns - c).clamp(max=LARGEST).exp() * f
     return terms.masked_fill(past, 0.0).sum(1).mean()
+
+
+def fixed_point(config: MonteCarloConfig, problem: Problem) -> FixedPoint:
+    """The EBM: of rollouts of the reference, and of no other policy's."""
+    return FixedPoint(problem.log_target, sampler=True)
 
 
 class MonteCarloAgent(OffPolicyAgent):
@@ -84,7 +93,7 @@ class MonteCarloAgent(OffPolicyAgent):
         teacher: Policy | None = None,
     ) -> None:
         super().__init__(ebm, policy, config, generator, teacher)
-        self.c = torch.full((), math.nan, device=self.ebm.device)
+        self.c = torch.full((self.ebm.num_prompts,), -math.inf, device=self.ebm.device)
 
     def loss(self, batch: Batch, r: Float[Tensor, "B T"]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of rollouts, and the log of their mean weight."""
@@ -97,11 +106,11 @@ class MonteCarloAgent(OffPolicyAgent):
             # What follows token t: its rewards, and what its tokens weigh against their draw.
             rest = (r - log_drawn).flip(1).cumsum(1).flip(1)
             returns = rest + log_drawn - log_ref
-            log_mean = torch.logsumexp(rest[:, 0], 0) - math.log(len(batch))
-            self.c = torch.where(self.c.isnan(), log_mean, self.c)
+            log_mean = log_mean_exp(rest[:, 0], batch.prompt_ids, self.ebm.num_prompts)
+            self.c = torch.maximum(self.c, log_mean)
         f = token_values(q, batch) - log_ref
-        loss = monte_carlo_loss(f, returns, batch.lengths, self.c)
-        return loss, {"losses/log_mean_weight": log_mean}
+        loss = monte_carlo_loss(f, returns, batch.lengths, self.c[batch.prompt_ids])
+        return loss, {"losses/log_mean_weight": log_mean[batch.prompt_ids].mean()}
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"c": self.c.clone()}

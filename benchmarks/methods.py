@@ -12,6 +12,7 @@ The options are those of ``benchmarks/results/tuned.json`` (see benchmarks/tune.
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,21 +64,23 @@ class Options:
     """two methods, one task, a small network; writes nothing into the results"""
 
 
-def cell(rows: Rows) -> str:
-    """KL(policy, target) at the end: geometric mean and 95% interval; infinite where one is."""
-    ends = [row["kl_policy_target"] for row in rows]
-    if any(x == float("inf") for x in ends):
-        return "∞"
-    return geometric_interval([max(x, SMALLEST) for x in ends])
+def ends(rows: Rows, agent: str) -> list[float]:
+    """KL(policy, target) at the end of an agent's runs on a task."""
+    return [max(row["kl_policy_target"], SMALLEST) for row in last_of(rows, agent=agent)]
 
 
-def best(rows: Rows, agents: tuple[str, ...]) -> set[str]:
-    """The agent of the smallest geometric mean on a task."""
-    found = {}
-    for agent in agents:
-        ends = [row["kl_policy_target"] for row in last_of(rows, agent=agent)]
-        found[agent] = geometric_mean([max(x, SMALLEST) for x in ends])
-    return {min(found, key=lambda agent: found[agent])}
+def cell(values: list[float], seeds: int) -> str:
+    """Geometric mean and 95% interval; infinite where one is, failed where one is missing."""
+    if len(values) < seeds:
+        return "failed"
+    return "∞" if math.inf in values else geometric_interval(values)
+
+
+def best(rows: Rows, agents: tuple[str, ...], seeds: int) -> str:
+    """The agent of the smallest geometric mean on a task, of those without a failed run."""
+    found = {agent: ends(rows, agent) for agent in agents}
+    means = {a: geometric_mean(x) for a, x in found.items() if len(x) == seeds}
+    return min(means, key=lambda agent: means[agent])
 
 
 def table(plan: Plan, rows: Rows) -> str:
@@ -86,14 +89,15 @@ def table(plan: Plan, rows: Rows) -> str:
     ends_there = [targets(plan, problem) for problem in plan.problems]
     sampled = tuple(a for a in plan.agents if not AGENTS[a].needs_teacher)
     tasks = [[row for row in rows if row["task"] == p.label] for p in plan.problems]
-    winners = [best(mine, sampled) for mine in tasks]
+    seeds = len(plan.seeds)
+    winners = [best(mine, sampled, seeds) for mine in tasks]
     for agent in plan.agents:
         there = {known[agent] for known in ends_there}
         verdict = {True: "yes", False: "no", None: "not known"}[
             next(iter(there)) if len(there) == 1 else None
         ]
-        cells = [cell(last_of(mine, agent=agent)) for mine in tasks]
-        shown = [f"**{c}**" if agent in w else c for c, w in zip(cells, winners, strict=True)]
+        cells = [cell(ends(mine, agent), seeds) for mine in tasks]
+        shown = [f"**{c}**" if agent == w else c for c, w in zip(cells, winners, strict=True)]
         lines.append([f"`{agent}`", verdict, *shown])
     head, *body = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([head, "|" + "---|" * len(lines[0]), *body])
@@ -118,8 +122,8 @@ def main(options: Options) -> None:
         network=network,
         options={k: v for k, v in read_options(tuned).items() if k in agents},
     )
-    rows = run(plan, options.out, options.workers)
-    write_report(plan, rows, options.out)
+    rows, failed = run(plan, options.out, options.workers)
+    write_report(plan, rows, options.out, failed)
     chosen = "its defaults" if tuned is None else "chosen by benchmarks/tune.py"
     text = (
         f"{table(plan, rows)}\n\nKL(policy, target) in nats after {calls:,} responses scored, "

@@ -91,7 +91,7 @@ def audit_table(quick: bool) -> str:
     others = [x for x in lines if not x["is_target"]]
     keys = ("tv", "kl_target_fixed_point", "expected_reward", "kl_reference")
     for x in sorted(others, key=lambda x: 9.0 if x["tv"] is None else x["tv"]):
-        end = "on the boundary" if x["degenerate"] else "elsewhere"
+        end = {True: "on the boundary", False: "elsewhere", None: "not known"}[x["degenerate"]]
         cells = " | ".join(number(x[k]) for k in keys)
         rows.append(f"| `{x['objective']}` | {options_of(x)} | {end} | {cells} |")
     star = next(x for x in lines if x["is_target"])

@@ -11,9 +11,11 @@ Writes ``benchmarks/results/tuned.json`` (for ``rl-ebm bench --options``) and ``
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -24,7 +26,6 @@ from rl_ebm.agents import AGENTS
 from rl_ebm.backbone import TransformerConfig
 from rl_ebm.bench import Plan, Problem, Rows, last_of, run
 from rl_ebm.checkpoint import write_text
-from rl_ebm.intervals import geometric
 
 RESULTS = Path(__file__).parent / "results"
 RATES = (3e-3, 1e-2, 3e-2)
@@ -57,10 +58,10 @@ def grid(quick: bool) -> list[dict[str, Any]]:
     return [{"lr": lr, "batch_size": batch} for lr, batch in points]
 
 
-def score(rows: Rows, agent: str) -> float:
-    """Geometric mean of KL(policy, target) at the end of the runs of an agent."""
+def score(rows: Rows, agent: str, runs: int) -> float:
+    """Geometric mean of KL(policy, target) at the end of all runs; infinite if one failed."""
     ends = [max(row["kl_policy_target"], SMALLEST) for row in last_of(rows, agent=agent)]
-    return geometric(ends)[0]
+    return geometric_mean(ends) if len(ends) == runs else math.inf
 
 
 def main(options: Options) -> None:
@@ -77,9 +78,10 @@ def main(options: Options) -> None:
             network=network,
             options=dict.fromkeys(agents, point),
         )
-        rows = run(plan, options.out / str(i), options.workers)
+        rows, _ = run(plan, options.out / str(i), options.workers)
         for agent in agents:
-            found[agent].append((score(rows, agent), point))
+            runs = len(plan.problems) * len(plan.seeds)
+            found[agent].append((score(rows, agent, runs), point))
     best = {agent: min(points, key=lambda x: x[0]) for agent, points in found.items()}
     lines = ["| agent | lr | batch_size | KL(policy, target) |", "|---|---|---|---|"]
     lines += [

@@ -31,11 +31,12 @@ def audit(solution: TreeSolution) -> list[dict[str, Any]]:
 
     Returns:
         a dict for each: ``objective`` (the agent's name), ``options``, ``degenerate`` (the limit
-        is on the boundary), ``is_target`` (it is the EBM), ``how`` it was found, ``other_roots``
-        (further interior laws without a gradient: their total variation from the EBM),
-        ``depends_on_sampler``, and in nats and reward units ``tv``, ``kl_fixed_point_target``,
-        ``kl_target_fixed_point``, ``expected_reward``, ``kl_reference``: means over the prompts,
-        None where the limit was not computed.
+        is on the boundary; None where that is not known), ``is_target`` (it is the EBM), ``how`` it
+        was found, ``other_roots`` (further interior laws without a gradient: their total variation
+        from the EBM), ``depends_on_sampler`` (whether it would be another one if the responses were
+        drawn from another policy, the loss as it is), and in nats and reward units ``tv``,
+        ``kl_fixed_point_target``, ``kl_target_fixed_point``, ``expected_reward``,
+        ``kl_reference``: means over the prompts, None where the limit was not computed.
 
     Raises:
         ValueError: responses of reward -inf that the reference allows.
@@ -58,11 +59,15 @@ def _line(
     means = {
         key: fmean(m[key] for m in known) if len(known) == len(cases) else None for key in MEASURES
     }
+    degenerate = any_of([p.degenerate for p in points])
     return {
         "objective": name,
         "options": options,
-        "degenerate": any(p.degenerate for p in points),
-        "is_target": means["tv"] is not None and all(m["tv"] <= SAME for m in known),
+        "degenerate": degenerate,
+        # A target so peaked that the best response alone is near it is still another law.
+        "is_target": not degenerate
+        and means["tv"] is not None
+        and all(m["tv"] <= SAME for m in known),
         **means,
         "how": points[0].how,
         "other_roots": [
@@ -72,6 +77,13 @@ def _line(
         ],
         "depends_on_sampler": any(p.sampler for p in points),
     }
+
+
+def any_of(verdicts: list[bool | None]) -> bool | None:
+    """Whether one is True; None where none is, and one is not known."""
+    if True in verdicts:
+        return True
+    return None if None in verdicts else False
 
 
 def measures(log_law: torch.Tensor | None, problem: Problem) -> dict[str, float] | None:
@@ -95,6 +107,7 @@ def to_text(lines: list[dict[str, Any]]) -> str:
         options = ", ".join(f"{v}" for v in x["options"].values() if v != "none")
         numbers = ["?" if x[k] is None else f"{x[k]:.4g}" for k in MEASURES]
         note = "the EBM" if x["is_target"] else "degenerate" if x["degenerate"] else ""
+        note = note or (x["how"] if x["tv"] is None else "")
         if x["other_roots"]:
             note += f" ({len(x['other_roots'])} other roots)"
         rows.append((x["objective"], options, *numbers, note))

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import csv
 import json
-import math
+import signal
 import sys
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from rl_ebm.agents import AGENTS
 from rl_ebm.backbone import TransformerConfig
@@ -28,10 +29,10 @@ from rl_ebm.ebm import EBM
 from rl_ebm.envs import TASKS, make_task
 from rl_ebm.names import nearest
 from rl_ebm.policies import Uniform
-from rl_ebm.rewards import read_table
-from rl_ebm.runs import CONFIG, METRICS, STATE, read_config
+from rl_ebm.rewards import Table, read_table
+from rl_ebm.runs import CONFIG, METRICS, SCORES, STATE, describe_ebm, read_config
 from rl_ebm.train import resume, train
-from rl_ebm.training import TrainConfig
+from rl_ebm.training import MAX_EVALUATED, NonFiniteError, TrainConfig
 
 RESULTS = "results.csv"
 EXACT = ("kl_target_policy", "kl_policy_target", "tv", "expected_reward_policy")
@@ -89,6 +90,14 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.agents or not self.problems or not self.seeds:
             raise ValueError("a benchmark needs at least one agent, one task and one seed")
+        labels = [problem.label for problem in self.problems]
+        for what, names in (("agent", self.agents), ("task", labels), ("seed", self.seeds)):
+            twice = sorted({str(n) for n in names if names.count(n) > 1})
+            if twice:
+                raise ValueError(
+                    f"each {what} can be given once, {', '.join(twice)} is there twice (a table "
+                    "is called by its file's name without the ending)"
+                )
         for name in self.agents:
             if name not in AGENTS:
                 raise ValueError(f"there is no agent {name!r}{nearest(name, AGENTS)}")
@@ -103,17 +112,24 @@ class Plan:
             if name not in self.agents:
                 raise ValueError(f"options are given for {name!r}, which takes no part")
         for name in self.agents:
-            self.config(name)
+            size = getattr(self.config(name), "batch_size", 1)
+            if size > self.calls:
+                raise ValueError(
+                    f"calls={self.calls} is less than one step of {name}, which scores {size} "
+                    "responses: give more calls, or a smaller batch_size in the options"
+                )
 
     def config(self, agent: str) -> Any:
         """The options of an agent."""
-        kind = AGENTS[agent].config
+        kind, options = AGENTS[agent].config, self.options.get(agent, {})
+        known = [f.name for f in fields(kind)]
+        for name in options:
+            if name not in known:
+                raise ValueError(f"{agent} has no such option: {name}{nearest(name, known)}")
         try:
-            return kind(**self.options.get(agent, {}))
-        except TypeError:
-            raise ValueError(
-                f"{agent} has no such options: {', '.join(self.options[agent])}"
-            ) from None
+            return kind(**options)
+        except TypeError as error:
+            raise ValueError(f"an option of {agent} is of the wrong kind: {error}") from None
 
     def steps(self, agent: str) -> int:
         """Gradient steps that the calls allow: an agent that draws nothing takes as many as one
@@ -175,23 +191,32 @@ def finished(job: Job) -> bool:
     if not (job.run / CONFIG).exists():
         return False
     config = read_config(job.run)
+    ebm, source = job.problem.make()
     same = (
-        config["agent"]["name"] == job.agent
+        config["ebm"] == json.loads(json.dumps(describe_ebm(ebm, source)))
+        and _same_scores(job.run, ebm)
+        and config["agent"]["name"] == job.agent
         and config["agent"]["options"] == asdict(job.plan.config(job.agent))
         and config["policy"] == {"kind": "transformer"} | asdict(job.plan.network)
-        and config["ebm"]["beta"] == job.problem.beta
         and config["train"]["seed"] == job.seed
         and config["train"]["steps"] == job.plan.steps(job.agent)
         and config["train"]["seconds"] == job.plan.seconds
     )
     if not same:
         raise RunError(
-            f"{job.run} holds a run with other options, network or budget: give another --out, "
-            "or delete it"
+            f"{job.run} holds a run of another problem, or with other options, network or budget: "
+            "give another --out, or delete it"
         )
     if not (job.run / STATE).exists():
         return False
     return bool(load_state(job.run / STATE, "cpu").get("complete"))
+
+
+def _same_scores(run: Path, ebm: EBM) -> bool:
+    """Whether the table that a run was trained on, where it was one, is the one there is now."""
+    if not (run / SCORES).exists() or not isinstance(ebm.reward_model, Table):
+        return True
+    return torch.equal(load_file(run / SCORES)["scores"], ebm.reward_model.scores)
 
 
 def rows_of(job: Job) -> Rows:
@@ -221,19 +246,34 @@ def rows_of(job: Job) -> Rows:
     return found
 
 
-def run(plan: Plan, out: Path, workers: int = 2) -> Rows:
-    """Every run of a plan, ``workers`` at a time with one thread each; their rows.
+def run(plan: Plan, out: Path, workers: int = 2) -> tuple[Rows, list[str]]:
+    """Every run of a plan, ``workers`` at a time with one thread each.
 
-    ``results.csv`` is written after each, so that what was interrupted is not lost.
+    ``results.csv`` is written after each, so that what was interrupted is not lost. A run whose
+    loss stops being finite has failed; the others go on.
+
+    Returns:
+        the rows of all runs, and a line for each that failed.
+
+    Raises:
+        ValueError: a problem with too many states to be verified.
+        RunError: a run of another benchmark is in the place of one.
     """
+    for problem in plan.problems:
+        ebm, _ = problem.make()
+        states = ebm.num_prompts * ebm.space.num_states
+        if states > MAX_EVALUATED:
+            raise ValueError(
+                f"{problem.label} has {states:,} states, and a benchmark verifies every run: at "
+                f"most {MAX_EVALUATED:,} can be"
+            )
     out.mkdir(parents=True, exist_ok=True)
     todo = jobs(plan, out)
     write_text(out / "plan.json", json.dumps(asdict(plan), indent=1) + "\n")
     found: dict[int, Rows] = {}
+    failed: dict[int, str] = {}
     waiting = list(range(len(todo)))
-    with ProcessPoolExecutor(
-        workers, get_context("spawn"), torch.set_num_threads, (1,)
-    ) as processes:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _begin) as processes:
         running: dict[Future[Rows], int] = {}
         while waiting or running:
             while waiting and len(running) < workers:
@@ -241,10 +281,16 @@ def run(plan: Plan, out: Path, workers: int = 2) -> Rows:
                 running[processes.submit(measure, todo[i])] = i
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 i = running.pop(future)
-                found[i] = future.result()
-                write_rows(out / RESULTS, [row for k in sorted(found) for row in found[k]])
-                _say(todo[i], found[i], len(found), len(todo))
-    return [row for k in sorted(found) for row in found[k]]
+                try:
+                    found[i] = future.result()
+                except NonFiniteError as error:
+                    job = todo[i]
+                    failed[i] = f"{job.problem.label}, {job.agent}, seed {job.seed}: {error}"
+                else:
+                    write_rows(out / RESULTS, [row for k in sorted(found) for row in found[k]])
+                _say(todo[i], found.get(i, []), len(found) + len(failed), len(todo))
+    rows = [row for k in sorted(found) for row in found[k]]
+    return rows, [failed[k] for k in sorted(failed)]
 
 
 def read_options(path: Path | None) -> dict[str, dict[str, Any]]:
@@ -282,10 +328,18 @@ def last_of(rows: Sequence[dict[str, Any]], **fields: Any) -> Rows:
     return list(last.values())
 
 
+def _begin() -> None:
+    """One thread for each process, which Ctrl-C ends without a word of its own."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _say(job: Job, rows: Rows, done: int, total: int) -> None:
-    end = rows[-1] if rows else {"kl_policy_target": math.nan, "seconds": math.nan}
+    end = "failed"
+    if rows:
+        kl, seconds = rows[-1]["kl_policy_target"], rows[-1]["seconds"]
+        end = f"KL(policy, target) {kl:.3g}, {seconds:.0f} s"
     print(
-        f"[{done:3d}/{total}] {job.problem.label:12s} {job.agent:22s} seed {job.seed}: "
-        f"KL(policy, target) {end['kl_policy_target']:.3g}, {end['seconds']:.0f} s",
+        f"[{done:3d}/{total}] {job.problem.label:12s} {job.agent:22s} seed {job.seed}: {end}",
         file=sys.stderr,
     )

@@ -18,7 +18,8 @@ from rl_ebm.bench import Plan, Problem, Rows, last_of
 from rl_ebm.checkpoint import write_text
 from rl_ebm.divergences import tv
 from rl_ebm.ebm import EBM
-from rl_ebm.exact import problems, solve, summarise
+from rl_ebm.exact import forbids, problems, solve, summarise
+from rl_ebm.fixed_points import target
 from rl_ebm.intervals import interval
 
 FLOOR = 1e-9
@@ -27,8 +28,12 @@ SWEEP = torch.logspace(-1.5, 1.5, 25).tolist()
 """beta of the frontier, in units of the benchmark's"""
 
 
-def write_report(plan: Plan, rows: Rows, out: Path) -> str:
-    """report.md and its pictures, beside results.csv; the text."""
+def write_report(plan: Plan, rows: Rows, out: Path, failed: Sequence[str] = ()) -> str:
+    """report.md and its pictures, beside results.csv; the text.
+
+    Args:
+        failed: a line for each run without a result.
+    """
     sections = []
     for problem in plan.problems:
         mine = [row for row in rows if row["task"] == problem.label]
@@ -53,6 +58,9 @@ def write_report(plan: Plan, rows: Rows, out: Path) -> str:
             *sections,
         ]
     )
+    if failed:
+        lines = "\n".join(f"- {line}" for line in failed)
+        text += f"\n\n**Failed runs**, which count nowhere above:\n\n{lines}"
     write_text(out / "report.md", text + "\n")
     return text
 
@@ -63,6 +71,8 @@ def table(plan: Plan, problem: Problem, rows: Rows) -> str:
     lines = []
     for agent in plan.agents:
         ends = last_of(rows, agent=agent)
+        if not ends:  # all of its runs failed
+            continue
         cells = [
             interval([row[key] for row in ends])
             for key in ("kl_policy_target", "kl_target_policy", "tv")
@@ -92,19 +102,26 @@ def table(plan: Plan, problem: Problem, rows: Rows) -> str:
 
 
 def targets(plan: Plan, problem: Problem) -> dict[str, bool | None]:
-    """Whether each agent's objective, with its options, has the EBM as its fixed point."""
+    """Whether each agent's objective, with its options, has the EBM as its fixed point.
+
+    None where that is not known: a flow that did not settle, or responses of reward -inf.
+    """
     ebm, _ = problem.make()
-    cases = problems(solve(ebm))
+    solution = solve(ebm)
+    if forbids(solution):
+        return {a: True if AGENTS[a].fixed_point is target else None for a in plan.agents}
+    cases = problems(solution)
     found: dict[str, bool | None] = {}
     for agent in plan.agents:
         points = [AGENTS[agent].fixed_point(plan.config(agent), case) for case in cases]
         laws = [point.log_law for point in points if point.log_law is not None]
-        if len(laws) < len(points):
-            found[agent] = False if any(point.degenerate for point in points) else None
-            continue
-        found[agent] = all(
-            float(tv(law, case.log_target)) <= SAME for law, case in zip(laws, cases, strict=True)
-        )
+        if any(point.degenerate for point in points):
+            found[agent] = False
+        elif len(laws) < len(points):
+            found[agent] = None
+        else:
+            pairs = zip(laws, cases, strict=True)
+            found[agent] = all(float(tv(law, case.log_target)) <= SAME for law, case in pairs)
     return found
 
 

@@ -197,8 +197,14 @@ def run_bench(args: Sequence[str]) -> int:
         a.network,
         read_options(a.options),
     )
-    rows = bench(plan, a.out, a.workers)
-    print(write_report(plan, rows, a.out))
+    try:
+        rows, failed = bench(plan, a.out, a.workers)
+    except KeyboardInterrupt:
+        flags.fail("stopped; the same command goes on with what is left")
+        return 130
+    if not rows:
+        raise ValueError(f"every run failed: {'; '.join(failed)}")
+    print(write_report(plan, rows, a.out, failed))
     print(f"\nwritten: {a.out / 'report.md'}; curves: tensorboard --logdir {a.out / 'runs'}")
     return 0
 

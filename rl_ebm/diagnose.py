@@ -197,9 +197,12 @@ def _fit(
 def _log_z_error(
     policy: Policy, ebm: EBM, log_z: Tensor, state: dict[str, Any], values: bool
 ) -> float | None:
-    extra = state.get("agent", {}).get("extra") or []
+    agent = state.get("agent", {})
+    extra = agent.get("extra") or []
     if extra:  # a log Z that is learned on its own
         return float((extra[0].double() - log_z).abs().max())
+    if "log_z" in agent:  # a moving average, and its weight
+        return float((agent["log_z"][0] - agent["log_z"][1] - log_z).abs().max())
     if not values:
         return None
     with torch.no_grad():
@@ -231,6 +234,8 @@ def _starved(
     if calls == 0:
         return None
     share = float(getattr(options, "explore", 0.0))
+    if getattr(options, "source", None) == "reference":  # nothing is the policy's own
+        share = 1.0
     start = [sequence_log_probs(case.start(), case.space) for case in cases]
     drawn = share * torch.stack(start).exp() + (1 - share) * log_pi.exp()
     return float(star.exp().masked_fill(calls / len(cases) * drawn >= 1, 0.0).sum(1).mean())
@@ -248,7 +253,7 @@ def _advice(
             f"What {name} with these options converges to is not known here, so that its error "
             "cannot be split: rl-ebm audit lists objectives that end at the EBM."
         )
-    if total < SMALL:
+    if total < SMALL and math.isfinite(objective):
         return f"Nothing to mend: the policy is within {total:.2g} nats of the EBM."
     if math.isinf(objective) or objective >= max(capacity or 0.0, optimisation or 0.0):
         return (

@@ -24,15 +24,17 @@ def student95(df: int) -> float:
 
 def half_width(values: Sequence[float]) -> float:
     """Of the 95% interval of the mean (Student's t); infinite for one value."""
-    if len(values) < 2:
+    if len(values) < 2 or not all(map(math.isfinite, values)):
         return math.inf
     return student95(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def interval(values: Sequence[float]) -> str:
-    """Mean and half-width of its 95% interval, as text."""
+    """Mean and half-width of its 95% interval, as text; infinite where a value is."""
     if not values:
         return "not run"
+    if math.inf in values:
+        return "∞"
     if len(values) < 2:
         return f"{values[0]:.2g} (one run)"
     return f"{statistics.fmean(values):.2g} ± {half_width(values):.1g}"

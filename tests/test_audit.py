@@ -14,7 +14,8 @@ from toy_policies import close, seeded
 import rl_ebm
 from rl_ebm import cli, divergences
 from rl_ebm.agents import AGENTS
-from rl_ebm.audit import MEASURES, audit, to_json, to_text
+from rl_ebm.audit import MEASURES, any_of, audit, to_json, to_text
+from rl_ebm.envs import make_task
 from rl_ebm.exact import problems
 from rl_ebm.fixed_points import boundary
 from rl_ebm.policies import Tabular, Uniform
@@ -28,7 +29,7 @@ WITH_REPLAY = sorted(n for n, entry in AGENTS.items() if hasattr(entry.config, "
 
 @pytest.fixture(autouse=True)
 def short_flows(monkeypatch):
-    monkeypatch.setattr(boundary, "SECONDS", 0.5)
+    monkeypatch.setattr(boundary, "STEPS", 60)
 
 
 def line_of(lines, objective, **options):
@@ -65,6 +66,21 @@ def test_every_objective_is_audited_with_every_option_that_moves_it(kind):
     }
     assert json.loads(json.dumps(to_json(lines)))
     assert len(to_text(lines).splitlines()) == len(lines) + 1
+
+
+def test_the_best_response_alone_is_not_the_ebm_however_peaked_that_is():
+    lines = audit(rl_ebm.solve(make_task("random", vocab_size=3, max_length=2, beta=1e-3)))
+    end = line_of(lines, "best-of-n", source="policy")
+    assert end["tv"] < 1e-8
+    assert end["degenerate"]
+    assert not end["is_target"]
+    assert line_of(lines, "soft-q")["is_target"]
+
+
+def test_a_verdict_is_known_where_one_says_yes_or_all_say_no():
+    assert any_of([False, None, True]) is True
+    assert any_of([False, None]) is None
+    assert any_of([False, False]) is False
 
 
 def test_the_measures_are_sums_over_the_responses():

@@ -14,10 +14,10 @@ import torch
 from toy_policies import seeded
 
 import rl_ebm
-from benchmarks import methods
+from benchmarks import methods, tune
 from rl_ebm import cli, intervals
 from rl_ebm.agents import AGENTS
-from rl_ebm.bench import Plan, Problem, finished, jobs, last_of, measure, rows_of
+from rl_ebm.bench import Plan, Problem, finished, jobs, last_of, measure, rows_of, run
 from rl_ebm.bench_report import frontier, targets, write_report
 from rl_ebm.checkpoint import RunError
 from rl_ebm.fixed_points import boundary
@@ -31,7 +31,7 @@ OPTIONS = {"soft-q": {"batch_size": 64}, "grpo": {"batch_size": 32, "group_size"
 
 @pytest.fixture(autouse=True)
 def short_flows(monkeypatch):
-    monkeypatch.setattr(boundary, "SECONDS", 0.5)
+    monkeypatch.setattr(boundary, "STEPS", 60)
 
 
 def plan(**changes):
@@ -96,7 +96,12 @@ def test_what_is_finished_is_not_run_again_and_another_plan_is_refused(tmp_path)
         ({"problems": (Problem("randon"),)}, "random"),
         ({"calls": 0}, "calls"),
         ({"options": {"dpg": {}}}, "takes no part"),
-        ({"options": {"soft-q": {"batchsize": 3}}}, "batchsize"),
+        ({"options": {"soft-q": {"batchsize": 3}}}, "batchsize: did you mean 'batch_size'"),
+        ({"options": {"soft-q": {"lr": "x"}}}, "of the wrong kind"),
+        ({"calls": 40}, "less than one step of soft-q, which scores 64"),
+        ({"agents": ("soft-q", "grpo", "soft-q")}, "each agent can be given once, soft-q"),
+        ({"seeds": (0, 1, 1)}, "each seed can be given once, 1"),
+        ({"problems": (Problem("star"), Problem("star", task_seed=1))}, "each task .* star"),
     ],
 )
 def test_a_wrong_plan_is_one_sentence(changes, word):
@@ -107,10 +112,12 @@ def test_a_wrong_plan_is_one_sentence(changes, word):
 def test_the_report_says_which_objective_ends_at_the_ebm():
     found = targets(plan(), Problem("star", beta=0.5))
     assert found == {"soft-q": True, "grpo": False}
-    one = plan(agents=("policy-gradient",), options={})
+    one = plan(agents=("policy-gradient",), options={}, calls=4096)
     assert targets(one, Problem("lookahead")) == {"policy-gradient": True}
     for options, want in (({"kl_in": "loss"}, False), ({"kl_estimator": "k2"}, False)):
-        changed = plan(agents=("policy-gradient",), options={"policy-gradient": options})
+        changed = plan(
+            agents=("policy-gradient",), options={"policy-gradient": options}, calls=4096
+        )
         assert targets(changed, Problem("lookahead")) == {"policy-gradient": want}
 
 
@@ -217,7 +224,64 @@ def test_the_smallest_geometric_mean_of_a_task_wins():
 
     rows = [row("a", 0, 9.0), row("a", 0, 1e-3), row("a", 1, 1.0), row("b", 0, 0.1)]
     rows += [row("b", 1, 0.1), row("c", 0, 1e-9), row("c", 1, math.inf)]
-    assert methods.best(rows, ("a", "b", "c")) == {"a"}  # sqrt(1e-3) < 0.1
-    assert methods.best(rows, ("b", "c")) == {"b"}
-    assert methods.cell(last_of(rows, agent="c")) == "∞"
-    assert methods.cell(last_of(rows, agent="b")).startswith("0.1 (0.1 to")
+    rows.append(row("d", 0, 1e-9))
+    assert methods.best(rows, ("a", "b", "c", "d"), 2) == "a"  # sqrt(1e-3) < 0.1, d failed once
+    assert methods.best(rows, ("b", "c"), 2) == "b"
+    shown = {a: methods.cell(methods.ends(rows, a), 2) for a in "bcd"}
+    assert shown["b"].startswith("0.1 (0.1 to")
+    assert (shown["c"], shown["d"]) == ("∞", "failed")
+    assert tune.score(rows, "a", 2) == pytest.approx(math.sqrt(1e-3))
+    assert tune.score(rows, "d", 2) == math.inf
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capsys):
+    options = tmp_path / "options.json"
+    options.write_text(json.dumps(OPTIONS | {"soft-q": {"batch_size": 64, "lr": 1e30}}))
+    args = ["bench", "--out", str(tmp_path / "out"), "--agents", "soft-q,grpo", "--seeds", "1"]
+    args += ["--tasks", "lookahead", "--calls", "256", "--options", str(options), "--dim", "8"]
+    args += ["--heads", "1", "--layers", "1", "--hidden", "8", "--workers", "1"]
+    assert cli.main(args) == 0
+    text = capsys.readouterr().out
+    assert "| `grpo` | no | 256 |" in text
+    assert "| `soft-q` |" not in text
+    assert "Failed runs" in text
+    assert "lookahead, soft-q, seed 0:" in text
+    assert cli.main([*args, "--agents", "soft-q", "--options", str(options)]) == 2
+
+
+def test_another_problem_in_the_place_of_a_run_is_refused(tmp_path):
+    def first(problem):
+        return jobs(plan(problems=(problem,)), tmp_path / "out")[0]
+
+    measure(first(Problem("lookahead")))
+    assert finished(first(Problem("lookahead")))
+    for other in (Problem("lookahead", task_seed=1), Problem("lookahead", beta=2.0)):
+        with pytest.raises(RunError, match="another problem"):
+            finished(first(other))
+    table = tmp_path / "table.tsv"
+    table.write_text("sequence\tscore\n0 0\t1\n0 1\t2\n1 0\t0.5\n1 1\t0\n")
+    measure(first(Problem(str(table))))
+    assert finished(first(Problem(str(table))))
+    table.write_text("sequence\tscore\n0 0\t1\n0 1\t2\n1 0\t0.6\n1 1\t0\n")
+    with pytest.raises(RunError, match="another problem"):
+        finished(first(Problem(str(table))))
+
+
+def test_what_cannot_be_verified_is_refused_before_anything_is_trained(tmp_path):
+    table = tmp_path / "large.tsv"
+    rows = [f"{i:018b}\t{i % 2}\n" for i in range(2**18)]
+    table.write_text("sequence\tscore\n" + "".join(rows))
+    with pytest.raises(ValueError, match="262,143 states"):
+        run(plan(problems=(Problem("lookahead"), Problem(str(table)))), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_table_with_impossible_responses_is_reported(tmp_path):
+    table = tmp_path / "t.tsv"
+    table.write_text("sequence\tscore\n0 0\t1\n0 1\t2\n1 0\t-inf\n1 1\t0\n")
+    known = targets(
+        plan(agents=("best-of-n", "vargrad"), options={}, calls=4096), Problem(str(table))
+    )
+    assert known == {"best-of-n": None, "vargrad": True}
+    assert intervals.interval([math.inf, 1.0]) == "∞"
+    assert intervals.half_width([math.inf, 1.0]) == math.inf

@@ -104,6 +104,19 @@ def test_what_was_hardly_drawn_is_said(tmp_path):
     assert diagnose(run, 1.0).starved_mass < 0.05
 
 
+def test_what_the_reference_draws_is_not_starved_by_a_policy_that_narrows(tmp_path):
+    run, _ = run_of(tmp_path, "best-of-n", steps=150, source="reference", n=64)
+    found = diagnose(run, 1.0)
+    assert found.starved_mass == 0.0  # 27 responses, 2,800 draws of each
+    assert found.missing_mass > 0.2
+
+
+@pytest.mark.slow
+def test_the_moving_average_of_dpg_is_its_log_z(tmp_path):
+    run, _ = run_of(tmp_path, "dpg", steps=400)
+    assert diagnose(run, 1.0).log_z_error < 0.05
+
+
 def test_the_policy_of_a_law_has_that_law():
     for shape, prompts in (((3, 3, None), None), ((3, 3, 1), [[0], [1]])):
         space = rl_ebm.TokenSpace(*shape)

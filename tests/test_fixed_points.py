@@ -7,50 +7,23 @@ from itertools import islice, product
 
 import pytest
 import torch
+from fixed_point_cases import PENALTIES, problem_of, small_ebm
 from toy_policies import close, seeded
 
 import rl_ebm
 from rl_ebm.agents.kl_penalty import PenaltyOptions
 from rl_ebm.agents.policy_gradient import policy_gradient_loss
 from rl_ebm.divergences import tv
-from rl_ebm.exact import problems
 from rl_ebm.fixed_points import Penalty, penalised
-from rl_ebm.fixed_points.boundary import boundary_limit, staying
 from rl_ebm.fixed_points.closed_form import best_of_n, hyperbolic_rule
 from rl_ebm.fixed_points.flow import by_depth, field, follow
-from rl_ebm.policies import Tabular, Uniform
+from rl_ebm.policies import Tabular
 from rl_ebm.soft_bellman import log_policy, sequence_log_probs
 from rl_ebm.tokens import length_mask
 
 SPACES = [(3, 2, None), (2, 3, None), (3, 3, 0), (2, 3, 1)]
 in_every_space = pytest.mark.parametrize("shape", SPACES, ids=lambda s: "-".join(map(str, s)))
-PENALTIES = [
-    (k, place, level)
-    for place, k, level in product(("reward", "loss"), ("k1", "k2", "k3"), ("token", "sequence"))
-]
 INTERIOR = [("k2", "loss"), ("k3", "loss")]
-
-
-def small_ebm(shape, beta=0.5, seed=0, forbid=False):
-    """Random scores and a random reference; ``forbid`` takes one action of the root away."""
-    space = rl_ebm.TokenSpace(*shape)
-    reference = Tabular(space, scale=0.7, generator=seeded(seed), dtype=torch.float64)
-    if forbid:
-        with torch.no_grad():
-            reference.table[0, 0, (space.eos_id or 0) - 1] = -math.inf
-    weights = torch.randn(space.num_sequences, generator=seeded(seed + 1), dtype=torch.float64)
-    if space.eos_id is None:
-        return rl_ebm.EBM(space, weights, beta, reference)
-
-    def reward(tokens, lengths):
-        return weights[space.sequence_indices(tokens, lengths)]
-
-    return rl_ebm.EBM(space, reward, beta, reference)
-
-
-def problem_of(ebm):
-    (problem,) = problems(rl_ebm.solve(ebm))
-    return problem
 
 
 def summed_gradient(ebm, theta, options, gain_scale=1.0, shift=0.0):
@@ -224,102 +197,6 @@ def test_the_best_of_n_is_that_of_all_tuples(n):
         for i in best:  # one of the best draws, at random
             want[i] += weight / len(best)
     close(best_of_n(log_ref, g, n).exp(), torch.tensor(want, dtype=torch.float64), 1e-12)
-
-
-# On the boundary --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(3, 2, None), (2, 3, 1)])
-@pytest.mark.parametrize("k", ["k2", "k3"])
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_a_penalty_in_the_reward_drives_responses_out(shape, k, level):
-    ebm = small_ebm(shape, beta=1.5, seed=6)
-    problem = problem_of(ebm)
-    point = boundary_limit(problem, k, level)
-    assert point.degenerate
-    assert point.how == "flow"
-    law = point.log_law.exp()
-    left = law > 0
-    assert 1 <= int(left.sum()) < len(law)
-    close(float(law.sum()), 1.0, 1e-12)
-    if level == "sequence" and left.sum() > 1:
-        u = (point.log_law - problem.log_ref_responses)[left]
-        kappa = u.square() / 2 if k == "k2" else (-u).exp() - 1 + u
-        equal = problem.g_responses[left] - kappa
-        close(equal, equal[:1].expand_as(equal), 1e-9)
-        assert bool((u > 0).all())
-    for _, theta, _ in islice(follow(problem, Penalty(k, "reward", level), tolerance=1e-4), 300):
-        flow = sequence_log_probs(by_depth(problem, theta), problem.space)
-    assert float(tv(flow, point.log_law)) < 0.01
-
-
-@pytest.mark.parametrize("k", ["k2", "k3"])
-def test_who_stays_has_equal_returns_less_penalty(k):
-    log_ref = torch.log_softmax(torch.randn(30, 4, generator=seeded(8), dtype=torch.float64), 1)
-    w = torch.randn(30, 4, generator=seeded(9), dtype=torch.float64) * 0.2
-    stays = torch.ones(30, 4, dtype=torch.bool)
-    stays[:, 0] = stays[::2, 1] = stays[::4, 2] = False
-    log_pi, c = staying(log_ref, w, stays, k)
-    close(log_pi.exp().sum(1), torch.ones(30).double(), 1e-12)
-    assert torch.equal(torch.isneginf(log_pi), ~stays)
-    u = (log_pi - log_ref).masked_fill(~stays, 0.0)
-    kappa = u.square() / 2 if k == "k2" else (-u).exp() - 1 + u
-    solved = ~c.isnan()
-    assert 10 < int(solved.sum()) < 30
-    rest = (w - kappa - c[:, None]).masked_fill(~stays, 0.0)[solved]
-    close(rest, torch.zeros_like(rest), 1e-8)
-    assert bool((u[solved] >= 0).all())
-    # Where there is none, equal ratios u >= 0 would weigh too much already.
-    lowest = w.masked_fill(~stays, math.inf).amin(1, keepdim=True)
-    x = (w - lowest).clamp(min=0)
-    if k == "k2":
-        mass = (log_ref + (2 * x).sqrt()).masked_fill(~stays, -math.inf).logsumexp(1)
-        assert bool((mass[~solved] > 0).all())
-
-
-def test_a_constant_reward_leaves_the_reference():
-    space = rl_ebm.TokenSpace(3, 2)
-    ebm = rl_ebm.EBM(space, torch.full((9,), 0.4), 0.5, Uniform(space))
-    problem = problem_of(ebm)
-    for k, place, level in PENALTIES:
-        for group_std in (False, True):
-            point = penalised(problem, Penalty(k, place, level, group_std))
-            if (k, place) != ("k1", "loss"):
-                assert not point.degenerate
-            close(point.log_law, problem.log_target, 1e-12)
-
-
-def test_without_a_penalty_the_best_response_takes_all():
-    ebm = small_ebm((3, 2, None))
-    problem = problem_of(ebm)
-    point = penalised(problem, Penalty("k1", "loss"))
-    assert point.degenerate
-    want = torch.full((9,), -math.inf, dtype=torch.float64)
-    want[problem.g_responses.argmax()] = 0.0
-    close(point.log_law.exp(), want.exp(), 0.0)
-    for _, theta, _ in islice(follow(problem, Penalty("k1", "loss"), tolerance=1e-4), 500):
-        law = sequence_log_probs(by_depth(problem, theta), problem.space)
-    assert float(tv(law, point.log_law)) < 0.02
-
-
-def test_what_the_reference_forbids_stays_forbidden():
-    ebm = small_ebm((3, 2, None), forbid=True)
-    problem = problem_of(ebm)
-    gone = torch.isneginf(problem.log_ref_responses)
-    assert int(gone.sum()) == 3
-    for k, place, level in PENALTIES:
-        for group_std in (False, True):
-            law = penalised(problem, Penalty(k, place, level, group_std)).log_law
-            assert bool(torch.isneginf(law[gone]).all()), (k, place, level)
-            assert not bool(law.isnan().any())
-            close(float(law.exp().sum()), 1.0, 1e-12)
-
-
-def test_rewards_of_minus_infinity_are_refused():
-    space = rl_ebm.TokenSpace(2, 2)
-    ebm = rl_ebm.EBM(space, torch.tensor([0.0, 1.0, -math.inf, 0.0]), 1.0, Uniform(space))
-    with pytest.raises(ValueError, match="finite"):
-        problems(rl_ebm.solve(ebm))
 
 
 # The mean over the tokens -----------------------------------------------------------------------

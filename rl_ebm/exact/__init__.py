@@ -1,6 +1,6 @@
 """Exact solutions of an EBM; each is itself a policy."""
 
-from rl_ebm.exact.problems import problems
+from rl_ebm.exact.problems import forbids, problems
 from rl_ebm.exact.solution import TreeSolution
 from rl_ebm.exact.solve import TooLargeError, check_memory, solve
 from rl_ebm.exact.summary import Response, Summary, summarise
@@ -11,6 +11,7 @@ __all__ = [
     "TooLargeError",
     "TreeSolution",
     "check_memory",
+    "forbids",
     "problems",
     "solve",
     "summarise",

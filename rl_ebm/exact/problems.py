@@ -9,6 +9,11 @@ from rl_ebm.fixed_points import Problem
 from rl_ebm.soft_bellman import log_policy, sequence_log_probs
 
 
+def forbids(solution: TreeSolution) -> bool:
+    """Whether some response that the reference allows has reward -inf."""
+    return solution.ebm.reward_model.forbids or bool(torch.isneginf(solution.scores).any())
+
+
 def problems(solution: TreeSolution) -> list[Problem]:
     """The problem of every prompt of a solved EBM.
 
@@ -17,10 +22,10 @@ def problems(solution: TreeSolution) -> list[Problem]:
             that are the EBM itself has a gradient there.
     """
     ebm, space = solution.ebm, solution.space
-    if ebm.reward_model.forbids or bool(torch.isneginf(solution.scores).any()):
+    if forbids(solution):
         raise ValueError(
             "some responses have reward -inf, where penalised objectives have no finite gradient: "
-            "audit a table whose scores are finite (forbid tokens by the reference instead)"
+            "give a table whose scores are finite (forbid tokens by the reference instead)"
         )
     found = []
     for p in range(ebm.num_prompts):

@@ -92,7 +92,7 @@ def normalised(
     if not baseline:
         return law(0.0)
     allowed = g[problem.allowed]
-    start = float(expectation(torch.log_softmax(problem.log_ref_responses, 0), g).sum())
+    start = float(expectation(problem.start_law, g).sum())
     first = excess(start)
     end = float(allowed.max() if first > 0 else allowed.min())
     return law(_root(excess, start, end, first))

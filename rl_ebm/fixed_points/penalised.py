@@ -8,8 +8,8 @@ The reward is R, the penalty beta * kappa with u = log pi - log p_ref, of a resp
 In the **reward** the penalty has no gradient of its own, and the policy gradient is that of
 E[(R / beta - kappa) grad log pi] with kappa held fixed: at an interior fixed point R / beta -
 kappa is constant. For k1 that is the EBM. k2 and k3 grow on both sides of u = 0, so that a
-response that has become less likely than under p_ref is punished for it, and driven out: the
-limit is on the boundary.
+response that has become less likely than under p_ref is punished for it: as a rule it is driven
+out, and the limit is on the boundary (:mod:`rl_ebm.fixed_points.boundary`).
 
 In the **loss** the gradient is that of kappa itself at the responses drawn, which leaves out how
 the draws depend on pi: E[kappa'(u) grad log pi], that is nothing for k1 (E grad log pi = 0: no
@@ -30,6 +30,7 @@ the whole gradient, and move nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -51,33 +52,42 @@ def penalised(problem: Problem, penalty: Penalty) -> FixedPoint:
     shortened = mean_tokens and problem.space.eos_id is not None
     if place == "reward":
         if estimator == "k1" and (baseline or not shortened):
-            return FixedPoint(problem.log_target)
+            # g - u is one number, whoever drew the response; it is 0 with the baseline taken off.
+            return FixedPoint(problem.log_target, sampler=not baseline)
         if estimator == "k1":  # w (g - u) is one number, as for k2 of the response in the loss
-            return FixedPoint(normalised(problem, "k2", "sequence", 1.0, baseline), how="root")
+            law = normalised(problem, "k2", "sequence", 1.0, baseline)
+            return FixedPoint(law, how="root", sampler=not baseline)
         if shortened:
-            return FixedPoint(None, how="not computed")
+            return FixedPoint(None, degenerate=None, how="not computed", sampler=True)
         return boundary_limit(problem, estimator, level)
     if estimator == "k1":
         if shortened:  # E[w grad log pi] is not 0: long responses are paid for being long
-            return FixedPoint(None, how="not computed")
-        best = best_response(problem)
-        return FixedPoint(best, degenerate=bool((torch.isneginf(best) & problem.allowed).any()))
+            return FixedPoint(None, degenerate=None, how="not computed", sampler=True)
+        return best_response(problem)
 
-    def law(scale: float) -> Tensor:
+    def in_loss(scale: float) -> Tensor:
         if shortened:
             return normalised(problem, estimator, level, scale, baseline)
         return _in_loss(problem, estimator, level, scale)
 
     if group_std:
-        return _group_scaled(problem, law)
-    return FixedPoint(law(1.0), how="root" if shortened else "closed form")
+        return _group_scaled(problem, in_loss)
+    how = "root" if shortened else "closed form"
+    return FixedPoint(in_loss(1.0), how=how, sampler=True)
 
 
-def best_response(problem: Problem) -> Float[Tensor, "N"]:
-    """log-law of the responses of largest reward, by p_ref where several tie."""
+def best_response(problem: Problem) -> FixedPoint:
+    """The response of largest reward alone; p_ref where all are equal and nothing has a gradient.
+
+    Where several tie, some of them stay, and which depends on the way there: no law is given.
+    """
     g = problem.g_responses
-    best = g[problem.allowed].max()
-    return torch.log_softmax(problem.log_ref_responses.masked_fill(g < best, -torch.inf), 0)
+    best = problem.allowed & (g == g[problem.allowed].max())
+    if bool((best == problem.allowed).all()):
+        return FixedPoint(problem.start_law, sampler=True)
+    if int(best.sum()) > 1:
+        return FixedPoint(None, degenerate=True, how="several best responses", sampler=True)
+    return FixedPoint(torch.zeros_like(g).masked_fill(~best, -torch.inf), True, sampler=True)
 
 
 def _in_loss(problem: Problem, estimator: str, level: str, scale: float) -> Float[Tensor, "N"]:
@@ -100,10 +110,10 @@ def _group_scaled(problem: Problem, law: Law, points: int = 60) -> FixedPoint:
     s = beta * sigma(g) is the standard deviation of R: rewards R / sigma against beta.
     """
     g, beta = problem.g_responses, problem.beta
-    start = torch.log_softmax(problem.log_ref_responses, 0)
+    start = problem.start_law
     span = float(g[problem.allowed].max() - g[problem.allowed].min())
     if span == 0:  # a constant reward: no advantage, the penalty alone
-        return FixedPoint(start)
+        return FixedPoint(start, sampler=True)
     first = beta * deviation(start, g)
 
     def excess(scale: float) -> float:
@@ -121,10 +131,10 @@ def _group_scaled(problem: Problem, law: Law, points: int = 60) -> FixedPoint:
     at_first = values[grid.index(first)]
     ahead = [s for s in roots if (s > first) == (at_first > 0)]
     if not ahead:  # nothing stops the scale from falling to 0
-        return FixedPoint(best_response(problem), True, "root", tuple(law(s) for s in roots))
+        return replace(best_response(problem), other_roots=tuple(law(s) for s in roots))
     reached = min(ahead) if at_first > 0 else max(ahead)
     others = tuple(law(s) for s in roots if s != reached)
-    return FixedPoint(law(reached), how="root", other_roots=others)
+    return FixedPoint(law(reached), how="root", other_roots=others, sampler=True)
 
 
 def _bisect(f: Callable[[float], float], low: float, high: float) -> float:

@@ -42,14 +42,16 @@ class FixedPoint:
         log_law: log-probability of every response, in enumeration order; None where the limit
             was not computed.
         degenerate: whether it is on the boundary: some response that p_ref allows has
-            probability 0.
-        how: "closed form", "root" (a scalar equation around a closed form) or "flow".
+            probability 0; None where that is not known.
+        how: "closed form", "root" (a scalar equation around a closed form), "flow", or why there
+            is no law.
         other_roots: further interior laws at which the expected gradient vanishes.
-        sampler: whether it depends on what the responses are drawn from.
+        sampler: whether it depends on what the responses are drawn from: drawn from another
+            policy than the one that the agent draws from, the same loss would end elsewhere.
     """
 
     log_law: Tensor | None
-    degenerate: bool = False
+    degenerate: bool | None = False
     how: str = "closed form"
     other_roots: tuple[Tensor, ...] = ()
     sampler: bool = False
@@ -79,6 +81,11 @@ class Problem:
     def log_ref_responses(self) -> Float[Tensor, "N"]:
         """log p_ref of every response; it need not sum to 1 (the counting measure)."""
         return sequence_log_probs(self.log_ref, self.space)
+
+    @property
+    def start_law(self) -> Float[Tensor, "N"]:
+        """log-probability of every response under :meth:`start`."""
+        return sequence_log_probs(self.start(), self.space)
 
     @property
     def g_responses(self) -> Float[Tensor, "N"]:
