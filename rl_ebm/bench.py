@@ -11,6 +11,7 @@ import csv
 import json
 import signal
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, fields
@@ -90,9 +91,13 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.agents or not self.problems or not self.seeds:
             raise ValueError("a benchmark needs at least one agent, one task and one seed")
-        labels = [problem.label for problem in self.problems]
-        for what, names in (("agent", self.agents), ("task", labels), ("seed", self.seeds)):
-            twice = sorted({str(n) for n in names if names.count(n) > 1})
+        given = {
+            "agent": Counter(self.agents),
+            "task": Counter(problem.label for problem in self.problems),
+            "seed": Counter(map(str, self.seeds)),
+        }
+        for what, names in given.items():
+            twice = [name for name, count in names.items() if count > 1]
             if twice:
                 raise ValueError(
                     f"each {what} can be given once, {', '.join(twice)} is there twice (a table "
