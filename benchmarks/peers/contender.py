@@ -1,0 +1,72 @@
+"""What takes part: a method of some library, with its settings and what it converges to."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from benchmarks.peers.watch import Watch
+from rl_ebm import EBM
+
+TARGET = "p*"
+"""what a method's fixed point is called where it is the EBM"""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One method of one library.
+
+    Attributes:
+        name: what tables call it.
+        package: the distribution that it is from.
+        module: what that distribution is imported as.
+        extra: the extra of this project that installs it; None where nothing is needed.
+        network: kind and size.
+        settings: those that it runs with.
+        source: where these settings are recommended.
+        fixed_point: "p*", or a sentence that says what else it converges to.
+        train: ``train(ebm, seed, watch)`` builds everything, calls ``watch.start``, and then
+            trains for ever, with ``watch(policy, updates, reward_calls)`` between updates; the
+            watch ends it.
+        limit: seconds that this one is given, where it is less than the others have.
+    """
+
+    name: str
+    package: str
+    module: str
+    extra: str | None
+    network: str
+    settings: str
+    source: str
+    fixed_point: str
+    train: Callable[[EBM, int, Watch], None]
+    limit: float | None = None
+
+    @property
+    def ends_at_target(self) -> bool:
+        """Whether its fixed point is the EBM."""
+        return self.fixed_point == TARGET
+
+    @property
+    def installed(self) -> bool:
+        """Whether the running interpreter has its library; nothing is imported."""
+        return importlib.util.find_spec(self.module) is not None
+
+    @property
+    def how_to_install(self) -> str:
+        """One sentence for who does not have it."""
+        return f"not installed: pip install '.[{self.extra}]'"
+
+    @property
+    def version(self) -> str:
+        """Of its library, as the running interpreter has it."""
+        try:
+            return f"{self.package} {version(self.package)}"
+        except PackageNotFoundError:
+            return self.package
+
+    def seconds(self, limit: float) -> float:
+        """How long it is given where the others have ``limit``."""
+        return limit if self.limit is None else min(limit, self.limit)
