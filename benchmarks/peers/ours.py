@@ -16,18 +16,21 @@ from rl_ebm.backbone import TransformerConfig
 from rl_ebm.runs import make_policy
 
 NETWORK = {"kind": "transformer"} | asdict(TransformerConfig())
-SHORT = {"soft-q": (30.0, 60.0), "policy-gradient": (60.0,), "vargrad": (60.0,)}
+SHORT = {"soft-q": (30.0, 60.0), "policy-gradient": (60.0,), "vargrad": (20.0, 60.0)}
 """further runs whose learning rate falls to zero earlier"""
+SMALL_BATCHES = (("vargrad", 15.0), ("vargrad", None), ("policy-gradient", None))
+"""further runs with :data:`SMALL` responses a step: more steps, for rewards that generalise"""
+SMALL = 256
 
 
-def trainer(name: str) -> Callable[[EBM, int, Watch], None]:
-    """What trains the agent of a name, with its default options."""
+def trainer(name: str, **options: int) -> Callable[[EBM, int, Watch], None]:
+    """What trains the agent of a name, with options that are not its defaults."""
 
     def train(ebm: EBM, seed: int, watch: Watch) -> None:
         entry = AGENTS[name]
         policy = make_policy(NETWORK, ebm, seed, entry.agent.logits_are_values)
         generator = torch.Generator().manual_seed(seed)
-        agent = entry.agent(ebm, policy, entry.config(), generator, None)
+        agent = entry.agent(ebm, policy, entry.config(**options), generator, None)
         updates = reward_calls = 0
         watch.start(count(policy))
         while True:
@@ -39,24 +42,29 @@ def trainer(name: str) -> Callable[[EBM, int, Watch], None]:
     return train
 
 
-def contender(name: str, limit: float | None = None) -> Contender:
+def contender(name: str, limit: float | None = None, batch: int | None = None) -> Contender:
     """An agent with its default options.
 
     Args:
         limit: seconds after which its learning rate is zero; None for those of the others.
+        batch: responses of a step; None for the default.
     """
-    size = AGENTS[name].config().batch_size
+    size = AGENTS[name].config().batch_size if batch is None else batch
+    options = {} if batch is None else {"batch_size": batch}
     return Contender(
-        name=f"rl-ebm {name}" + ("" if limit is None else f", {limit:.0f} s"),
+        name=f"rl-ebm {name}"
+        + ("" if batch is None else f", {batch} responses")
+        + ("" if limit is None else f", {limit:.0f} s"),
         package="rl-ebm",
         module="rl_ebm",
         extra=None,
         network="Transformer",
-        settings=f"the agent's defaults: {size} responses a step, learning rate by a cosine that "
-        f"ends at {'the time limit' if limit is None else f'{limit:.0f} s'}",
+        settings=f"{'the defaults: ' if batch is None else ''}{size} responses a step, "
+        f"learning rate {AGENTS[name].config().lr:g}, by a cosine that ends at "
+        f"{'the time limit' if limit is None else f'{limit:.0f} s'}",
         source=f"`rl_ebm.agents`, {AGENTS[name].paper}",
         fixed_point=TARGET,
-        train=trainer(name),
+        train=trainer(name, **options),
         limit=limit,
     )
 
@@ -65,4 +73,4 @@ CONTENDERS = tuple(
     contender(name, limit)
     for name in ("soft-q", "policy-gradient", "trajectory-balance", "path-consistency", "vargrad")
     for limit in (None, *SHORT.get(name, ()))
-)
+) + tuple(contender(name, limit, SMALL) for name, limit in SMALL_BATCHES)
