@@ -336,7 +336,8 @@ on the same data (teacher forcing), `min-max` one that chases the EBM, {INNER} s
 **Beyond enumeration.** V={v2}, T={t2}, {float(v2) ** t2:.0e} sequences: data from the EBM of a chain reward (1.5 N(0, 1) couplings, one J for all positions), whose probabilities and exact samples
 are at hand. A Transformer of 2 layers of width 64 for both models, batches of {BATCH["chain"]}, {seconds2:.0f} s of processor time, rates chosen as above. KL(law, EBM) is E_law[log p - R] + log Z, its log Z by importance
 sampling from a mixture of the law, the ARM and the uniform one, {samples:,} draws each: mean over seeds ± 95% interval, in brackets the half-width of the largest 95% interval of one estimate (asymptotic;
-*ESS*, the share of draws that the weights leave, says whether to believe it; an ARM's KL needs no log Z):
+*ESS*, the share of draws that the weights leave, says how far to believe it: where few are left, log Z and the KL come out too small rather than too large; an
+ARM's KL needs no log Z):
 
 {table(far, beyond(select(rows, law="chain")))}
 
