@@ -256,7 +256,12 @@ def test_an_interrupt_ends_with_130_and_a_run_that_goes_on(whole, tmp_path, monk
 @pytest.mark.slow
 def test_ctrl_c_ends_with_130_and_a_run_that_goes_on(tmp_path):
     run = tmp_path / "run"
-    process = start([*train_args(steps=3000, checkpoint_every=0.05), "--out", str(run)])
+    # A shell's background jobs ignore Ctrl-C, and so would what they start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = start([*train_args(steps=3000, checkpoint_every=0.05), "--out", str(run)])
+    finally:
+        signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 60
     while not (run / "state.pt").exists():
         assert time.monotonic() < deadline
