@@ -3,7 +3,7 @@
     python -m benchmarks.paper.figures [--quick] [--large]
 
 The ARM of N = 3 at V = 4, T = 8 takes half an hour a seed, and the EBM there, which has no prefix
-tree, one and a half hours even at N = 2: they run only with ``--large``, and stay in the results.
+tree, nearly two hours even at N = 2: they run only with ``--large``, and stay in the results.
 """
 
 from __future__ import annotations
