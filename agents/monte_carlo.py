@@ -7,11 +7,12 @@ With f = q - log p_ref the logits less the reference's,
 so that no value of the policy, and no bootstrap, is in the target: what Q# (Zhou et al. 2025,
 arXiv 2502.20548, Sec. 3) learns as a distribution of returns, here as its exponential mean.
 
-    loss = mean_i sum_t ( exp(f_t - c) - exp(g_i - c) f_t )
+    loss = mean_i sum_t ( exp(f_t - c_t) - exp(g_i - c_t) f_t )
 
-has its minimum where exp f is the mean of exp g, for any constant c; c is the largest log of the
-mean of exp g over a batch so far, prompt by prompt, and keeps the exponentials in range. Without
-a reference the rollouts are uniform, and each later token weighs by its number of alternatives.
+has its minimum where exp f is the mean of exp g, whatever the constants c; c_t is the largest log
+of the mean of exp g over a batch so far, for each prompt and position, and gives every position a
+gradient of the same size. Without a reference the rollouts are uniform, and each later token weighs
+by its number of alternatives: with one constant the first tokens would drown the last.
 """
 
 from __future__ import annotations
@@ -55,18 +56,17 @@ def monte_carlo_loss(
     f: Float[Tensor, "B T"],
     returns: Float[Tensor, "B T"],
     lengths: Int64[Tensor, "B"],
-    c: Float[Tensor, "B"],
+    c: Float[Tensor, "B T"],
 ) -> Float[Tensor, ""]:
     """The loss of the module's docstring: sum over real tokens, mean over rows.
 
     Args:
         f: q(s_t, a_t) - log p_ref(a_t|s_t), with gradient.
         returns: log of the weight of what follows the token, g included.
-        c: the constant of each row's prompt, nats.
+        c: the constants of each row's prompt, nats.
     """
     past = ~length_mask(lengths, f.shape[1])
-    f, returns = f.masked_fill(past, 0.0), returns.masked_fill(past, 0.0)
-    c = c[:, None]
+    f, returns, c = (x.masked_fill(past, 0.0) for x in (f, returns, c))
     x = f - c
     tangent = 1 + (x - LARGEST).clamp(min=0.0)
     terms = x.clamp(max=LARGEST).exp() * tangent - (returns - c).clamp(max=LARGEST).exp() * f
@@ -93,7 +93,8 @@ class MonteCarloAgent(OffPolicyAgent):
         teacher: Policy | None = None,
     ) -> None:
         super().__init__(ebm, policy, config, generator, teacher)
-        self.c = torch.full((self.ebm.num_prompts,), -math.inf, device=self.ebm.device)
+        shape = (self.ebm.num_prompts, self.ebm.space.max_length)
+        self.c = torch.full(shape, -math.inf, device=self.ebm.device)
 
     def loss(self, batch: Batch, r: Float[Tensor, "B T"]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of rollouts, and the log of their mean weight."""
@@ -107,10 +108,18 @@ class MonteCarloAgent(OffPolicyAgent):
             rest = (r - log_drawn).flip(1).cumsum(1).flip(1)
             returns = rest + log_drawn - log_ref
             log_mean = log_mean_exp(rest[:, 0], batch.prompt_ids, self.ebm.num_prompts)
-            self.c = torch.maximum(self.c, log_mean)
+            self.c = torch.maximum(self.c, self.position_means(returns, batch))
         f = token_values(q, batch) - log_ref
         loss = monte_carlo_loss(f, returns, batch.lengths, self.c[batch.prompt_ids])
         return loss, {"losses/log_mean_weight": log_mean[batch.prompt_ids].mean()}
+
+    def position_means(self, returns: Float[Tensor, "B T"], batch: Batch) -> Float[Tensor, "P T"]:
+        """log of the mean of exp returns over each prompt's tokens at each position."""
+        cells = self.c.numel()
+        index = torch.arange(cells, device=returns.device).view_as(self.c)[batch.prompt_ids]
+        index = index.masked_fill(~batch.mask, cells)  # one more cell, for what is past the end
+        means = log_mean_exp(returns.flatten(), index.flatten(), cells + 1)
+        return means[:-1].view_as(self.c)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"c": self.c.clone()}

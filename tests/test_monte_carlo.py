@@ -14,6 +14,8 @@ from rl_ebm.agents import AGENTS
 from rl_ebm.agents.learner import log_mean_exp
 from rl_ebm.agents.monte_carlo import monte_carlo_loss
 from rl_ebm.policies import Uniform
+from rl_ebm.policies.scoring import q_values
+from rl_ebm.soft_bellman import log_policy
 
 in_all_kinds = pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
 
@@ -50,7 +52,7 @@ def test_the_monte_carlo_loss_is_least_at_the_log_of_the_mean():
     best = math.log(sum(math.exp(x) for x in (0.5, -1.0, 2.0)) / 3)
     for c in (0.0, 1.5):
         f = torch.full((3, 2), best, dtype=torch.float64, requires_grad=True)
-        loss = monte_carlo_loss(f, returns, lengths, torch.full((3,), c))
+        loss = monte_carlo_loss(f, returns, lengths, torch.full((3, 2), c))
         (slope,) = torch.autograd.grad(loss, f)
         close(slope[:, 0].sum(), torch.zeros(()).double(), 1e-12)
         close(slope[:, 1], torch.zeros(3).double(), 0.0)
@@ -61,7 +63,7 @@ def test_monte_carlo_finds_what_its_first_batch_missed():
     lengths = torch.ones(2, dtype=torch.int64)
     for f, returns in ((0.0, 60.0), (60.0, 0.0)):
         row = torch.full((2, 1), f, requires_grad=True)
-        c = torch.full((2,), max(0.0, returns - math.log(2)))  # as the agent's running maximum
+        c = torch.full((2, 1), max(0.0, returns - math.log(2)))  # as the agent's running maximum
         loss = monte_carlo_loss(row, torch.full((2, 1), returns), lengths, c)
         (slope,) = torch.autograd.grad(loss, row)
         assert bool(torch.isfinite(slope).all())
@@ -75,8 +77,34 @@ def test_monte_carlo_finds_what_its_first_batch_missed():
             batch.tokens, batch.lengths, batch.prompt_ids, torch.full_like(batch.reward, value)
         )
         agent.update(batch)
-        seen.append(float(agent.c))
-    assert seen[0] < seen[1] == seen[2]
+        seen.append(agent.c.clone())
+    assert bool((seen[0] < seen[1]).all())
+    assert bool((seen[1] == seen[2]).all())
+
+
+@in_all_kinds
+def test_each_prompt_and_position_has_its_own_constant(kind):
+    problem = case(kind)
+    agent = make(problem)
+    batch = problem.batch()
+    agent.update(batch)
+    space, ebm = problem.space, problem.ebm
+    explorer = Uniform(space) if ebm.reference is None else ebm.reference
+    drawn = log_policy(q_values(explorer, space, batch.tokens, batch.prompt_ids)).detach()
+    cells = {}
+    for i, length in enumerate(batch.lengths.tolist()):
+        p, y = int(batch.prompt_ids[i]), batch.tokens[i].tolist()
+        log_ref = ebm.log_ref(batch.tokens, batch.lengths, batch.prompt_ids)[i].tolist()
+        for t in range(length):
+            # The weight of what follows token t, over the chance that it was drawn.
+            after = sum(log_ref[k] - float(drawn[i, k, y[k]]) for k in range(t + 1, length))
+            g = float(batch.reward[i]) / ebm.beta + after
+            # Without a reference the token itself counts once, whatever its alternatives.
+            cells.setdefault((p, t), []).append(math.exp(g))
+    for (p, t), values in cells.items():
+        assert float(agent.c[p, t]) == pytest.approx(math.log(sum(values) / len(values)), abs=1e-4)
+    untouched = agent.c.numel() - len(cells)
+    assert int(torch.isneginf(agent.c).sum()) == untouched
 
 
 def test_the_log_mean_is_each_prompts_own_however_far_apart_they_are():
