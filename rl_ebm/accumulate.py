@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rl_ebm import bounds, divergences
-from rl_ebm.exact import TreeSolution
+from rl_ebm.exact import Solution
 from rl_ebm.policies.walk import Block
 from rl_ebm.report import Bounds, Depth, Prefix, Report
 from rl_ebm.soft_bellman import expectation, log_policy, soft_value
@@ -51,7 +51,7 @@ class Accumulator:
         values: whether the policy's raw logits are to be q (adds the Bellman residual).
     """
 
-    def __init__(self, solution: TreeSolution, prompt: int, values: bool) -> None:
+    def __init__(self, solution: Solution, prompt: int, values: bool) -> None:
         self.solution, self.prompt, self.values = solution, prompt, values
         self.space = solution.space
         self.edges: dict[int, _Edges] = {}

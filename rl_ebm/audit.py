@@ -10,7 +10,7 @@ import torch
 
 from rl_ebm.agents import AGENTS
 from rl_ebm.divergences import kl, tv
-from rl_ebm.exact import TreeSolution, problems
+from rl_ebm.exact import Solution, problems
 from rl_ebm.fixed_points import FixedPoint, Problem
 from rl_ebm.soft_bellman import expectation
 
@@ -26,7 +26,7 @@ MEASURES = (
 
 
 @torch.no_grad()
-def audit(solution: TreeSolution) -> list[dict[str, Any]]:
+def audit(solution: Solution) -> list[dict[str, Any]]:
     """The fixed point of every objective, with every option that moves it.
 
     Returns:

@@ -18,7 +18,7 @@ from rl_ebm.bench import Plan, Problem, Rows, last_of
 from rl_ebm.checkpoint import write_text
 from rl_ebm.divergences import tv
 from rl_ebm.ebm import EBM
-from rl_ebm.exact import forbids, problems, solve, summarise
+from rl_ebm.exact import problems, solve, summarise
 from rl_ebm.fixed_points import target
 from rl_ebm.intervals import interval
 
@@ -108,7 +108,7 @@ def targets(plan: Plan, problem: Problem) -> dict[str, bool | None]:
     """
     ebm, _ = problem.make()
     solution = solve(ebm)
-    if forbids(solution):
+    if solution.forbids_responses:
         return {a: True if AGENTS[a].fixed_point is target else None for a in plan.agents}
     cases = problems(solution)
     found: dict[str, bool | None] = {}

@@ -14,7 +14,7 @@ from rl_ebm.agents import AGENTS
 from rl_ebm.backbone import TransformerConfig
 from rl_ebm.checkpoint import RunError
 from rl_ebm.ebm import EBM
-from rl_ebm.exact import TooLargeError, TreeSolution, solve
+from rl_ebm.exact import Solution, TooLargeError, solve
 from rl_ebm.names import nearest
 from rl_ebm.policies import Policy, Trainable, Transformer
 from rl_ebm.report import Report
@@ -184,9 +184,7 @@ def _trainer(
     return Trainer(ebm, agent, generator, config, solution, run, description, progress)
 
 
-def solution_for_training(
-    ebm: EBM, needed: bool, progress: bool | None = None
-) -> TreeSolution | None:
+def solution_for_training(ebm: EBM, needed: bool, progress: bool | None = None) -> Solution | None:
     """The exact solution where an agent needs it, or where it is cheap; else None."""
     cheap = isinstance(ebm.reward_model, Table) or ebm.space.num_sequences <= SOLVED_UNASKED
     if not needed and not cheap:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from rl_ebm.agents import Agent
 from rl_ebm.checkpoint import RunError, load_state, save_state, save_tensors, write_text
 from rl_ebm.ebm import EBM
-from rl_ebm.exact import TreeSolution
+from rl_ebm.exact import Solution
 from rl_ebm.metrics import MetricsFile
 from rl_ebm.report import Report
 from rl_ebm.runs import METRICS, POLICY, REPORT, STATE, load_weights
@@ -84,7 +84,7 @@ class Trainer:
         agent: Agent,
         generator: torch.Generator,
         config: TrainConfig,
-        solution: TreeSolution | None = None,
+        solution: Solution | None = None,
         run: Path | None = None,
         description: Mapping[str, Any] | None = None,
         progress: bool | None = None,

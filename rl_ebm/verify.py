@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rl_ebm import bounds
 from rl_ebm.accumulate import WORST, Accumulator
-from rl_ebm.exact import TreeSolution
+from rl_ebm.exact import Solution
 from rl_ebm.policies.scoring import Policy
 from rl_ebm.policies.walk import DEFAULT_MEMORY, walk
 from rl_ebm.report import Bounds, Depth, Prefix, Report
@@ -30,7 +30,7 @@ _MAXIMA = ("_linf", "_span", "_max")
 
 
 @torch.no_grad()
-def verify(policy: Policy, solution: TreeSolution, memory: int = DEFAULT_MEMORY) -> Report:
+def verify(policy: Policy, solution: Solution, memory: int = DEFAULT_MEMORY) -> Report:
     """Compare any policy with the exact one, prefix by prefix.
 
     Args:
@@ -71,7 +71,7 @@ class State(NamedTuple):
 
 
 @torch.no_grad()
-def logit_errors(policy: Policy, solution: TreeSolution, prompt: int = 0) -> list[State]:
+def logit_errors(policy: Policy, solution: Solution, prompt: int = 0) -> list[State]:
     """Exact and learned logits of every state of a prompt, by depth: for pictures.
 
     It keeps the whole tree: meant for small ones.

@@ -21,7 +21,7 @@ ROOT = Path(rl_ebm.__file__).parent
 # From the bottom up. A name ending in "." is a package: a room for all modules below it.
 LAYERS = (
     ("tokens", "tiles", "names", "intervals"),
-    ("prefix_tree", "soft_bellman", "backbone"),
+    ("prefix_tree", "soft_bellman", "backbone", "automata."),
     ("divergences", "bounds"),
     ("rewards.", "policies."),
     ("ebm",),
@@ -59,6 +59,7 @@ FORBIDDEN = {
     "prefix_tree": {"torch.nn", "torch.optim"},
     "soft_bellman": {"torch.nn", "torch.optim", "logging"},
     "divergences": {"torch.nn", "torch.optim", "logging"},
+    "automata.": {"torch.nn", "torch.optim", "logging"},
     "bounds": {"torch.nn", "torch.optim", "logging"},
     "agents.": {"time", "pathlib", "os", "io", "shutil", "logging"},
 }

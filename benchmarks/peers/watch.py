@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rl_ebm import verify
-from rl_ebm.exact import TreeSolution
+from rl_ebm.exact import Solution
 from rl_ebm.policies import Policy
 
 FIGURES = ("kl_policy_target", "kl_target_policy", "tv")
@@ -48,7 +48,7 @@ class Watch:
 
     def __init__(
         self,
-        solution: TreeSolution,
+        solution: Solution,
         limit: float,
         looks: int = 50,
         clock: Callable[[], float] = time.perf_counter,

@@ -1,17 +1,20 @@
 """Exact solutions of an EBM; each is itself a policy."""
 
-from rl_ebm.exact.problems import forbids, problems
+from rl_ebm.exact.automaton import AutomatonSolution
+from rl_ebm.exact.base import Solution
+from rl_ebm.exact.problems import problems
 from rl_ebm.exact.solution import TreeSolution
 from rl_ebm.exact.solve import TooLargeError, check_memory, solve
 from rl_ebm.exact.summary import Response, Summary, summarise
 
 __all__ = [
+    "AutomatonSolution",
     "Response",
+    "Solution",
     "Summary",
     "TooLargeError",
     "TreeSolution",
     "check_memory",
-    "forbids",
     "problems",
     "solve",
     "summarise",

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-
-from rl_ebm.exact.solution import TreeSolution
+from rl_ebm.exact.base import Solution
 from rl_ebm.fixed_points import Problem
 from rl_ebm.soft_bellman import log_policy, sequence_log_probs
 
 
-def forbids(solution: TreeSolution) -> bool:
-    """Whether some response that the reference allows has reward -inf."""
-    return solution.ebm.reward_model.forbids or bool(torch.isneginf(solution.scores).any())
-
-
-def problems(solution: TreeSolution) -> list[Problem]:
+def problems(solution: Solution) -> list[Problem]:
     """The problem of every prompt of a solved EBM.
 
     Raises:
@@ -22,7 +15,7 @@ def problems(solution: TreeSolution) -> list[Problem]:
             that are the EBM itself has a gradient there.
     """
     ebm, space = solution.ebm, solution.space
-    if forbids(solution):
+    if solution.forbids_responses:
         raise ValueError(
             "some responses have reward -inf, where penalised objectives have no finite gradient: "
             "give a table whose scores are finite (forbid tokens by the reference instead)"

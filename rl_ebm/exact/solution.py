@@ -10,12 +10,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from rl_ebm.ebm import EBM
+from rl_ebm.exact.base import Rows
 from rl_ebm.policies.scoring import log_prob, resolve_prompt_ids, sample
 from rl_ebm.soft_bellman import backup
 from rl_ebm.tokens import Batch
-
-Rows = slice | Tensor
-"""Prefixes of one depth: a range, or an index for each row."""
 
 
 @dataclass
@@ -66,6 +64,11 @@ class TreeSolution:
             isinstance(table, Tensor) and bool((torch.isneginf(table) & mask[t]).any())
             for t, table in enumerate(self.log_ref)
         )
+
+    @property
+    def forbids_responses(self) -> bool:
+        """Whether some response that the reference allows has reward -inf."""
+        return self.ebm.reward_model.forbids or bool(torch.isneginf(self.scores).any())
 
     # By rows of a depth ---------------------------------------------------------------------
 

@@ -1,21 +1,27 @@
-"""Solve an EBM exactly on its prefix tree."""
+"""Solve an EBM exactly: by its automata where it has them, on its prefix tree else."""
 
 from __future__ import annotations
 
 import os
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from rl_ebm.automata import Machine
 from rl_ebm.ebm import EBM, end_reference
+from rl_ebm.exact.automaton import AutomatonSolution
 from rl_ebm.exact.backup import backup_leaves
+from rl_ebm.exact.base import Solution
 from rl_ebm.exact.solution import TreeSolution
 from rl_ebm.names import bytes_text, count_text
 from rl_ebm.policies.walk import walk
 from rl_ebm.rewards.base import check_values
 from rl_ebm.soft_bellman import log_policy, soft_value
+
+AnySolution = TypeVar("AnySolution", bound=Solution)
 
 _REWARD_BATCH = 2**15
 _BLOCK = 2**18
@@ -26,9 +32,11 @@ class TooLargeError(ValueError, MemoryError):
 
 
 @torch.no_grad()
-def solve(ebm: EBM, memory: int | None = None, progress: bool | None = None) -> TreeSolution:
+def solve(ebm: EBM, memory: int | None = None, progress: bool | None = None) -> Solution:
     """The exact soft Bellman fixed point q*, log Z, samples and log-probabilities of an EBM.
 
+    Where reward and reference are both automata, backward vectors are all that is needed, whatever
+    the number of sequences (mode "exact-automaton"). Else all prefixes are listed ("exact-tree").
     A table is read once, in chunks; a reward that is a function or a network is evaluated on
     all sequences first, in batches. Results have the precision of the scores: float64 in,
     1e-10 * max(1, |x|) out; float32 in, 1e-6.
@@ -44,6 +52,9 @@ def solve(ebm: EBM, memory: int | None = None, progress: bool | None = None) -> 
         ValueError: every response of some prompt is impossible, or a reward is NaN or +inf.
     """
     space, device = ebm.space, ebm.device
+    machines = find_machines(ebm)
+    if machines is not None:
+        return _possible(_by_automaton(ebm, *machines, memory))
     check_memory(ebm, memory)
     scores = getattr(ebm.reward_model, "scores", None)
     if scores is None:
@@ -72,12 +83,51 @@ def solve(ebm: EBM, memory: int | None = None, progress: bool | None = None) -> 
             f"R / beta is too large for {str(scores.dtype).removeprefix('torch.')}: log Z is "
             f"{log_z.max():.3g}; scale the rewards down, or beta up"
         )
-    if bool(torch.isneginf(log_z).any()):
+    return _possible(solution)
+
+
+def _possible(solution: AnySolution) -> AnySolution:
+    """The solution, where every prompt has a response that is possible."""
+    if bool(torch.isneginf(solution.log_z).any()):
         raise ValueError(
             "every response of a prompt is impossible (log-weight -inf), so there is no "
             "distribution: check the rewards and what the reference forbids"
         )
     return solution
+
+
+def find_machines(ebm: EBM) -> tuple[Machine | None, Machine] | None:
+    """The automata of reference and R / beta; None where one of them has none.
+
+    A reward with a hidden part has one at beta = 1 alone.
+    """
+    reward = getattr(ebm.reward_model, "machine", None)
+    reference = getattr(ebm.reference, "machine", None)
+    if reward is None or (ebm.reference is not None and reference is None):
+        return None
+    if ebm.beta == 1.0:
+        return reference, reward
+    return None if reward.num_hidden > 1 else (reference, reward.scaled(1.0 / ebm.beta))
+
+
+def _by_automaton(
+    ebm: EBM, reference: Machine | None, reward: Machine, memory: int | None
+) -> AutomatonSolution:
+    states = reward.num_states * reward.num_hidden
+    hidden = reward.num_hidden
+    if reference is not None:
+        hidden *= reference.num_hidden
+        states *= reference.num_states * reference.num_hidden
+    tables = 2 * (ebm.space.max_length + 1) * states * 8
+    machine = 20 * (states // hidden + hidden) * ebm.space.vocab_size
+    free = _free_bytes(ebm.device) if memory is None else memory
+    if tables + machine > free:
+        raise TooLargeError(
+            f"the product of the automata has up to {states:,} states and needs up to "
+            f"{bytes_text(tables + machine)}, and {bytes_text(free)} may be used: use fewer "
+            "conditions or a smaller reference, or pass memory= where there is more"
+        )
+    return AutomatonSolution(ebm, reference, reward)
 
 
 def _by_level(solution: TreeSolution, prompt: int) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rl_ebm.exact.solution import TreeSolution
+from rl_ebm.exact.base import Solution
 from rl_ebm.soft_bellman import expectation
 
 _BLOCK = 2**18
@@ -33,7 +33,7 @@ class Summary:
 
 
 @torch.no_grad()
-def summarise(solution: TreeSolution, top: int = 10, prompt: int = 0) -> Summary:
+def summarise(solution: Solution, top: int = 10, prompt: int = 0) -> Summary:
     """Exact figures of p*(.|x), and its ``top`` most probable responses, likeliest first."""
     space = solution.space
     entropy = expected_reward = 0.0
@@ -84,6 +84,6 @@ def summarise(solution: TreeSolution, top: int = 10, prompt: int = 0) -> Summary
     )
 
 
-def _tokens(solution: TreeSolution, index: int) -> list[int]:
+def _tokens(solution: Solution, index: int) -> list[int]:
     tokens, lengths = solution.space.sequences(index, index + 1)
     return list(tokens[0, : int(lengths[0])].tolist())

@@ -1,6 +1,7 @@
 """Policies: anything with ``logits(tokens, prompt_ids=None) -> (B, T, A)``."""
 
 from rl_ebm.backbone import TransformerConfig
+from rl_ebm.policies.automaton import AutomatonPolicy
 from rl_ebm.policies.scoring import (
     Policy,
     Trainable,
@@ -16,6 +17,7 @@ from rl_ebm.policies.tabular import Tabular, Uniform
 from rl_ebm.policies.transformer import Transformer
 
 __all__ = [
+    "AutomatonPolicy",
     "Policy",
     "Tabular",
     "Trainable",

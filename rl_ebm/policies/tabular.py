@@ -9,6 +9,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rl_ebm.automata import Machine
+from rl_ebm.policies.automaton import uniform_machine
 from rl_ebm.prefix_tree import PrefixTree
 from rl_ebm.soft_bellman import Tables, check_tables
 from rl_ebm.tokens import TokenSpace
@@ -111,6 +113,11 @@ class Uniform:
     ) -> Float[Tensor, "B T A"]:
         """Zeros."""
         return torch.zeros(*tokens.shape, self.space.vocab_size, device=tokens.device)
+
+    @property
+    def machine(self) -> Machine:
+        """The automaton of every position but a last one that is forced."""
+        return uniform_machine(self.space)
 
     def log_ref_constants(self) -> list[float]:
         """log pi of every allowed action by depth: what makes solving cheap."""

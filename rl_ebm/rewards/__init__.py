@@ -1,9 +1,10 @@
-"""Terminal rewards R(x, y): a table, a Python function, a TRL reward, a Transformer.
+"""Terminal rewards R(x, y): a table, a Python function, a TRL reward, an automaton, a Transformer.
 
 A reward is called as ``reward(tokens, lengths, prompt_ids) -> (B,)``; higher is better, ``-inf``
 is an impossible response. It knows neither p_ref nor beta.
 """
 
+from rl_ebm.rewards.automaton import Automaton
 from rl_ebm.rewards.base import Reward, check_values
 from rl_ebm.rewards.convert import as_reward
 from rl_ebm.rewards.function import Function, from_trl
@@ -12,6 +13,7 @@ from rl_ebm.rewards.table_file import TableFile, read_table
 from rl_ebm.rewards.transformer import TransformerReward
 
 __all__ = [
+    "Automaton",
     "Function",
     "Reward",
     "Table",

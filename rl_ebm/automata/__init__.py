@@ -1,0 +1,19 @@
+"""Weighted automata in log space: their products, and sums of exponentials."""
+
+from rl_ebm.automata.logspace import Columns, log_matmul, segment_logsumexp
+from rl_ebm.automata.machine import Machine, Reading, deterministic, hidden
+from rl_ebm.automata.product import Product, minimise, product, row_sums
+
+__all__ = [
+    "Columns",
+    "Machine",
+    "Product",
+    "Reading",
+    "deterministic",
+    "hidden",
+    "log_matmul",
+    "minimise",
+    "product",
+    "row_sums",
+    "segment_logsumexp",
+]

@@ -1,0 +1,64 @@
+"""What every exact solution can do, whatever it was found by."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rl_ebm.ebm import EBM
+from rl_ebm.policies.scoring import Policy
+from rl_ebm.tokens import Batch, TokenSpace
+
+Rows = slice | Tensor
+"""Prefixes of one depth: a range, or an index for each row."""
+
+
+class Solution(Policy, Protocol):
+    """q* of an EBM: a policy whose logits are values, and by rows of a depth.
+
+    Attributes:
+        ebm: what was solved.
+        log_z: log Z(x) of every prompt, (P,), float64, nats.
+        mode: "exact-tree" or "exact-automaton".
+        forbids: whether some action has q* = -inf where the space allows it.
+        forbids_responses: whether a response that the reference allows has reward ``-inf``.
+    """
+
+    ebm: EBM
+    space: TokenSpace
+    log_z: Tensor
+    mode: str
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def forbids(self) -> bool: ...
+
+    @property
+    def forbids_responses(self) -> bool: ...
+
+    def q_rows(self, depth: int, rows: Rows, prompt: int | Tensor = 0) -> Tensor:
+        """q* of some prefixes of one depth, (n, A) float64."""
+        ...
+
+    def r_rows(self, depth: int, rows: Rows, prompt: int | Tensor = 0) -> Tensor:
+        """r of some prefixes: log p_ref, plus R / beta where an action ends the response."""
+        ...
+
+    def reward_rows(self, depth: int, rows: Rows, prompt: int | Tensor = 0) -> Tensor:
+        """R of the response that ends with each action at some prefixes; 0 where none ends."""
+        ...
+
+    def log_prob(
+        self, tokens: Tensor, lengths: Tensor | None = None, prompt_ids: Tensor | None = None
+    ) -> Tensor: ...
+
+    def sample(
+        self,
+        n: int,
+        generator: torch.Generator | None = None,
+        prompt_ids: Tensor | None = None,
+    ) -> Batch: ...

@@ -1,0 +1,142 @@
+"""Policies with automaton structure: n-grams of tokens or of classes, and hidden Markov models.
+
+As references they make an EBM whose reward is an automaton exactly solvable at any size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from rl_ebm.automata import Machine, Reading, deterministic, log_matmul, row_sums
+from rl_ebm.tokens import TokenSpace
+
+_TOLERANCE = 1e-6
+"""by which the probabilities of a state may miss 1"""
+
+
+@dataclass
+class _Decoding:
+    reading: Reading
+
+
+class AutomatonPolicy:
+    """p(a|s) of a machine whose tokens have total probability 1 in every state.
+
+    Args:
+        space: the responses.
+        machine: log-probabilities; they are checked.
+        prompts: those of the EBM, where the machine starts otherwise for each.
+
+    Raises:
+        ValueError: another vocabulary, another number of prompts, or probabilities of a state that
+            do not sum to 1.
+    """
+
+    def __init__(
+        self,
+        space: TokenSpace,
+        machine: Machine,
+        prompts: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        if machine.vocab_size != space.vocab_size:
+            raise ValueError(
+                f"the machine reads {machine.vocab_size} tokens, the space has {space.vocab_size}"
+            )
+        if machine.num_prompts not in (1, len(prompts or [[]])):
+            raise ValueError(
+                f"the machine tells {machine.num_prompts} prompts apart, there are "
+                f"{len(prompts or [[]])}"
+            )
+        off = row_sums(machine).abs().max()
+        off = torch.maximum(off, torch.logsumexp(machine.log_initial, 1).abs().max())
+        if not float(off) < _TOLERANCE:
+            raise ValueError(
+                "the probabilities of a state do not sum to 1 (the log of their sum is "
+                f"{float(off):.3g} away from 0): normalise them"
+            )
+        self.space, self.machine = space, machine
+        self.prompts = None if prompts is None else [list(p) for p in prompts]
+
+    @property
+    def device(self) -> torch.device:
+        return self.machine.device
+
+    @property
+    def forbids(self) -> bool:
+        """Whether some token has probability 0 in some state."""
+        parts = (self.machine.log_weight, self.machine.log_emission)
+        return any(bool(torch.isneginf(x).any()) for x in parts)
+
+    def to(self, device: torch.device | str) -> AutomatonPolicy:
+        moved = AutomatonPolicy.__new__(AutomatonPolicy)
+        moved.__dict__.update(self.__dict__, machine=self.machine.to(device))
+        return moved
+
+    def rows(self, reading: Reading) -> Float[Tensor, "B A"]:
+        """log p(.|s) after some prefixes, float64; all ``-inf`` after an impossible one."""
+        total = torch.logsumexp(reading.log_alpha, 1, keepdim=True)
+        dead = torch.isneginf(total)
+        if self.machine.num_hidden == 1:
+            rows = self.machine.log_weight[reading.k]
+        else:
+            belief = reading.log_alpha - total.masked_fill(dead, 0.0)
+            rows = log_matmul(belief, self.machine.log_emission)
+            rows = rows + self.machine.log_weight[reading.k]
+        return rows.masked_fill(dead, -torch.inf)
+
+    def logits(
+        self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"] | None = None
+    ) -> Float[Tensor, "B T A"]:
+        """log p(.|s) before every token, float64."""
+        state = self.start(self._prompt_ids(tokens, prompt_ids))
+        shape = (*tokens.shape, self.space.vocab_size)
+        out = torch.empty(shape, dtype=torch.float64, device=tokens.device)
+        for t in range(self.space.max_length):
+            out[:, t] = self.step(state, tokens[:, t - 1] if t else None)
+        return out
+
+    def log_probs(
+        self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"] | None = None
+    ) -> Float[Tensor, "B T"]:
+        """log p(a_t|s_t) of the tokens alone: what their rows have, without the rows."""
+        reading = self.machine.begin(self._prompt_ids(tokens, prompt_ids))
+        out = torch.empty(tokens.shape, dtype=torch.float64, device=tokens.device)
+        for t in range(self.space.max_length):
+            before = torch.logsumexp(reading.log_alpha, 1)
+            after = reading.log_alpha + self.machine.log_emission[:, tokens[:, t]].T
+            after = torch.logsumexp(after, 1) + self.machine.log_weight[reading.k, tokens[:, t]]
+            dead = torch.isneginf(before)
+            out[:, t] = (after - before.masked_fill(dead, 0.0)).masked_fill(dead, -torch.inf)
+            reading = self.machine.read(reading, tokens[:, t])
+        return out
+
+    def start(self, prompt_ids: Int64[Tensor, "B"]) -> _Decoding:
+        """State of a decoding: nothing read yet."""
+        return _Decoding(self.machine.begin(prompt_ids))
+
+    def step(self, state: _Decoding, tokens: Int64[Tensor, "B"] | None) -> Float[Tensor, "B A"]:
+        """log p at the next position, after one more token of each row."""
+        if tokens is not None:
+            state.reading = self.machine.read(state.reading, tokens)
+        return self.rows(state.reading)
+
+    def _prompt_ids(self, tokens: Tensor, prompt_ids: Tensor | None) -> Tensor:
+        if prompt_ids is None:
+            if self.machine.num_prompts > 1:
+                raise ValueError(
+                    f"the policy has {len(self.prompts or [[]])} prompts: give prompt_ids, one "
+                    "for each row"
+                )
+            return torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
+        return prompt_ids
+
+
+def uniform_machine(space: TokenSpace) -> Machine:
+    """Every token alike: what the uniform policy is before the last position."""
+    row = torch.full((1, space.vocab_size), 1.0 / space.vocab_size, dtype=torch.float64).log()
+    return deterministic(torch.zeros(row.shape, dtype=torch.int32), row)

@@ -1,0 +1,95 @@
+"""Sums over neighbouring tokens and positions, and hidden Markov models."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rl_ebm.automata import Machine, deterministic, hidden
+from rl_ebm.rewards.base import check_values
+from rl_ebm.tokens import TokenSpace
+
+MAX_TABLE = 2**28
+"""transitions that a machine may list"""
+
+
+def ngram(space: TokenSpace, log_weights: Float[Tensor, "..."]) -> Machine:
+    """States are the last n - 1 tokens, or all of them where there are fewer."""
+    a, n = space.vocab_size, log_weights.ndim
+    if n == 0 or set(log_weights.shape) != {a}:
+        raise ValueError(
+            f"log_weights has shape {tuple(log_weights.shape)}, expected ({a},) * n: one weight "
+            "for each n tokens"
+        )
+    check_values(log_weights, "log_weights")
+    histories = [a**i for i in range(n)]
+    offsets = [sum(histories[:i]) for i in range(n)]
+    if sum(histories) * a > MAX_TABLE:
+        raise ValueError(f"{n}-grams over {a} tokens need {sum(histories):,} states: too many")
+    next_, weight = [], []
+    for i, count in enumerate(histories):
+        # The history of index h followed by a token has the index h * a + token.
+        following = torch.arange(count * a).view(count, a)
+        if i < n - 1:
+            next_.append(following + offsets[i + 1])
+            weight.append(torch.zeros(count, a, dtype=torch.float64))
+        else:
+            next_.append(following % histories[-1] + offsets[-1])
+            weight.append(log_weights.detach().double().cpu().reshape(count, a))
+    return deterministic(torch.cat(next_), torch.cat(weight))
+
+
+def chain(
+    space: TokenSpace,
+    fields: Float[Tensor, "T A"],
+    couplings: Float[Tensor, "T1 A A"] | None = None,
+) -> Machine:
+    """States are the position, and where there are couplings the last token."""
+    a, t_max = space.vocab_size, space.max_length
+    for name, table, shape in (
+        ("fields", fields, (t_max, a)),
+        ("couplings", couplings, (t_max - 1, a, a)),
+    ):
+        if table is None:
+            continue
+        if tuple(table.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(table.shape)}, expected {shape}")
+        check_values(table, name)
+    fields = fields.detach().double().cpu()
+    if couplings is None:
+        # One state more than positions: what stands there is never read.
+        rows = torch.cat([fields, fields.new_zeros(1, a)])
+        following = torch.arange(1, t_max + 2).clamp(max=t_max)
+        return deterministic(following[:, None].expand(-1, a).contiguous(), rows)
+    if t_max * a * a > MAX_TABLE:
+        raise ValueError(f"a chain of {t_max} positions and {a} tokens needs too many states")
+    states = 1 + a * t_max  # the start, then (position, token) of the last token
+    next_ = torch.zeros(states, a, dtype=torch.int64)
+    weight = torch.zeros(states, a, dtype=torch.float64)
+    tokens = torch.arange(a)
+    next_[0], weight[0] = 1 + tokens, fields[0]
+    for t in range(1, t_max):
+        here = slice(1 + (t - 1) * a, 1 + t * a)
+        next_[here] = 1 + t * a + tokens
+        weight[here] = couplings[t - 1].detach().double().cpu() + fields[t]
+    return deterministic(next_, weight)
+
+
+def hmm(
+    space: TokenSpace,
+    log_initial: Float[Tensor, "H"],
+    log_transition: Float[Tensor, "H H"],
+    log_emission: Float[Tensor, "H A"],
+) -> Machine:
+    """A hidden part alone."""
+    h = log_initial.shape[-1] if log_initial.ndim else 0
+    for name, table, shape in (
+        ("log_initial", log_initial, (h,)),
+        ("log_transition", log_transition, (h, h)),
+        ("log_emission", log_emission, (h, space.vocab_size)),
+    ):
+        if tuple(table.shape) != shape or h == 0:
+            raise ValueError(f"{name} has shape {tuple(table.shape)}, expected {shape}")
+        check_values(table, name)
+    return hidden(log_initial.detach(), log_transition.detach(), log_emission.detach())
