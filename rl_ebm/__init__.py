@@ -14,8 +14,10 @@ from importlib.metadata import version
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from rl_ebm import agents, envs, policies, rewards
+from rl_ebm.certificates import Certificate, certify
 from rl_ebm.checkpoint import RunError
 from rl_ebm.ebm import EBM
+from rl_ebm.estimates import Interval
 from rl_ebm.exact import TooLargeError, TreeSolution, solve
 from rl_ebm.report import Report
 from rl_ebm.runs import load
@@ -30,6 +32,8 @@ __version__ = version("rl-ebm")
 __all__ = [
     "EBM",
     "Batch",
+    "Certificate",
+    "Interval",
     "Report",
     "RunError",
     "TokenSpace",
@@ -37,6 +41,7 @@ __all__ = [
     "TrainConfig",
     "TreeSolution",
     "agents",
+    "certify",
     "envs",
     "load",
     "policies",

@@ -7,8 +7,7 @@ kept. What the figures mean stands at :class:`rl_ebm.report.Report`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from itertools import chain
 from statistics import fmean
@@ -20,8 +19,13 @@ from torch import Tensor
 
 from rl_ebm import bounds
 from rl_ebm.accumulate import WORST, Accumulator
+<<<<<<< HEAD
 from rl_ebm.exact import Solution
 from rl_ebm.policies.scoring import Policy
+=======
+from rl_ebm.exact import TreeSolution
+from rl_ebm.policies.scoring import Policy, evaluating
+>>>>>>> certificates
 from rl_ebm.policies.walk import DEFAULT_MEMORY, walk
 from rl_ebm.report import Bounds, Depth, Prefix, Report
 from rl_ebm.soft_bellman import log_policy
@@ -48,7 +52,7 @@ def verify(policy: Policy, solution: Solution, memory: int = DEFAULT_MEMORY) -> 
     solution.ebm.check_policy(policy)
     values = bool(getattr(policy, "logits_are_values", False))
     reports = []
-    with _evaluating(policy):
+    with evaluating(policy):
         for prompt in range(solution.ebm.num_prompts):
             figures = Accumulator(solution, prompt, values)
             for block in walk(policy, solution.space, prompt, memory):
@@ -84,7 +88,7 @@ def logit_errors(policy: Policy, solution: Solution, prompt: int = 0) -> list[St
         marginals.append(log_s_star)
         q_star = solution.q_rows(t, slice(0, space.num_prefixes(t)), prompt)
         log_s_star = space.gather_children(log_s_star[:, None] + log_policy(q_star))
-    with _evaluating(policy):
+    with evaluating(policy):
         for t, start, stop, logits in walk(policy, space, prompt):
             q_star = solution.q_rows(t, slice(start, stop), prompt)
             log_s = marginals[t][start:stop, None]
@@ -137,17 +141,3 @@ def _combine_depth(depths: Sequence[Depth]) -> Depth:
 
 def _error(prefix: Prefix) -> float:
     return max(abs(x) for x in prefix.delta)
-
-
-@contextmanager
-def _evaluating(policy: Policy) -> Iterator[None]:
-    """A module in evaluation mode, and each part of it back in the mode it was in."""
-    modules = list(policy.modules()) if isinstance(policy, torch.nn.Module) else []
-    training = [module.training for module in modules]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in zip(modules, training, strict=True):
-            module.training = mode

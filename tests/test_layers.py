@@ -20,15 +20,15 @@ ROOT = Path(rl_ebm.__file__).parent
 
 # From the bottom up. A name ending in "." is a package: a room for all modules below it.
 LAYERS = (
-    ("tokens", "tiles", "names", "intervals"),
-    ("prefix_tree", "soft_bellman", "backbone", "automata."),
+    ("tokens", "tiles", "names", "intervals", "estimates"),
+    ("prefix_tree", "soft_bellman", "backbone", "automata.", "mean_bounds"),
     ("divergences", "bounds"),
     ("rewards.", "policies."),
     ("ebm",),
     ("fixed_points.",),
-    ("envs.", "exact.", "agents."),
+    ("envs.", "exact.", "agents.", "smc"),
     ("report", "audit"),
-    ("accumulate",),
+    ("accumulate", "certificates."),
     ("verify",),
     ("checkpoint", "plots"),
     ("metrics", "tensorboard", "runs"),
@@ -61,6 +61,7 @@ FORBIDDEN = {
     "divergences": {"torch.nn", "torch.optim", "logging"},
     "automata.": {"torch.nn", "torch.optim", "logging"},
     "bounds": {"torch.nn", "torch.optim", "logging"},
+    "mean_bounds": {"torch.nn", "torch.optim", "logging"},
     "agents.": {"time", "pathlib", "os", "io", "shutil", "logging"},
 }
 

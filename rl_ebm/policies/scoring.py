@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -240,6 +241,20 @@ def device_of(policy: object) -> torch.device:
         for tensor in (*policy.parameters(), *policy.buffers()):
             return tensor.device
     return torch.device(getattr(policy, "device", "cpu"))
+
+
+@contextmanager
+def evaluating(policy: object) -> Iterator[None]:
+    """A module in evaluation mode, and each part of it back in the mode it was in."""
+    modules = list(policy.modules()) if isinstance(policy, torch.nn.Module) else []
+    training = [module.training for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, training, strict=True):
+            module.training = mode
 
 
 def on_device(thing: Any, device: torch.device | str) -> Any:

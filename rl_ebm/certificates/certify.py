@@ -1,0 +1,172 @@
+"""The entry point: draw, weigh, bound."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rl_ebm.certificates.certificate import Certificate, combine
+from rl_ebm.certificates.limits import (
+    log_z_interval,
+    log_z_limits,
+    sample_interval,
+    self_normalised_kl,
+)
+from rl_ebm.certificates.sampler import Sampler, check_reward_max
+from rl_ebm.ebm import EBM
+from rl_ebm.estimates import Interval, check_confidence, difference
+from rl_ebm.mean_bounds import effective_sample_size
+from rl_ebm.policies.scoring import Policy, evaluating
+from rl_ebm.tokens import Batch
+
+DEFAULT_MEMORY = 2**28
+LOW_ESS = 10
+"""below it the relative error of the mean weight, about ESS**-0.5, is a third or more, and the
+ESS itself, made of the same few weights, says little"""
+WIDE = 1.0
+"""nats: an uncertainty of 1 nat in log Z is one of 1 nat in the KL, and with KL = 1 the total
+variation can be anything up to 0.7 (Pinsker): good and bad policies look the same"""
+
+
+@torch.no_grad()
+def certify(
+    policy: Policy,
+    ebm: EBM,
+    samples: int = 10_000,
+    confidence: float = 0.95,
+    target_samples: Batch | None = None,
+    reward_max: float | None = None,
+    generator: torch.Generator | None = None,
+    *,
+    particles: int | None = None,
+    memory: int = DEFAULT_MEMORY,
+) -> Certificate:
+    """Bound log Z and the divergences between a policy and its target from samples.
+
+    Args:
+        policy: anything with ``logits``, on the EBM's device.
+        samples: how many responses of the policy, for each prompt.
+        confidence: of every interval by itself, in (0, 1).
+        target_samples: independent **exact** samples of p*, not those of a Markov chain; only
+            they give an upper end close to log Z.
+        reward_max: a number that no reward exceeds, in reward units. log Z is then bounded by
+            it, and a little better by as many samples of the reference (without a reference: of
+            the uniform law over all responses).
+        generator: on the policy's device; None for the global one.
+        particles: bound log Z from below by ``samples // particles`` runs of :func:`rl_ebm.smc.smc`
+            with so many particles, instead of by single weights: better where the policy's
+            logits are values. To be decided before looking at the result of either.
+        memory: about how many bytes one evaluation of the policy may take.
+
+    Raises:
+        ValueError: fewer samples than one, a confidence out of (0, 1), a reward above
+            ``reward_max``, a target sample that is impossible, a policy for other prompts, or
+            fewer samples than particles.
+    """
+    check_confidence(confidence)
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+    if particles is not None and not 1 <= particles <= samples:
+        raise ValueError(f"particles must be in [1, samples = {samples}], got {particles}")
+    if reward_max is not None and not math.isfinite(reward_max):
+        raise ValueError(f"reward_max must be finite, got {reward_max}")
+    ebm.check_policy(policy)
+    each = 1 - (1 - confidence) / ebm.num_prompts
+    with evaluating(policy):
+        parts = [
+            _certify_prompt(
+                Sampler(policy, ebm, prompt, generator, memory),
+                samples,
+                each,
+                target_samples,
+                reward_max,
+                particles,
+            )
+            for prompt in range(ebm.num_prompts)
+        ]
+    return parts[0] if len(parts) == 1 else combine(parts)
+
+
+def _certify_prompt(
+    sampler: Sampler,
+    samples: int,
+    confidence: float,
+    target_samples: Batch | None,
+    reward_max: float | None,
+    particles: int | None,
+) -> Certificate:
+    log_w, log_pi, reward = sampler.draw(sampler.policy, samples)
+    if reward_max is not None:
+        check_reward_max(reward, reward_max)
+    others: dict[str, Any] = {"target_log_w": sampler.score_targets(target_samples)}
+    if reward_max is not None:
+        others["log_w_max"], others["base_log_w"] = sampler.base(samples, reward_max)
+    estimates = log_w if particles is None else sampler.smc_runs(samples, particles)
+    targets = others["target_log_w"]
+
+    log_z = log_z_interval(estimates, confidence, **others)
+    low, high = log_z_limits(estimates, 1 - confidence, **others)
+    crossed = bool(low > high)
+    # log Z and the expectation of (4) may each fail half as often.
+    half = 1 - (1 - confidence) / 2
+    log_z_half = log_z_interval(estimates, half, **others)
+    elbo_half = sample_interval(log_w, half)
+    eubo = None if targets is None else sample_interval(targets, confidence)
+    if targets is not None:
+        kl_target = difference(sample_interval(targets, half), log_z_half, least=0.0)
+    else:
+        kl_target = self_normalised_kl(log_w, confidence)
+    kl_policy = difference(log_z_half, elbo_half, least=0.0)
+    ess = float(effective_sample_size(log_w))
+    return Certificate(
+        mode="sampled",
+        num_samples=samples,
+        num_target_samples=0 if targets is None else len(targets),
+        log_z=log_z,
+        kl_policy_target=kl_policy,
+        kl_target_policy=kl_target,
+        elbo=sample_interval(log_w, confidence),
+        eubo=eubo,
+        expected_reward_policy=sample_interval(reward, confidence),
+        entropy_policy=sample_interval(-log_pi, confidence),
+        ess=ess,
+        warnings=_warnings(log_w, log_z, crossed, ess, particles),
+    )
+
+
+def _warnings(
+    log_w: Tensor, log_z: Interval, crossed: bool, ess: float, particles: int | None
+) -> list[str]:
+    """Sentences on what the intervals are not good for."""
+    out = []
+    impossible = int(torch.isneginf(log_w).sum())
+    if impossible:
+        out.append(
+            f"{impossible} of {len(log_w)} samples of the policy are impossible under the target: "
+            "KL(policy, target) is infinite"
+        )
+    if ess < LOW_ESS and particles is None:
+        out.append(
+            f"the effective sample size is {ess:.3g}: a few samples carry all the weight, so the "
+            "estimates are unreliable, log Z is probably too small, and the asymptotic intervals "
+            "are not to be trusted"
+        )
+    if crossed:
+        out.append(
+            "the lower bound on log Z is above the upper one: by bad luck, or because the target "
+            "samples are no exact samples of p*"
+        )
+    if log_z.high == math.inf:
+        out.append(
+            "nothing bounds log Z from above: give exact samples of the target "
+            "(target_samples) or the largest reward (reward_max)"
+        )
+    elif log_z.width > WIDE:
+        out.append(
+            f"the bounds on log Z are {log_z.width:.3g} nats apart: too far to tell a good policy "
+            "from a bad one"
+        )
+    return out

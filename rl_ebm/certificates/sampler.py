@@ -1,0 +1,137 @@
+"""Samples of one prompt with their weights, in bounded memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rl_ebm.ebm import EBM
+from rl_ebm.policies.scoring import Policy, device_of, q_values, sample
+from rl_ebm.smc import smc
+from rl_ebm.soft_bellman import log_policy, sequence_log_prob
+from rl_ebm.tokens import Batch, TokenSpace
+
+
+class Sampler:
+    """Samples of one prompt with their weights, drawn and scored in bounded memory."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        ebm: EBM,
+        prompt: int,
+        generator: torch.Generator | None,
+        memory: int,
+    ) -> None:
+        self.policy, self.ebm, self.prompt, self.generator = policy, ebm, prompt, generator
+        self.device = device_of(policy)
+        per_token = 48 * ebm.space.vocab_size + getattr(policy, "tree_bytes_per_node", 4096)
+        self.rows = max(1, memory // (per_token * ebm.space.max_length))
+
+    def ids(self, n: int) -> Tensor:
+        return torch.full((n,), self.prompt, device=self.device)
+
+    def chunks(self, n: int, rows: int) -> Iterator[int]:
+        for start in range(0, n, rows):
+            yield min(rows, n - start)
+
+    def draw(self, policy: Policy, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """log W, log pi and reward of n samples of a policy, float64 on the CPU."""
+        parts = [
+            self.score(policy, sample(policy, self.ebm.space, rows, self.generator, self.ids(rows)))
+            for rows in self.chunks(n, self.rows)
+        ]
+        log_w, log_pi, reward = (torch.cat(column) for column in zip(*parts, strict=True))
+        return log_w, log_pi, reward
+
+    def score(self, policy: Policy, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        space, batch = self.ebm.space, batch.clean()
+        rows = log_policy(q_values(policy, space, batch.tokens, batch.prompt_ids).double())
+        log_pi = sequence_log_prob(rows, batch.tokens, batch.lengths)
+        reward = self.ebm.reward(batch.tokens, batch.lengths, batch.prompt_ids).double()
+        log_ref = self.ebm.log_ref(batch.tokens, batch.lengths, batch.prompt_ids).double().sum(1)
+        log_target = log_ref + reward / self.ebm.beta
+        # Where both are impossible the sample was none of the policy's: it counts as impossible.
+        log_w = torch.where(torch.isneginf(log_target), log_target, log_target - log_pi)
+        return log_w.cpu(), log_pi.cpu(), reward.cpu()
+
+    def score_targets(self, batch: Batch | None) -> Tensor | None:
+        """log W of this prompt's target samples; None where there are none."""
+        if batch is None:
+            return None
+        rows = (batch.prompt_ids == self.prompt).nonzero()[:, 0]
+        if len(rows) == 0:
+            return None
+        self.ebm.space.check(batch.tokens, batch.lengths)
+        parts = [
+            self.score(self.policy, batch.take(some).to(self.device))[0]
+            for some in rows.split(self.rows)
+        ]
+        log_w = torch.cat(parts)
+        if bool(torch.isneginf(log_w).any()):
+            raise ValueError("a target sample has p* = 0: target_samples are no samples of p*")
+        return log_w
+
+    def smc_runs(self, samples: int, particles: int) -> Tensor:
+        """log of independent unbiased estimates of Z."""
+        per_call = max(1, self.rows // particles)
+        return torch.cat(
+            [
+                smc(
+                    self.ebm,
+                    self.policy,
+                    particles,
+                    generator=self.generator,
+                    runs=runs,
+                    prompt_ids=self.ids(runs),
+                ).log_z.cpu()
+                for runs in self.chunks(samples // particles, per_call)
+            ]
+        )
+
+    def base(self, samples: int, reward_max: float) -> tuple[float, Tensor]:
+        """A certain bound on W under the reference, or the uniform law, and samples of it."""
+        reference = self.ebm.reference
+        base: Policy = UniformResponses(self.ebm.space, self.device)
+        if reference is not None:
+            base = reference
+        log_count = base.log_count if isinstance(base, UniformResponses) else 0.0
+        _, _, reward = self.draw(base, samples)
+        check_reward_max(reward, reward_max)
+        # W = exp(R / beta) under the reference; all responses as often in place of it: times N.
+        log_w = reward.clamp(max=reward_max) / self.ebm.beta + log_count
+        return reward_max / self.ebm.beta + log_count, log_w
+
+
+class UniformResponses:
+    """The uniform law over all responses of a space, as a policy: log of the completions."""
+
+    forbids = False
+
+    def __init__(self, space: TokenSpace, device: torch.device | str = "cpu") -> None:
+        self.space, self.device = space, torch.device(device)
+        rows = torch.zeros(space.max_length, space.vocab_size, dtype=torch.float64)
+        self.log_count = space.max_length * math.log(space.vocab_size)
+        """log of the number of responses"""
+        if space.eos_id is not None:
+            self.log_count = 0.0
+            for t in reversed(range(space.max_length - 1)):
+                rows[t] = self.log_count
+                rows[t, space.eos_id] = 0.0
+                self.log_count = float(torch.logsumexp(rows[t], dim=0))
+        self.rows = rows.to(device)
+
+    def logits(self, tokens: Tensor, prompt_ids: Tensor | None = None) -> Float[Tensor, "B T A"]:
+        """The same rows for every sequence."""
+        return self.rows.expand(len(tokens), -1, -1)
+
+
+def check_reward_max(reward: Float[Tensor, "n"], reward_max: float) -> None:
+    """Raise ValueError if a reward is above reward_max by more than float32 rounding."""
+    largest = float(reward.max())
+    if largest > reward_max + 1e-6 * max(1.0, abs(reward_max)):
+        raise ValueError(f"reward_max is {reward_max}, and a response has the reward {largest}")

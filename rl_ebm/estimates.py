@@ -1,0 +1,171 @@
+"""Estimates with the interval that is known around them, and how much is claimed for it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Kind = Literal["finite-sample", "one-sided finite-sample", "asymptotic"]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and the interval that holds the truth with probability >= ``confidence``.
+
+    The probability is over the samples, and each interval's own: several intervals hold together
+    with probability 1 less the sum of what each may fail.
+    """
+
+    estimate: float
+    low: float
+    """-inf where nothing is known on this side"""
+    high: float
+    """+inf where nothing is known on this side"""
+    confidence: float
+    kind: Kind
+    """``finite-sample``: the confidence holds for every number of samples and every law of
+    them. ``one-sided finite-sample``: the same, and one of the ends at least says nothing (it
+    is infinite, or 0 for what cannot be negative). ``asymptotic``: the confidence is a limit for
+    many samples (normal theory); with few samples or heavy tails the truth lies outside more
+    often. An asymptotic interval, too, can have an infinite end."""
+
+    def __post_init__(self) -> None:
+        if any(math.isnan(x) for x in (self.estimate, self.low, self.high)):
+            raise ValueError(f"an interval never holds nan, got {self}")
+        if self.low > self.high:
+            raise ValueError(f"low must not be above high, got {self.low} and {self.high}")
+        check_confidence(self.confidence)
+
+    @property
+    def width(self) -> float:
+        """high - low; 0 where both are the same infinity."""
+        return 0.0 if self.low == self.high else self.high - self.low
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: infinite numbers are the strings "Infinity" and "-Infinity"."""
+        return {
+            k: x
+            if not isinstance(x, float) or math.isfinite(x)
+            else ("Infinity" if x > 0 else "-Infinity")
+            for k, x in asdict(self).items()
+        }
+
+    def __str__(self) -> str:
+        low, high = (
+            ("[" if math.isfinite(self.low) else "("),
+            ("]" if self.high < math.inf else ")"),
+        )
+        return (
+            f"{self.estimate:.6g} {low}{self.low:.6g}, {self.high:.6g}{high} "
+            f"{100 * self.confidence:g}% {self.kind}"
+        )
+
+
+def check_confidence(confidence: float) -> None:
+    """Raise ValueError unless 0 < confidence < 1."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be in (0, 1), got {confidence!r}")
+
+
+def student_quantile(confidence: float, df: int) -> float:
+    """t with P(|T| <= t) = confidence, for Student's t with ``df`` degrees of freedom.
+
+    Up to 1,000 degrees of freedom by bisection of the closed form of the distribution function
+    (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4), beyond by its expansion in 1 / df (26.7.5).
+
+    Raises:
+        ValueError: a confidence out of (0, 1), or df < 1.
+    """
+    check_confidence(confidence)
+    if df < 1:
+        raise ValueError(f"df must be at least 1, got {df}")
+    if df > 1000:
+        z = statistics.NormalDist().inv_cdf(0.5 + confidence / 2)
+        series = (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
+        return z + series
+    # In the angle theta = atan(t / sqrt(df)) the bracket is finite.
+    low, high = 0.0, math.pi / 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _student_mass(middle, df) < confidence else (low, middle)
+    return math.tan(low) * math.sqrt(df)
+
+
+def _student_mass(theta: float, df: int) -> float:
+    """P(|T| <= tan(theta) sqrt(df))."""
+    cos, sin = math.cos(theta), math.sin(theta)
+    odd = df % 2
+    term, total = (cos, 0.0) if odd else (1.0, 0.0)
+    for j in range(df // 2):
+        total += term
+        i = 2 * j + 1 + odd
+        term *= cos * cos * i / (i + 1)
+    return 2 / math.pi * (theta + sin * total) if odd else sin * total
+
+
+def mean_interval(mean: float, std: float, n: int, confidence: float) -> Interval:
+    """Of an expectation, by Student's t from a sample's mean and (n - 1) standard deviation.
+
+    Asymptotic: exact for normal samples only. One sample says nothing of the spread: infinite.
+    An infinite mean is certain, if what was averaged is bounded on the other side: one infinite
+    value of positive probability makes the expectation infinite.
+    """
+    if math.isinf(mean):
+        return Interval(mean, mean, mean, confidence, "finite-sample")
+    half = math.inf
+    if n >= 2:
+        half = student_quantile(confidence, n - 1) * std / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half, confidence, "asymptotic")
+
+
+def difference(a: Interval, b: Interval, least: float = -math.inf) -> Interval:
+    """Of a - b by the union bound: it fails no more often than the two together.
+
+    A term that is infinite for certain, a = inf or b = -inf, decides: the other is to be finite,
+    as log Z is, even where nothing was learned of it.
+
+    Args:
+        least: what the difference is known to be at least: 0 for a divergence.
+
+    Raises:
+        ValueError: intervals that may fail with probability 1 together.
+    """
+    confidence = round(a.confidence + b.confidence - 1, 12)
+    if a.low == math.inf or b.high == -math.inf:
+        return Interval(math.inf, math.inf, math.inf, confidence, "finite-sample")
+    low = -math.inf if -math.inf in (a.low, -b.high) else a.low - b.high
+    high = math.inf if math.inf in (a.high, -b.low) else a.high - b.low
+    undefined = math.isinf(a.estimate) and a.estimate == b.estimate
+    estimate = math.inf if undefined else a.estimate - b.estimate
+    known = low > least and high < math.inf
+    kind: Kind = "finite-sample" if known else "one-sided finite-sample"
+    if "asymptotic" in (a.kind, b.kind):
+        kind = "asymptotic"
+    low, high = max(low, least), max(high, least)
+    return Interval(max(estimate, least), low, high, confidence, kind)
+
+
+def average(intervals: Sequence[Interval]) -> Interval:
+    """Of the mean of several unknowns, by the union bound over their intervals."""
+    n = len(intervals)
+    if n == 1:
+        return intervals[0]
+    kinds = {interval.kind for interval in intervals}
+    order: tuple[Kind, ...] = ("asymptotic", "one-sided finite-sample", "finite-sample")
+    return Interval(
+        _mean([i.estimate for i in intervals], math.inf),
+        _mean([i.low for i in intervals], -math.inf),
+        _mean([i.high for i in intervals], math.inf),
+        round(1 - sum(1 - i.confidence for i in intervals), 12),
+        next(kind for kind in order if kind in kinds),
+    )
+
+
+def _mean(values: Sequence[float], undefined: float) -> float:
+    """Mean of numbers that may be infinite; ``undefined`` where it is inf - inf."""
+    if math.inf in values and -math.inf in values:
+        return undefined
+    return math.fsum(values) / len(values)
