@@ -19,13 +19,8 @@ from torch import Tensor
 
 from rl_ebm import bounds
 from rl_ebm.accumulate import WORST, Accumulator
-<<<<<<< HEAD
 from rl_ebm.exact import Solution
-from rl_ebm.policies.scoring import Policy
-=======
-from rl_ebm.exact import TreeSolution
 from rl_ebm.policies.scoring import Policy, evaluating
->>>>>>> certificates
 from rl_ebm.policies.walk import DEFAULT_MEMORY, walk
 from rl_ebm.report import Bounds, Depth, Prefix, Report
 from rl_ebm.soft_bellman import log_policy
