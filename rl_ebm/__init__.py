@@ -18,8 +18,9 @@ from rl_ebm.certificates import Certificate, certify
 from rl_ebm.checkpoint import RunError
 from rl_ebm.ebm import EBM
 from rl_ebm.estimates import Interval
-from rl_ebm.exact import TooLargeError, TreeSolution, solve
+from rl_ebm.exact import AutomatonSolution, TooLargeError, TreeSolution, solve
 from rl_ebm.report import Report
+from rl_ebm.report_sampled import SampledReport
 from rl_ebm.runs import load
 from rl_ebm.soft_bellman import q_from_r, r_from_q
 from rl_ebm.tokens import Batch, TokenSpace
@@ -31,11 +32,13 @@ __version__ = version("rl-ebm")
 
 __all__ = [
     "EBM",
+    "AutomatonSolution",
     "Batch",
     "Certificate",
     "Interval",
     "Report",
     "RunError",
+    "SampledReport",
     "TokenSpace",
     "TooLargeError",
     "TrainConfig",

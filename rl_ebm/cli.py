@@ -36,7 +36,7 @@ from rl_ebm.options import (
     train_flags,
 )
 from rl_ebm.policies import log_prob, sample
-from rl_ebm.report import Report
+from rl_ebm.report_sampled import AnyReport
 from rl_ebm.runs import REPORT, decode, load, read_config
 from rl_ebm.train import resume, train
 from rl_ebm.training import TrainConfig
@@ -120,7 +120,7 @@ def run_verify(args: Sequence[str]) -> int:
     write_text(a.run / REPORT, json.dumps(report.to_dict(), indent=1) + "\n")
     print(report)
     print(f"\nwritten: {a.run / REPORT}")
-    if a.max_kl is not None and report.kl_target_policy > a.max_kl:
+    if a.max_kl is not None and report.scalars()["kl_target_policy"] > a.max_kl:
         print(f"KL(target, policy) is above --max-kl {a.max_kl:g}", file=sys.stderr)
         return 1
     return 0
@@ -279,11 +279,12 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-def _say_trained(run: Path, report: Report | None) -> None:
+def _say_trained(run: Path, report: AnyReport | None) -> None:
     if report is not None:
+        figures = report.scalars()
         print(
-            f"KL(target, policy) {report.kl_target_policy:.3g} nats, KL(policy, target) "
-            f"{report.kl_policy_target:.3g} nats, total variation {report.tv:.3g}"
+            f"KL(target, policy) {figures['kl_target_policy']:.3g} nats, KL(policy, target) "
+            f"{figures['kl_policy_target']:.3g} nats, total variation {figures['tv']:.3g}"
         )
     print(f"run: {run}; next: rl-ebm verify {run}; tensorboard --logdir {run}")
 

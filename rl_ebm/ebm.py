@@ -132,6 +132,14 @@ class EBM:
         if self.reference is None:
             return torch.zeros(mask.shape, device=tokens.device)
         tokens = tokens.masked_fill(~mask, 0)
+        own: Any = getattr(self.reference, "log_probs", None)
+        if own is not None:
+            log_ref: Tensor = own(tokens, prompt_ids).double()
+            if self.space.eos_id is not None:
+                last = torch.zeros_like(log_ref[:, -1])
+                last = last.masked_fill(tokens[:, -1] != self.space.eos_id, -torch.inf)
+                log_ref = torch.cat([log_ref[:, :-1], last[:, None]], dim=1)
+            return log_ref.masked_fill(~mask, 0.0)
         rows = self.log_ref_rows(tokens, prompt_ids)
         return gather_tokens(rows, tokens).masked_fill(~mask, 0.0)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rl_ebm.report import Report
+from rl_ebm.report_sampled import AnyReport
 from rl_ebm.verify import State
 
 EVENTS = "events.out.tfevents.*"
@@ -52,7 +52,7 @@ class Board:
         image = figure_image(error_figure(depths))
         self.writer.add_image("exact/logits", image, tokens, dataformats="HWC")
 
-    def hparams(self, config: Mapping[str, Any], report: Report) -> None:
+    def hparams(self, config: Mapping[str, Any], report: AnyReport) -> None:
         """The configuration with the final exact metrics, in the hparams view."""
         from torch.utils.tensorboard.summary import hparams
 

@@ -14,10 +14,10 @@ from rl_ebm.agents import AGENTS
 from rl_ebm.backbone import TransformerConfig
 from rl_ebm.checkpoint import RunError
 from rl_ebm.ebm import EBM
-from rl_ebm.exact import Solution, TooLargeError, solve
+from rl_ebm.exact import Solution, TooLargeError, find_machines, solve
 from rl_ebm.names import nearest
 from rl_ebm.policies import Policy, Trainable, Transformer
-from rl_ebm.report import Report
+from rl_ebm.report_sampled import AnyReport
 from rl_ebm.rewards import Reward, Table
 from rl_ebm.runs import (
     CONFIG,
@@ -52,7 +52,7 @@ def train(
     source: dict[str, Any] | None = None,
     compile: bool = False,
     progress: bool | None = None,
-) -> tuple[Trainable, Report | None]:
+) -> tuple[Trainable, AnyReport | None]:
     """Distil an EBM into a new policy.
 
     Args:
@@ -131,7 +131,7 @@ def resume(
     reference: Policy | None = None,
     device: torch.device | str = "cpu",
     progress: bool | None = None,
-) -> tuple[Trainable, Report | None, bool]:
+) -> tuple[Trainable, AnyReport | None, bool]:
     """Go on with a run, exactly where its last checkpoint was.
 
     Args:
@@ -187,6 +187,7 @@ def _trainer(
 def solution_for_training(ebm: EBM, needed: bool, progress: bool | None = None) -> Solution | None:
     """The exact solution where an agent needs it, or where it is cheap; else None."""
     cheap = isinstance(ebm.reward_model, Table) or ebm.space.num_sequences <= SOLVED_UNASKED
+    cheap = cheap or find_machines(ebm) is not None
     if not needed and not cheap:
         return None
     try:

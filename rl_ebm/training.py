@@ -20,12 +20,13 @@ from rl_ebm.checkpoint import RunError, load_state, save_state, save_tensors, wr
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import Solution
 from rl_ebm.metrics import MetricsFile
-from rl_ebm.report import Report
+from rl_ebm.report_sampled import AnyReport
 from rl_ebm.runs import METRICS, POLICY, REPORT, STATE, load_weights
 from rl_ebm.tensorboard import EVENTS, Board
-from rl_ebm.verify import logit_errors, verify
+from rl_ebm.verify import LISTED, logit_errors, verify
 
-MAX_EVALUATED = 2**17
+MAX_EVALUATED = 2**17  # states up to which training verifies at every prefix
+SAMPLES = 100  # responses of target and policy each that it verifies along where there are more
 """more states than this are verified only when asked to: it would take longer than training"""
 
 
@@ -96,9 +97,11 @@ class Trainer:
         self.seconds = 0.0  # of training, over all the run's processes
         self.tokens = torch.zeros((), dtype=torch.int64, device=ebm.device)
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=ebm.device)
-        self.report: Report | None = None
+        self.report: AnyReport | None = None
         states = ebm.num_prompts * ebm.space.num_states
-        self.evaluates = solution is not None and states <= MAX_EVALUATED
+        self.lists = states <= MAX_EVALUATED and states * ebm.space.vocab_size <= LISTED
+        mode = None if solution is None else solution.mode
+        self.evaluates = mode == "exact-automaton" or (mode is not None and self.lists)
         self.board: Board | None = None
         self.metrics_file: MetricsFile | None = None
         self.saved_step: int | None = None
@@ -121,7 +124,7 @@ class Trainer:
         """Whether a limit has been reached."""
         return self.progress >= 1 or self.config.steps == 0
 
-    def train(self) -> Report | None:
+    def train(self) -> AnyReport | None:
         """Go on to the end of the run; the last exact report.
 
         Raises:
@@ -234,16 +237,18 @@ class Trainer:
         self.check_finite()
         policy: Any = self.agent.policy
         try:
-            self.report = verify(policy, self.solution)
+            samples = None if self.lists else SAMPLES
+            generator = torch.Generator(self.solution.device).manual_seed(self.step)
+            report = verify(policy, self.solution, samples=samples, generator=generator)
+            self.report = report
         except ValueError as error:  # finite weights, too large for finite logits
             raise self._stop(self.step, str(error)) from None
-        report = self.report
         values = {f"exact/{name}": value for name, value in report.scalars().items()}
         # What bounds log Z from both sides (arXiv 2512.15605, App. A.8), here exactly.
-        values["eval/elbo"] = report.log_z - report.kl_policy_target
-        values["eval/eubo"] = report.log_z + report.kl_target_policy
+        values["eval/elbo"] = report.log_z - values["exact/kl_policy_target"]
+        values["eval/eubo"] = report.log_z + values["exact/kl_target_policy"]
         self._write(values)
-        if pictures and self.board is not None:
+        if pictures and self.lists and self.board is not None:
             self.board.states(logit_errors(policy, self.solution), int(self.tokens))
 
     def _write(self, values: Mapping[str, float]) -> None:

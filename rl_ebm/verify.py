@@ -23,19 +23,35 @@ from rl_ebm.exact import Solution
 from rl_ebm.policies.scoring import Policy, evaluating
 from rl_ebm.policies.walk import DEFAULT_MEMORY, walk
 from rl_ebm.report import Bounds, Depth, Prefix, Report
+from rl_ebm.report_sampled import AnyReport
 from rl_ebm.soft_bellman import log_policy
+from rl_ebm.verify_sampled import verify_sampled
 
+LISTED = 2**24
+"""logits of all prefixes, up to which those of an automaton's EBM are listed"""
 _MAXIMA = ("_linf", "_span", "_max")
 
 
 @torch.no_grad()
-def verify(policy: Policy, solution: Solution, memory: int = DEFAULT_MEMORY) -> Report:
-    """Compare any policy with the exact one, prefix by prefix.
+def verify(
+    policy: Policy,
+    solution: Solution,
+    memory: int = DEFAULT_MEMORY,
+    samples: int | None = None,
+    confidence: float = 0.95,
+    generator: torch.Generator | None = None,
+) -> AnyReport:
+    """Compare any policy with the exact one: at every prefix, or along samples of both.
 
     Args:
         policy: anything with ``logits``.
         solution: of :func:`rl_ebm.solve`.
         memory: about how many bytes one evaluation of the policy may take.
+        samples: responses of target and policy each, for :func:`verify_sampled`; None for every
+            prefix where the solution is a tree or there are at most :data:`LISTED` logits of
+            them, else for 1,000.
+        confidence: of the intervals around what is sampled.
+        generator: for the samples; None for the global one.
 
     Returns:
         The report. With several prompts its figures are maxima for ``*_linf``, ``*_span`` and
@@ -44,6 +60,16 @@ def verify(policy: Policy, solution: Solution, memory: int = DEFAULT_MEMORY) -> 
     Raises:
         ValueError: a policy for other prompts, or one whose logits are NaN or +inf.
     """
+    space = solution.space
+    small = space.num_states * space.vocab_size <= LISTED
+    if samples is None and (small or solution.mode == "exact-tree"):
+        return verify_listed(policy, solution, memory)
+    return verify_sampled(policy, solution, samples or 1000, confidence, generator, memory)
+
+
+@torch.no_grad()
+def verify_listed(policy: Policy, solution: Solution, memory: int = DEFAULT_MEMORY) -> Report:
+    """Compare any policy with the exact one, prefix by prefix; see :func:`verify`."""
     solution.ebm.check_policy(policy)
     values = bool(getattr(policy, "logits_are_values", False))
     reports = []

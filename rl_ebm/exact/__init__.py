@@ -4,7 +4,7 @@ from rl_ebm.exact.automaton import AutomatonSolution
 from rl_ebm.exact.base import Solution
 from rl_ebm.exact.problems import problems
 from rl_ebm.exact.solution import TreeSolution
-from rl_ebm.exact.solve import TooLargeError, check_memory, solve
+from rl_ebm.exact.solve import TooLargeError, check_memory, find_machines, solve
 from rl_ebm.exact.summary import Response, Summary, summarise
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "TooLargeError",
     "TreeSolution",
     "check_memory",
+    "find_machines",
     "problems",
     "solve",
     "summarise",

@@ -1,13 +1,15 @@
 r"""The one path from a policy's logits to log-probabilities and samples.
 
 A **policy** is any object with ``logits(tokens, prompt_ids=None) -> (B, T, A)``: row t depends
-on ``tokens[:, :t]`` alone, and need be neither normalised nor masked. Three optional members
+on ``tokens[:, :t]`` alone, and need be neither normalised nor masked. Some optional members
 make it faster, and nothing else: they must give the same numbers.
 
 * ``tree_logits(tree, prompt_ids) -> (P, N, A)``: all prefixes of a tree in one pass
   (``tree_bytes_per_node`` says what a node takes, for those who cut trees to size);
 * ``start(prompt_ids) -> state`` and ``step(state, tokens | None) -> (B, A)``: decoding with a
   cache, one token for each row at a time;
+* ``log_probs(tokens, prompt_ids) -> (B, T)``: log pi of the tokens alone, for those who have a
+  cheaper way than all A of each row;
 * ``logits_are_values = True`` declares that the raw logits are q, not just log pi + c(s).
 
 A policy that reads prompts was given them when it was made and shows them as ``prompts``.
