@@ -2,8 +2,10 @@ r"""On-policy distillation: the policy writes, the teacher says at each state wh
 
     loss = mean_i sum_t D(teacher(.|s_t), pi(.|s_t)),    s_t along responses drawn from pi,
 
-with the full distributions over the next token and no gradient through the draws. Agarwal et al.
-2024 (arXiv 2306.13649, Eq. 3); D is the forward KL(teacher, pi), the reverse KL(pi, teacher), or
+or, a share of them, from the teacher: there the forward KL is teacher forcing with the exact
+probability of every token in the place of the one that was drawn. The distributions over the next
+token are full, and no gradient goes through the draws. Agarwal et al. 2024 (arXiv 2306.13649,
+Eq. 3 and Alg. 1); D is the forward KL(teacher, pi), the reverse KL(pi, teacher), or
 Jensen-Shannon. Each is 0 at every state that is visited exactly where the policy is the
 teacher's: with the exact solution as the teacher, at the EBM.
 """
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from rl_ebm import divergences
 from rl_ebm.agents.imitation import ImitationAgent, ImitationOptions, given
-from rl_ebm.policies.scoring import Policy, q_values
+from rl_ebm.policies.scoring import Policy, q_values, sample
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.tokens import Batch, length_mask
 
@@ -39,12 +41,16 @@ class OnPolicyDistillationConfig(ImitationOptions):
     """responses in a step"""
     divergence: Literal["forward", "reverse", "js"] = "reverse"
     """of the teacher and the policy at each state"""
+    on_policy: float | int = 1.0
+    """share of the responses drawn from the policy, the rest from the teacher"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.divergence not in DIVERGENCES:
             names = ", ".join(DIVERGENCES)
             raise ValueError(f"divergence must be one of {names}, got {self.divergence!r}")
+        if not 0 <= self.on_policy <= 1:
+            raise ValueError(f"on_policy must be in [0, 1], got {self.on_policy}")
 
 
 def on_policy_distillation_loss(
@@ -75,6 +81,20 @@ class OnPolicyDistillationAgent(ImitationAgent):
                 "divergence='forward' or 'js'"
             )
         return self.policy
+
+    def sample(self) -> Batch:
+        """Responses of the policy, and of the teacher."""
+        ids = self.prompts()
+        count = round(self.config.on_policy * len(ids))
+        if 0 < count < len(ids):
+            # Which rows are whose does not depend on their prompts.
+            ids = ids[torch.randperm(len(ids), generator=self.generator, device=ids.device)]
+        parts = [
+            sample(source, self.ebm.space, len(some), self.generator, some)
+            for source, some in ((self.policy, ids[:count]), (self.teacher, ids[count:]))
+            if len(some)
+        ]
+        return parts[0] if len(parts) == 1 else Batch.cat(parts)
 
     def loss(self, batch: Batch) -> Float[Tensor, ""]:
         """The divergences at the states of the policy's responses."""

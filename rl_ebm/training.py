@@ -25,9 +25,9 @@ from rl_ebm.runs import METRICS, POLICY, REPORT, STATE, load_weights
 from rl_ebm.tensorboard import EVENTS, Board
 from rl_ebm.verify import LISTED, logit_errors, verify
 
-MAX_EVALUATED = 2**17  # states up to which training verifies at every prefix
-SAMPLES = 100  # responses of target and policy each that it verifies along where there are more
-"""more states than this are verified only when asked to: it would take longer than training"""
+MAX_EVALUATED = 2**17
+"""more states than this are listed only when asked to: it would take longer than training"""
+SAMPLES = 100  # responses of target and policy each, along which it is verified then
 
 
 @dataclass(frozen=True)
@@ -184,9 +184,8 @@ class Trainer:
         """One step: no number leaves the device."""
         batch = self.agent.sample()
         if batch is None:
-            evaluated = self.ebm.num_prompts * self.ebm.space.num_states
             metrics = self.agent.update(None, self.progress)
-            self.tokens += evaluated
+            self.tokens += self.ebm.num_prompts * self.ebm.space.num_states
         else:
             batch = self.ebm.score(batch)
             self.reward_calls += len(batch)
