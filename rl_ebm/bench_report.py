@@ -133,9 +133,10 @@ def frontier(ebm: EBM) -> tuple[list[float], list[float]]:
         other = EBM(ebm.space, ebm.reward_model, beta, ebm.reference, ebm.prompts)
         solution = solve(other)
         parts = [summarise(solution, 0, prompt) for prompt in range(ebm.num_prompts)]
+        gains = [p.expected_reward for p in parts if p.expected_reward is not None]
         # KL(p*, p_ref) = E[R] / beta - log Z
-        kls.append(statistics.fmean(p.expected_reward / beta - p.log_z for p in parts))
-        rewards.append(statistics.fmean(p.expected_reward for p in parts))
+        kls.append(statistics.fmean(gains) / beta - float(solution.log_z.mean()))
+        rewards.append(statistics.fmean(gains))
     return kls, rewards
 
 

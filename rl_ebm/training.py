@@ -18,12 +18,12 @@ from tqdm.auto import tqdm
 from rl_ebm.agents import Agent
 from rl_ebm.checkpoint import RunError, load_state, save_state, save_tensors, write_text
 from rl_ebm.ebm import EBM
-from rl_ebm.exact import Solution
+from rl_ebm.exact import LISTED, Solution
 from rl_ebm.metrics import MetricsFile
 from rl_ebm.report_sampled import AnyReport
 from rl_ebm.runs import METRICS, POLICY, REPORT, STATE, load_weights
 from rl_ebm.tensorboard import EVENTS, Board
-from rl_ebm.verify import LISTED, logit_errors, verify
+from rl_ebm.verify import logit_errors, verify
 
 MAX_EVALUATED = 2**17
 """more states than this are listed only when asked to: it would take longer than training"""

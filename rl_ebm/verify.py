@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rl_ebm import bounds
 from rl_ebm.accumulate import WORST, Accumulator
-from rl_ebm.exact import Solution
+from rl_ebm.exact import Solution, lists
 from rl_ebm.policies.scoring import Policy, evaluating
 from rl_ebm.policies.walk import DEFAULT_MEMORY, walk
 from rl_ebm.report import Bounds, Depth, Prefix, Report
@@ -27,8 +27,6 @@ from rl_ebm.report_sampled import AnyReport
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.verify_sampled import verify_sampled
 
-LISTED = 2**24
-"""logits of all prefixes, up to which those of an automaton's EBM are listed"""
 _MAXIMA = ("_linf", "_span", "_max")
 
 
@@ -48,8 +46,7 @@ def verify(
         solution: of :func:`rl_ebm.solve`.
         memory: about how many bytes one evaluation of the policy may take.
         samples: responses of target and policy each, for :func:`verify_sampled`; None for every
-            prefix where the solution is a tree or there are at most :data:`LISTED` logits of
-            them, else for 1,000.
+            prefix where :func:`rl_ebm.exact.lists` says so, else for 1,000.
         confidence: of the intervals around what is sampled.
         generator: for the samples; None for the global one.
 
@@ -60,9 +57,7 @@ def verify(
     Raises:
         ValueError: a policy for other prompts, or one whose logits are NaN or +inf.
     """
-    space = solution.space
-    small = space.num_states * space.vocab_size <= LISTED
-    if samples is None and (small or solution.mode == "exact-tree"):
+    if samples is None and lists(solution):
         return verify_listed(policy, solution, memory)
     return verify_sampled(policy, solution, samples or 1000, confidence, generator, memory)
 

@@ -1,13 +1,15 @@
 """Exact solutions of an EBM; each is itself a policy."""
 
 from rl_ebm.exact.automaton import AutomatonSolution
-from rl_ebm.exact.base import Solution
+from rl_ebm.exact.base import LISTED, Solution, lists
+from rl_ebm.exact.figures import Response, Summary
 from rl_ebm.exact.problems import problems
 from rl_ebm.exact.solution import TreeSolution
 from rl_ebm.exact.solve import TooLargeError, check_memory, find_machines, solve
-from rl_ebm.exact.summary import Response, Summary, summarise
+from rl_ebm.exact.summary import summarise
 
 __all__ = [
+    "LISTED",
     "AutomatonSolution",
     "Response",
     "Solution",
@@ -16,6 +18,7 @@ __all__ = [
     "TreeSolution",
     "check_memory",
     "find_machines",
+    "lists",
     "problems",
     "solve",
     "summarise",

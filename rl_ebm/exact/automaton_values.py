@@ -56,6 +56,7 @@ class Values:
         before: B, (T, H, K).
         after: C, (T + 1, H, K); entry 0 is not used.
         log_z: (P,).
+        of_reference, of_reward: deterministic state of each factor in each state, (K,).
     """
 
     machine: Machine
@@ -66,6 +67,8 @@ class Values:
     before: Float[Tensor, "T H K"]
     after: Float[Tensor, "T1 H K"]
     log_z: Float[Tensor, "P"]
+    of_reference: Int64[Tensor, "K"]
+    of_reward: Int64[Tensor, "K"]
 
 
 def find_edges(machine: Machine, eos_id: int | None) -> Edges:
@@ -109,9 +112,10 @@ def find_values(reference: Machine | None, reward: Machine, space: TokenSpace) -
         reward: R / beta in nats.
         space: the responses.
     """
-    machine, right, hidden = reward, torch.arange(reward.num_states, device=reward.device), 1
+    everything = torch.arange(reward.num_states, device=reward.device)
+    machine, left, right, hidden = reward, everything, everything, 1
     if reference is not None:
-        machine, _, right = product(reference, reward)
+        machine, left, right = product(reference, reward)
         hidden = reference.num_hidden
     h, k, t_max = machine.num_hidden, machine.num_states, space.max_length
     edges = find_edges(machine, space.eos_id)
@@ -129,9 +133,8 @@ def find_values(reference: Machine | None, reward: Machine, space: TokenSpace) -
         before[t] = torch.logaddexp(segment_logsumexp(x, edges.source, k), ends)
         after[t] = before[t] if h == 1 else log_matmul(machine.log_transition, before[t])
     log_z = torch.logsumexp(machine.log_initial + before[0][:, machine.start].T, 1)
-    return Values(
-        machine, Columns.of(machine.log_emission), edges, end, end_last, before, after, log_z
-    )
+    emission = Columns.of(machine.log_emission)
+    return Values(machine, emission, edges, end, end_last, before, after, log_z, left, right)
 
 
 def end_weights(machine: Machine, eos_id: int) -> Float[Tensor, "H K"]:

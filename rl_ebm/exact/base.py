@@ -11,6 +11,9 @@ from rl_ebm.ebm import EBM
 from rl_ebm.policies.scoring import Policy
 from rl_ebm.tokens import Batch, TokenSpace
 
+LISTED = 2**24
+"""logits of all prefixes, up to which those of an automaton's EBM are listed"""
+
 Rows = slice | Tensor
 """Prefixes of one depth: a range, or an index for each row."""
 
@@ -62,3 +65,10 @@ class Solution(Policy, Protocol):
         generator: torch.Generator | None = None,
         prompt_ids: Tensor | None = None,
     ) -> Batch: ...
+
+
+def lists(solution: Solution) -> bool:
+    """Whether all prefixes of a solution are looked at one by one: always those of a tree."""
+    space = solution.space
+    small = solution.ebm.num_prompts * space.num_states * space.vocab_size <= LISTED
+    return small or solution.mode == "exact-tree"

@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from rl_ebm.exact.base import Solution
+from rl_ebm.exact.automaton import AutomatonSolution
+from rl_ebm.exact.automaton_summary import summarise_automaton
+from rl_ebm.exact.base import Solution, lists
+from rl_ebm.exact.figures import Response, Summary
 from rl_ebm.soft_bellman import expectation
 
 _BLOCK = 2**18
 
 
-@dataclass(frozen=True)
-class Response:
-    """A response with its exact probability and its reward."""
-
-    tokens: list[int]
-    probability: float
-    score: float
-
-
-@dataclass(frozen=True)
-class Summary:
-    """The EBM of one prompt, in nats and reward units."""
-
-    log_z: float
-    entropy: float
-    expected_reward: float
-    num_sequences: int
-    top: list[Response]
-
-
 @torch.no_grad()
 def summarise(solution: Solution, top: int = 10, prompt: int = 0) -> Summary:
     """Exact figures of p*(.|x), and its ``top`` most probable responses, likeliest first."""
+    if isinstance(solution, AutomatonSolution) and not lists(solution):
+        return summarise_automaton(solution, top, prompt)
     space = solution.space
     entropy = expected_reward = 0.0
     best_log_p = torch.empty(0, dtype=torch.float64, device=solution.device)

@@ -2,6 +2,8 @@
 
 from rl_ebm.backbone import TransformerConfig
 from rl_ebm.policies.automaton import AutomatonPolicy
+from rl_ebm.policies.hmm import fit_hmm
+from rl_ebm.policies.ngram import fit_ngram
 from rl_ebm.policies.scoring import (
     Policy,
     Trainable,
@@ -24,6 +26,8 @@ __all__ = [
     "Transformer",
     "TransformerConfig",
     "Uniform",
+    "fit_hmm",
+    "fit_ngram",
     "log_pi_rows",
     "log_prob",
     "mask_logits",

@@ -7,6 +7,7 @@ is an impossible response. It knows neither p_ref nor beta.
 from rl_ebm.rewards.automaton import Automaton
 from rl_ebm.rewards.base import Reward, check_values
 from rl_ebm.rewards.convert import as_reward
+from rl_ebm.rewards.expression import parse_reward
 from rl_ebm.rewards.function import Function, from_trl
 from rl_ebm.rewards.table import Table
 from rl_ebm.rewards.table_file import TableFile, read_table
@@ -22,5 +23,6 @@ __all__ = [
     "as_reward",
     "check_values",
     "from_trl",
+    "parse_reward",
     "read_table",
 ]

@@ -1,0 +1,98 @@
+"""Marginals, entropies and the likeliest responses of automata, against listing everything."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from automaton_cases import random_case
+
+import rl_ebm
+from rl_ebm.exact import lists, summarise
+from rl_ebm.exact.automaton_marginals import find_flow, token_log_marginals
+from rl_ebm.exact.automaton_summary import summarise_automaton
+from rl_ebm.policies import AutomatonPolicy, Uniform
+from rl_ebm.rewards import Automaton
+
+
+def solvable(seeds):
+    for seed in seeds:
+        ebm, truth = random_case(seed)
+        if all(truth.log_z(p) > -math.inf for p in range(ebm.num_prompts)):
+            yield ebm, truth, rl_ebm.solve(ebm)
+
+
+def test_token_marginals():
+    for ebm, truth, solution in solvable(range(60)):
+        space = ebm.space
+        for p in range(ebm.num_prompts):
+            weights = torch.tensor(truth.log_weight[p], dtype=torch.float64)
+            probability = (weights - truth.log_z(p)).exp()
+            flow = find_flow(solution.values, space, p)
+            for t in range(space.max_length):
+                want = torch.zeros(space.vocab_size, dtype=torch.float64)
+                here = truth.lengths > t
+                want.index_add_(0, truth.tokens[here, t], probability[here])
+                got = token_log_marginals(solution.values, flow, space, t).exp()
+                torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def test_figures_and_likeliest_responses():
+    known = {"entropy": 0, "expected_reward": 0, "top": 0}
+    for ebm, truth, solution in solvable(range(120)):
+        for p in range(ebm.num_prompts):
+            got = summarise_automaton(solution, 4, p)
+            log_p = [w - truth.log_z(p) for w in truth.log_weight[p]]
+            reward = ebm.reward(truth.tokens, truth.lengths, torch.full_like(truth.lengths, p))
+            possible = [(x, float(r)) for x, r in zip(log_p, reward, strict=True) if x > -math.inf]
+            assert got.log_z == pytest.approx(truth.log_z(p))
+            assert got.num_sequences == len(log_p)
+            if got.entropy is not None:
+                known["entropy"] += 1
+                want = -math.fsum(math.exp(x) * x for x, _ in possible)
+                assert got.entropy == pytest.approx(want, rel=1e-9, abs=1e-9)
+            if got.expected_reward is not None:
+                known["expected_reward"] += 1
+                want = math.fsum(math.exp(x) * r for x, r in possible)
+                assert got.expected_reward == pytest.approx(want, rel=1e-9, abs=1e-9)
+            if solution.values.machine.num_hidden == 1:
+                known["top"] += 1
+                best = sorted((math.exp(x) for x, _ in possible), reverse=True)[:4]
+                assert [r.probability for r in got.top] == pytest.approx(best, rel=1e-9)
+                for r in got.top:
+                    tokens = torch.tensor([r.tokens + [0] * (ebm.space.max_length - len(r.tokens))])
+                    lengths, ids = torch.tensor([len(r.tokens)]), torch.tensor([p])
+                    assert ebm.space.check(tokens, lengths) is not None
+                    log_prob = float(solution.log_prob(tokens, lengths, ids))
+                    assert math.exp(log_prob) == pytest.approx(r.probability, rel=1e-9)
+                    assert r.score == pytest.approx(float(ebm.reward(tokens, lengths, ids)))
+    assert min(known.values()) > 20
+
+
+def test_what_cannot_be_listed_is_summarised_by_its_automaton():
+    space = rl_ebm.TokenSpace(100, 40, eos_id=0)
+    reward = Automaton.contains(space, [1, 2, 3], 25.0)
+    solution = rl_ebm.solve(rl_ebm.EBM(space, reward, reference=Uniform(space)))
+    assert not lists(solution)
+    summary = summarise(solution, 3)
+    # From samples, whose log-probabilities are exact.
+    batch = solution.sample(4000, torch.Generator().manual_seed(0))
+    log_p = solution.log_prob(batch.tokens, batch.lengths)
+    spread = 4 * float(log_p.std()) / math.sqrt(len(batch))
+    assert summary.entropy == pytest.approx(-float(log_p.mean()), abs=spread)
+    paid = reward(batch.tokens, batch.lengths, batch.prompt_ids)
+    spread = 4 * float(paid.std()) / math.sqrt(len(batch))
+    assert summary.expected_reward == pytest.approx(float(paid.mean()), abs=max(spread, 0.01))
+    assert summary.top[0].tokens == [1, 2, 3, 0]
+    h, a = 2, space.vocab_size
+    law = rl_ebm.automata.hidden(
+        torch.zeros(h).log_softmax(0),
+        torch.zeros(h, h).log_softmax(1),
+        torch.randn(h, a, generator=torch.Generator().manual_seed(0)).log_softmax(1),
+    )
+    hidden = rl_ebm.solve(rl_ebm.EBM(space, reward, reference=AutomatonPolicy(space, law)))
+    summary = summarise(hidden, 3)
+    assert summary.entropy is None
+    assert summary.top == []
+    assert summary.expected_reward is not None
