@@ -22,7 +22,7 @@ from rl_ebm.bench_report import write_report
 from rl_ebm.checkpoint import write_text
 from rl_ebm.diagnose import diagnose
 from rl_ebm.exact import solve, summarise
-from rl_ebm.names import nearest
+from rl_ebm.names import count_text, nearest
 from rl_ebm.options import (
     Agents,
     Audit,
@@ -115,8 +115,10 @@ def run_verify(args: Sequence[str]) -> int:
         raise ValueError(f"--max-kl must be a number >= 0, got {a.max_kl}")
     if a.memory < 1:
         raise ValueError(f"--memory must be >= 1 byte, got {a.memory}")
-    policy, ebm = load(a.run, device=device_of_flag(a.device))
-    report = verify(policy, solve(ebm), a.memory)
+    device = device_of_flag(a.device)
+    policy, ebm = load(a.run, device=device)
+    generator = torch.Generator(device).manual_seed(a.seed)
+    report = verify(policy, solve(ebm), a.memory, a.samples, a.confidence, generator)
     write_text(a.run / REPORT, json.dumps(report.to_dict(), indent=1) + "\n")
     print(report)
     print(f"\nwritten: {a.run / REPORT}")
@@ -146,18 +148,27 @@ def run_solve(args: Sequence[str]) -> int:
     for prompt, part in enumerate(parts):
         if len(parts) > 1:
             print(f"prompt {prompt}: {(ebm.prompts or [])[prompt]}")
-        print(f"sequences         {part['num_sequences']:,}")
+        print(f"sequences         {count_text(part['num_sequences'])}")
         print(f"log Z             {part['log_z']:.6f}")
-        print(f"entropy           {part['entropy']:.6f} nats")
-        print(f"expected reward   {part['expected_reward']:.6f}")
+        for name, key, unit in (
+            ("entropy", "entropy", " nats"), ("expected reward", "expected_reward", ""),
+        ):  # fmt: skip
+            value = part[key]
+            print(f"{name:17s} " + (_NOT_KNOWN if value is None else f"{value:.6f}{unit}"))
         print(f"{'probability':>13} {'score':>10}  sequence")
         for x in part["top"]:
             print(f"{x['probability']:13.6g} {x['score']:10.5g}  {x['sequence']}")
     return 0
 
 
+_NOT_KNOWN = "no exact value: a hidden part is no sum along the response"
+
+
 def _mean(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    means = {k: fmean(p[k] for p in parts) for k in ("log_z", "entropy", "expected_reward")}
+    means = {
+        k: None if None in [p[k] for p in parts] else fmean(p[k] for p in parts)
+        for k in ("log_z", "entropy", "expected_reward")
+    }
     top = [x | {"prompt_id": i} for i, p in enumerate(parts) for x in p["top"]]
     top.sort(key=lambda x: -x["probability"])
     merged = {"num_sequences": parts[0]["num_sequences"], "top": top[: len(parts[0]["top"])]}

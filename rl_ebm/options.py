@@ -14,8 +14,9 @@ from rl_ebm.backbone import TransformerConfig
 from rl_ebm.ebm import EBM
 from rl_ebm.envs import TASKS, make_task
 from rl_ebm.names import nearest
-from rl_ebm.policies import Uniform
-from rl_ebm.rewards import read_table
+from rl_ebm.references import parse_reference
+from rl_ebm.rewards import parse_reward, read_table
+from rl_ebm.tokens import TokenSpace
 
 
 @dataclass(frozen=True)
@@ -23,30 +24,39 @@ class Target:
     """What is distilled or solved."""
 
     task: str | None = None
-    """a named task: random, pairwise, prompts, planted, lookahead, sparse or star; else random"""
+    """a named task: random, zipf, peaked, pairwise, prompts, planted, lookahead, sparse or star;
+    else random"""
     table: Path | None = None
     """a TSV or CSV file with the columns sequence and score"""
+    reward: str | None = None
+    """what an automaton pays, for example "2*contains:3 1 + avoids:7 7 + regex:(0|1)*"; needs
+    --vocab-size and --max-length, which may be as large as you like"""
     alphabet: str | None = None
-    """order of the table's tokens, ACGT for example; else the sorted set seen"""
+    """order of the table's tokens, ACGT for example; else the sorted set seen. With --reward the
+    symbols of all tokens, in which phrases and patterns are written"""
     normalise: Literal["minmax"] | None = None
     """minmax maps the table's scores to [0, 1] first"""
     missing: Literal["error", "forbid"] = "error"
     """what a sequence that the table lacks is: an error, or impossible (forbid)"""
     vocab_size: int | None = None
-    """A, number of token ids of the task, EOS included; None for the task's default"""
+    """A, number of token ids, EOS included; None for the task's default"""
     max_length: int | None = None
-    """T, length of the task's responses, at most; None for the task's default"""
+    """T, length of the responses, at most; None for the task's default"""
     eos_id: int | None = None
-    """token id that ends a response of the task; None for responses of exactly T tokens"""
+    """token id that ends a response; None for responses of exactly T tokens"""
     beta: float = 1.0
     """temperature of the KL penalty, > 0, in reward units per nat"""
-    reference: Literal["uniform"] | None = None
-    """uniform over the allowed tokens of each state; None for the counting measure"""
+    reference: str | None = None
+    """uniform over the allowed tokens of each state; ngram:FILE?order=2&smoothing=1 or
+    hmm:FILE?states=8, fitted to the responses in a file, one a line; None for the counting
+    measure"""
     task_seed: int = 0
     """seed of what the task draws"""
 
     def make(self) -> tuple[EBM, dict[str, Any]]:
         """The EBM, and where it is from (for the run's configuration)."""
+        if self.reward is not None:
+            return self._automaton()
         if self.table is None:
             if self.alphabet or self.normalise or self.missing != "error":
                 raise ValueError("--alphabet, --normalise and --missing need a --table")
@@ -59,9 +69,11 @@ class Target:
                 max_length=self.max_length,
                 eos_id=self.eos_id,
                 beta=self.beta,
-                reference=self.reference,
                 task_seed=self.task_seed,
             )
+            if self.reference is not None:
+                reference = parse_reference(self.reference, ebm.space)
+                ebm = EBM(ebm.space, ebm.reward_model, self.beta, reference, ebm.prompts)
             return ebm, {"task": name, "task_seed": self.task_seed}
         if any(x is not None for x in (self.task, self.vocab_size, self.max_length, self.eos_id)):
             raise ValueError(
@@ -69,9 +81,35 @@ class Target:
                 "and --eos-id"
             )
         table = read_table(self.table, self.alphabet, self.normalise, self.missing)
-        reference = None if self.reference is None else Uniform(table.space)
-        ebm = EBM(table.space, table.scores, self.beta, reference)
+        given = None
+        if self.reference is not None:
+            given = parse_reference(self.reference, table.space, table.alphabet)
+        ebm = EBM(table.space, table.scores, self.beta, given)
         return ebm, {"alphabet": list(table.alphabet), "separator": table.separator}
+
+    def _automaton(self) -> tuple[EBM, dict[str, Any]]:
+        if self.task or self.table or self.normalise or self.missing != "error":
+            raise ValueError("--reward is a target of its own: leave out --task and --table")
+        size = self.vocab_size
+        if size is None and self.alphabet is not None:
+            size = len(self.alphabet)
+        if size is None or self.max_length is None:
+            raise ValueError("--reward needs --vocab-size (or --alphabet) and --max-length")
+        if self.alphabet is not None and len(self.alphabet) != size:
+            raise ValueError(
+                f"--alphabet has {len(self.alphabet)} symbols, expected one for each of the {size} "
+                "tokens (EOS included)"
+            )
+        assert self.reward is not None
+        space = TokenSpace(size, self.max_length, self.eos_id)
+        reward = parse_reward(self.reward, space, self.alphabet)
+        given = None
+        if self.reference is not None:
+            given = parse_reference(self.reference, space, self.alphabet)
+        source: dict[str, Any] = {}
+        if self.alphabet is not None:
+            source = {"alphabet": list(self.alphabet), "separator": ""}
+        return EBM(space, reward, self.beta, given), source
 
 
 @dataclass(frozen=True)
@@ -118,6 +156,13 @@ class Verify:
     """exit code 1 when KL(target, policy) is larger, in nats"""
     memory: int = 2**28
     """bytes that one evaluation of the policy may take, about"""
+    samples: int | None = None
+    """verify along so many responses of target and policy each; None for every prefix where they
+    can be listed, else for 1,000"""
+    confidence: float = 0.95
+    """of the intervals around what is sampled"""
+    seed: int = 0
+    """of the samples"""
     device: str | None = None
     """cpu or cuda; None for cuda where there is one"""
 

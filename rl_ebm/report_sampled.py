@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from rl_ebm.estimates import Interval, average
+from rl_ebm.names import count_text
 from rl_ebm.report import Report
 
 
@@ -147,14 +148,6 @@ _NAMES = {
     "logits_linf": "logit error, max visited",
     "logits_span": "logit span, max visited",
 }
-
-
-def count_text(n: int) -> str:
-    """A number of sequences, also one with hundreds of digits."""
-    if n < 10**15:
-        return f"{n:,}"
-    digits = n.bit_length() * math.log10(2)
-    return f"about 1e{digits:.0f}"
 
 
 def _some(depths: Sequence[SampledDepth]) -> list[SampledDepth]:

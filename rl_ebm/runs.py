@@ -13,12 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rl_ebm.automata import from_tensors, to_tensors
 from rl_ebm.backbone import TransformerConfig
 from rl_ebm.checkpoint import RunError, load_tensors, save_tensors, write_text
 from rl_ebm.ebm import EBM
 from rl_ebm.envs.tasks import make_task
-from rl_ebm.policies import Policy, Tabular, Trainable, Transformer, Uniform
-from rl_ebm.rewards import Reward, Table
+from rl_ebm.policies import (
+    AutomatonPolicy,
+    Policy,
+    Tabular,
+    Trainable,
+    Transformer,
+    Uniform,
+)
+from rl_ebm.rewards import Automaton, Reward, Table
 from rl_ebm.tokens import TokenSpace
 
 CONFIG = "config.json"
@@ -31,7 +39,7 @@ FILES = (CONFIG, POLICY, STATE, SCORES, REPORT, METRICS)
 
 
 def describe_ebm(ebm: EBM, source: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What rebuilds an EBM, as JSON; its table, where it has one, goes beside it.
+    """What rebuilds an EBM, as JSON; its table or automata, where it has them, go beside it.
 
     Args:
         ebm: the EBM.
@@ -39,12 +47,15 @@ def describe_ebm(ebm: EBM, source: dict[str, Any] | None = None) -> dict[str, An
             ``separator`` of its table file, for printing.
     """
     source = source or {}
-    reward: Any = "table" if isinstance(ebm.reward_model, Table) else "function"
+    kinds = {Table: "table", Automaton: "automaton"}
+    reward: Any = kinds.get(type(ebm.reward_model), "function")
     if "task" in source:
         reward = {"task": source["task"], "task_seed": source["task_seed"]}
     reference = None if ebm.reference is None else "custom"
     if isinstance(ebm.reference, Uniform):
         reference = "uniform"
+    elif isinstance(ebm.reference, AutomatonPolicy):
+        reference = "automaton"
     return {
         "space": asdict(ebm.space),
         "beta": ebm.beta,
@@ -80,9 +91,12 @@ def rebuild_ebm(
             f"{run} was trained with a reference policy of your own: "
             "pass it again, load(run, reference=...)"
         )
+    kind, prompts = config["reward"], config["prompts"]
     if config["reference"] == "uniform":
         reference = Uniform(space)
-    kind = config["reward"]
+    elif config["reference"] == "automaton":
+        machine = from_tensors(load_tensors(run / SCORES), "reference")
+        reference = AutomatonPolicy(space, machine, prompts if machine.num_prompts > 1 else None)
     if isinstance(kind, dict):
         return make_task(
             kind["task"],
@@ -98,12 +112,14 @@ def rebuild_ebm(
         if "scores" not in tensors or tensors["scores"].ndim != 2:
             raise RunError(f"{run / SCORES} holds no scores: it is damaged")
         scores = tensors["scores"]
-        reward = scores if config["prompts"] is not None else scores[0]
+        reward = scores if prompts is not None else scores[0]
+    elif kind == "automaton":
+        reward = Automaton(space, from_tensors(load_tensors(run / SCORES), "reward"))
     elif reward is None:
         raise RunError(
             f"{run} was trained on a Python reward: pass it again, load(run, reward=...)"
         )
-    return EBM(space, reward, config["beta"], reference, config["prompts"])
+    return EBM(space, reward, config["beta"], reference, prompts)
 
 
 def make_policy(config: dict[str, Any], ebm: EBM, seed: int, values: bool) -> Tabular | Transformer:
@@ -127,10 +143,17 @@ def make_policy(config: dict[str, Any], ebm: EBM, seed: int, values: bool) -> Ta
 
 
 def write_config(run: Path, config: dict[str, Any], ebm: EBM) -> None:
-    """Make a run directory: the table first, so that a directory with a config is a run."""
+    """Make a run directory: tables first, so that a directory with a config is a run."""
     run.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
     if config["ebm"]["reward"] == "table" and isinstance(ebm.reward_model, Table):
-        save_tensors(run / SCORES, {"scores": ebm.reward_model.scores})
+        tensors["scores"] = ebm.reward_model.scores
+    if isinstance(ebm.reward_model, Automaton):
+        tensors |= to_tensors(ebm.reward_model.machine, "reward")
+    if isinstance(ebm.reference, AutomatonPolicy):
+        tensors |= to_tensors(ebm.reference.machine, "reference")
+    if tensors:
+        save_tensors(run / SCORES, tensors)
     write_text(run / CONFIG, json.dumps({"version": version("rl-ebm")} | config, indent=1) + "\n")
 
 

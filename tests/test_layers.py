@@ -39,6 +39,7 @@ LAYERS = (
     ("bench",),
     ("bench_report",),
     ("",),  # rl_ebm itself, the public face
+    ("references",),
     ("flags", "options"),
     ("cli",),
     ("__main__",),

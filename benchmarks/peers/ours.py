@@ -10,7 +10,7 @@ import torch
 from benchmarks.peers.contender import TARGET, Contender
 from benchmarks.peers.policies import count
 from benchmarks.peers.watch import Watch
-from rl_ebm import EBM
+from rl_ebm import EBM, solve
 from rl_ebm.agents import AGENTS
 from rl_ebm.backbone import TransformerConfig
 from rl_ebm.runs import make_policy
@@ -30,13 +30,19 @@ def trainer(name: str, **options: int) -> Callable[[EBM, int, Watch], None]:
         entry = AGENTS[name]
         policy = make_policy(NETWORK, ebm, seed, entry.agent.logits_are_values)
         generator = torch.Generator().manual_seed(seed)
-        agent = entry.agent(ebm, policy, entry.config(**options), generator, None)
-        updates = reward_calls = 0
         watch.start(count(policy))
+        # Solving is part of the method, and asks for the reward of every response.
+        teacher = solve(ebm) if entry.needs_teacher else None
+        reward_calls = 0 if teacher is None else ebm.num_prompts * ebm.space.num_sequences
+        agent = entry.agent(ebm, policy, entry.config(**options), generator, teacher)
+        updates = 0
         while True:
-            batch = ebm.score(agent.sample())
+            batch = agent.sample()
+            if batch is not None and entry.needs_reward:
+                batch = ebm.score(batch)
+                reward_calls += len(batch)
             agent.update(batch, watch.progress)
-            updates, reward_calls = updates + 1, reward_calls + len(batch)
+            updates += 1
             watch(policy, updates, reward_calls)
 
     return train
@@ -49,8 +55,10 @@ def contender(name: str, limit: float | None = None, batch: int | None = None) -
         limit: seconds after which its learning rate is zero; None for those of the others.
         batch: responses of a step; None for the default.
     """
-    size = AGENTS[name].config().batch_size if batch is None else batch
+    entry = AGENTS[name]
+    size = batch or getattr(entry.config(), "batch_size", None)
     options = {} if batch is None else {"batch_size": batch}
+    step = "all prefixes" if size is None else f"{size} responses"
     return Contender(
         name=f"rl-ebm {name}"
         + ("" if batch is None else f", {batch} responses")
@@ -59,10 +67,10 @@ def contender(name: str, limit: float | None = None, batch: int | None = None) -
         module="rl_ebm",
         extra=None,
         network="Transformer",
-        settings=f"{'the defaults: ' if batch is None else ''}{size} responses a step, "
-        f"learning rate {AGENTS[name].config().lr:g}, by a cosine that ends at "
+        settings=f"{'the defaults: ' if batch is None else ''}{step} a step, "
+        f"learning rate {entry.config().lr:g}, by a cosine that ends at "
         f"{'the time limit' if limit is None else f'{limit:.0f} s'}",
-        source=f"`rl_ebm.agents`, {AGENTS[name].paper}",
+        source=f"`rl_ebm.agents`, {entry.paper}",
         fixed_point=TARGET,
         train=trainer(name, **options),
         limit=limit,
@@ -71,6 +79,13 @@ def contender(name: str, limit: float | None = None, batch: int | None = None) -
 
 CONTENDERS = tuple(
     contender(name, limit)
-    for name in ("soft-q", "policy-gradient", "trajectory-balance", "path-consistency", "vargrad")
+    for name in (
+        "soft-q",
+        "policy-gradient",
+        "trajectory-balance",
+        "path-consistency",
+        "vargrad",
+        "exact",
+    )
     for limit in (None, *SHORT.get(name, ()))
 ) + tuple(contender(name, limit, SMALL) for name, limit in SMALL_BATCHES)

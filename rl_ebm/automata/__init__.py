@@ -3,6 +3,7 @@
 from rl_ebm.automata.logspace import Columns, log_matmul, segment_logsumexp
 from rl_ebm.automata.machine import Machine, Reading, deterministic, hidden
 from rl_ebm.automata.product import Product, minimise, product, row_sums
+from rl_ebm.automata.store import from_tensors, to_tensors
 
 __all__ = [
     "Columns",
@@ -10,10 +11,12 @@ __all__ = [
     "Product",
     "Reading",
     "deterministic",
+    "from_tensors",
     "hidden",
     "log_matmul",
     "minimise",
     "product",
     "row_sums",
     "segment_logsumexp",
+    "to_tensors",
 ]

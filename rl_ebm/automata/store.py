@@ -1,0 +1,27 @@
+"""Machines as named tensors, for files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+
+from torch import Tensor
+
+from rl_ebm.automata.machine import Machine
+
+_NAMES = tuple(f.name for f in fields(Machine))
+
+
+def to_tensors(machine: Machine, prefix: str) -> dict[str, Tensor]:
+    """The parts of a machine, each of them called ``prefix.part``."""
+    # Copies: parts may share memory, which files of tensors do not allow.
+    return {f"{prefix}.{name}": getattr(machine, name).clone().contiguous() for name in _NAMES}
+
+
+def from_tensors(tensors: Mapping[str, Tensor], prefix: str) -> Machine:
+    """The machine of :func:`to_tensors`.
+
+    Raises:
+        KeyError: a part is missing.
+    """
+    return Machine(**{name: tensors[f"{prefix}.{name}"] for name in _NAMES})
