@@ -140,10 +140,13 @@ def test_a_batch_is_padded_to_its_own_longest_prompt():
     policy = HuggingFace(model, FIXED, PROMPTS)
     widths = []
     model.transformer.wte.register_forward_hook(lambda _, i, out: widths.append(out.shape[1]))
-    tokens = torch.zeros(2, 3, dtype=torch.int64)
-    for rows in ([0, 0], [0, 2], [1, 2]):
-        policy.logits(tokens, torch.tensor(rows))
+    tokens = torch.tensor([[1, 2, 0], [2, 2, 1]])
+    batches = [torch.tensor(rows) for rows in ([0, 0], [0, 2], [1, 2])]
+    got = [policy.logits(tokens, rows).detach() for rows in batches]
     assert widths == [1 + 2, 2 + 2, 5 + 2]
+    want = plain_logits(model, FIXED, PROMPTS)
+    for rows, logits in zip(batches, got, strict=True):
+        close(logits.flatten(0, 1), rows_of(want, tokens, torch.tensor([3, 3]), rows))
 
 
 # Samples ---------------------------------------------------------------------------------------

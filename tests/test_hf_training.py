@@ -100,6 +100,7 @@ def test_the_exact_solution_is_the_enumeration_of_texts():
         assert part.kl_policy_target == pytest.approx(gap, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("agent", ["vargrad", "policy-gradient"])
 def test_training_the_adapter_comes_near_the_target_and_is_saved(kind, agent, tmp_path):
