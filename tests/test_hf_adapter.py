@@ -32,8 +32,11 @@ from rl_ebm.policies import HuggingFace
 SPACE = TokenSpace(4, 3, eos_id=1)
 TOKENS, LENGTHS, IDS = mixed_batch(SPACE, 3, pad=2)
 KINDS = pytest.mark.parametrize("kind", ["gpt2", "llama"])
-# Of peft with the newest transformers.
-pytestmark = pytest.mark.filterwarnings("ignore:.*checkpointing.*deprecated:FutureWarning")
+# Of peft with the newest transformers; and of older peft, where a model has no name.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*checkpointing.*deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
+]
 
 
 def adapted(kind="gpt2", prompts=PROMPTS, seed=0, **options):

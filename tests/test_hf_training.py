@@ -19,7 +19,10 @@ import rl_ebm
 from rl_ebm.agents import AGENTS
 from rl_ebm.policies import HuggingFace
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*checkpointing.*deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*checkpointing.*deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
+]
 A, T, BETA = 12, 3, 0.5
 
 
