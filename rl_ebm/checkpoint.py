@@ -49,7 +49,9 @@ def write_text(path: Path, text: str) -> None:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors as safetensors, atomically; a file that holds them already stays."""
-    data = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()})
+    # Copies: safetensors refuses tensors that share memory, such as tied embeddings.
+    whole = torch.contiguous_format
+    data = save({n: x.detach().cpu().clone(memory_format=whole) for n, x in tensors.items()})
     if path.exists() and path.read_bytes() == data:
         return
     write_atomically(path, lambda file: file.write(data))

@@ -26,6 +26,7 @@ from rl_ebm.policies import (
     Transformer,
     Uniform,
 )
+from rl_ebm.policies.scoring import device_of
 from rl_ebm.rewards import Automaton, Reward, Table
 from rl_ebm.tokens import TokenSpace
 
@@ -36,6 +37,8 @@ SCORES = "task.safetensors"
 REPORT = "report.json"
 METRICS = "metrics.csv"
 FILES = (CONFIG, POLICY, STATE, SCORES, REPORT, METRICS)
+OWN = {"kind": "custom"}
+"""what stands in a configuration for a policy that was passed in"""
 
 
 def describe_ebm(ebm: EBM, source: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -142,6 +145,44 @@ def make_policy(config: dict[str, Any], ebm: EBM, seed: int, values: bool) -> Ta
         return Transformer(ebm.space, network, ebm.prompts, values).to(ebm.device)
 
 
+def own_policy(policy: torch.nn.Module, ebm: EBM, values: bool) -> Trainable:
+    """A policy that was passed in, checked and told whether its logits are to be q.
+
+    Raises:
+        ValueError: no module with logits, or one on another device than the EBM's.
+    """
+    if not isinstance(policy, Trainable):
+        raise ValueError(
+            "policy must be a torch.nn.Module with logits(tokens, prompt_ids=None), got "
+            f"{type(policy).__name__}"
+        )
+    if device_of(policy).type != ebm.device.type:
+        raise ValueError(
+            f"the policy is on {device_of(policy)} and the EBM on {ebm.device}: move one of them"
+        )
+    own: Any = policy
+    own.logits_are_values = values
+    return policy
+
+
+def check_asked(config: dict[str, Any], policy: object, run: Path, call: str) -> None:
+    """Check that a policy is passed again exactly where the run trained one that was passed in.
+
+    Args:
+        call: the function that takes it, for the message.
+
+    Raises:
+        RunError: it is missing, or not wanted.
+    """
+    own = config["policy"] == OWN
+    if own and policy is None:
+        raise RunError(
+            f"{run} trained a policy of your own: pass one made alike, {call}(run, policy=...)"
+        )
+    if not own and policy is not None:
+        raise RunError(f"{run} makes its policy from its {CONFIG}: leave policy out")
+
+
 def write_config(run: Path, config: dict[str, Any], ebm: EBM) -> None:
     """Make a run directory: tables first, so that a directory with a config is a run."""
     run.mkdir(parents=True, exist_ok=True)
@@ -191,7 +232,8 @@ def load(
     reward: Tensor | Callable[..., Any] | Reward | None = None,
     reference: Policy | None = None,
     device: torch.device | str = "cpu",
-) -> tuple[Tabular | Transformer, EBM]:
+    policy: torch.nn.Module | None = None,
+) -> tuple[Any, EBM]:
     """The policy and the EBM that a run directory holds, rebuilt; runs no code from it.
 
     Args:
@@ -199,18 +241,25 @@ def load(
         reward: the reward, where the run was trained on a Python function.
         reference: the reference, where it was a policy of yours.
         device: where to put both.
+        policy: one made like the policy that was passed to train, where one was; it gets the
+            run's weights, on its own device.
 
     Raises:
-        RunError: no run, a damaged one, or a reward or reference that has to be given.
+        RunError: no run, a damaged one, or something that has to be given.
     """
     run = Path(run)
     config = read_config(run)
     with damage_told(run / CONFIG):
         ebm = rebuild_ebm(config["ebm"], run, reward, reference).to(device)
         values = bool(config["agent"]["logits_are_values"])
-        policy = make_policy(config["policy"], ebm, seed=0, values=values)
-    load_weights(policy, load_tensors(run / POLICY), run / POLICY)
-    return policy, ebm
+        check_asked(config, policy, run, "load")
+        loaded: Trainable = (
+            make_policy(config["policy"], ebm, seed=0, values=values)
+            if policy is None
+            else own_policy(policy, ebm, values)
+        )
+    load_weights(loaded, load_tensors(run / POLICY), run / POLICY)
+    return loaded, ebm
 
 
 def load_weights(policy: Trainable, weights: dict[str, Tensor], source: Path) -> None:

@@ -22,10 +22,13 @@ from rl_ebm.rewards import Reward, Table
 from rl_ebm.runs import (
     CONFIG,
     FILES,
+    OWN,
     STATE,
+    check_asked,
     damage_told,
     describe_ebm,
     make_policy,
+    own_policy,
     read_config,
     rebuild_ebm,
     write_config,
@@ -43,6 +46,7 @@ def train(
     out: str | Path | None = None,
     *,
     options: Any = None,
+    policy: torch.nn.Module | None = None,
     network: TransformerConfig | str = "transformer",
     steps: int | None = None,
     seconds: float | int | None = None,
@@ -53,14 +57,16 @@ def train(
     compile: bool = False,
     progress: bool | None = None,
 ) -> tuple[Trainable, AnyReport | None]:
-    """Distil an EBM into a new policy.
+    """Distil an EBM into a new policy, or into one that is passed in.
 
     Args:
         ebm: the target.
         agent: a name of :data:`rl_ebm.agents.AGENTS`.
         out: the run directory; None writes no files.
         options: the agent's config, for example ``SoftQConfig(lr=1e-3)``; None for its default.
-        network: sizes of the Transformer, or "transformer", or "tabular".
+        policy: a policy to start from, trained in place; None for a new one. A run with one
+            asks for it again: load(run, policy=...), resume(run, policy=...).
+        network: of a new policy: sizes of the Transformer, or "transformer", or "tabular".
         steps: gradient steps, at most; 60 seconds where neither is given.
         seconds: trained seconds, at most.
         seed: of the initial weights and of everything that is drawn.
@@ -101,6 +107,8 @@ def train(
     )
     if network == "transformer":
         policy_config |= asdict(TransformerConfig())
+    if policy is not None:
+        policy_config = dict(OWN)
     description = {
         "ebm": describe_ebm(ebm, source),
         "policy": policy_config,
@@ -113,7 +121,7 @@ def train(
     }
     if run is not None:
         check_free(run, overwrite)
-    trainer = _trainer(ebm, description, run, progress)
+    trainer = _trainer(ebm, description, run, progress, policy)
     if run is not None:
         # Only now: what cannot begin deletes nothing.
         clear(run)
@@ -131,6 +139,7 @@ def resume(
     reference: Policy | None = None,
     device: torch.device | str = "cpu",
     progress: bool | None = None,
+    policy: torch.nn.Module | None = None,
 ) -> tuple[Trainable, AnyReport | None, bool]:
     """Go on with a run, exactly where its last checkpoint was.
 
@@ -140,6 +149,7 @@ def resume(
         seconds: a new limit of trained seconds.
         reward: the reward, where the run was trained on a Python function.
         reference: the reference, where it was a policy of yours.
+        policy: one made like the policy that was passed to :func:`train`, where one was.
 
     Returns:
         The policy, the exact report, and whether there was anything left to do.
@@ -151,10 +161,11 @@ def resume(
     description = read_config(run)
     extended = steps is not None or seconds is not None
     with damage_told(run / CONFIG):
+        check_asked(description, policy, run, "resume")
         ebm = rebuild_ebm(description["ebm"], run, reward, reference).to(device)
         if extended:
             description["train"] |= {"steps": steps, "seconds": seconds}
-        trainer = _trainer(ebm, description, run, progress)
+        trainer = _trainer(ebm, description, run, progress, policy)
     trainer.resume()
     if trainer.finished and trainer.complete:
         trainer.save_policy()
@@ -165,22 +176,31 @@ def resume(
 
 
 def _trainer(
-    ebm: EBM, description: dict[str, Any], run: Path | None, progress: bool | None
+    ebm: EBM,
+    description: dict[str, Any],
+    run: Path | None,
+    progress: bool | None,
+    policy: torch.nn.Module | None,
 ) -> Trainer:
     """Everything that a run needs, from its configuration."""
     name, train = description["agent"]["name"], dict(description["train"])
     if name not in AGENTS:
         raise RunError(f"the run's agent {name!r} is unknown{nearest(name, AGENTS)}")
     entry = AGENTS[name]
-    solution = solution_for_training(ebm, entry.needs_teacher, progress)
     seed, compiled = train.pop("seed"), train.pop("compile")
-    policy = make_policy(description["policy"], ebm, seed, entry.agent.logits_are_values)
+    values = entry.agent.logits_are_values
+    trained: Trainable = (
+        make_policy(description["policy"], ebm, seed, values)
+        if policy is None
+        else own_policy(policy, ebm, values)
+    )
+    solution = solution_for_training(ebm, entry.needs_teacher, progress)
     options = entry.config(**description["agent"]["options"])
     config = TrainConfig(**train)
-    if compiled and isinstance(policy, Transformer):
-        policy.compiled = True
+    if compiled and isinstance(trained, Transformer):
+        trained.compiled = True
     generator = torch.Generator(ebm.device).manual_seed(seed)
-    agent = entry.agent(ebm, policy, options, generator, solution)
+    agent = entry.agent(ebm, trained, options, generator, solution)
     return Trainer(ebm, agent, generator, config, solution, run, description, progress)
 
 

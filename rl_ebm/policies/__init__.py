@@ -1,4 +1,10 @@
-"""Policies: anything with ``logits(tokens, prompt_ids=None) -> (B, T, A)``."""
+"""Policies: anything with ``logits(tokens, prompt_ids=None) -> (B, T, A)``.
+
+``HuggingFace`` is imported when it is asked for: it needs the extra ``hf``.
+"""
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from rl_ebm.backbone import TransformerConfig
 from rl_ebm.policies.automaton import AutomatonPolicy
@@ -18,6 +24,10 @@ from rl_ebm.policies.scoring import (
 from rl_ebm.policies.tabular import Tabular, Uniform
 from rl_ebm.policies.transformer import Transformer
 
+if TYPE_CHECKING:
+    from rl_ebm.policies.hf import HuggingFace as HuggingFace
+
+# Not HuggingFace: a star import stays light.
 __all__ = [
     "AutomatonPolicy",
     "Policy",
@@ -36,3 +46,15 @@ __all__ = [
     "tree_logits",
     "tree_q_values",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "HuggingFace":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if find_spec("transformers") is None:
+        raise ImportError(
+            "rl_ebm.policies.HuggingFace needs the extra hf: pip install 'rl-ebm[hf]'"
+        )
+    from rl_ebm.policies.hf import HuggingFace
+
+    return HuggingFace
