@@ -63,7 +63,7 @@ def smc(
     *,
     runs: int = 1,
     prompt_ids: Int64[Tensor, "R"] | None = None,
-    ess_threshold: float = 0.5,
+    ess_threshold: float | int = 0.5,
 ) -> SMCResult:
     """Estimate Z by runs of particles that the policy proposes.
 
@@ -103,7 +103,7 @@ def smc(
                     cloud.twist(soft_value(cloud.q))
                 elif twists is not None:
                     cloud.twist(_checked(twists(cloud.tokens, t, cloud.prompt_ids), cloud))
-                cloud.resample(ess_threshold)
+                cloud.resample(float(ess_threshold))
             cloud.extend(t)
     return cloud.result()
 

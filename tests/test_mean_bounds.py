@@ -38,7 +38,7 @@ LOWER = {
 UPPER = {"bernstein": empirical_bernstein_upper, "betting": betting_upper}
 
 
-# How often they fail ------------------------------------------------------------------------------
+# How often they fail -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.3])
@@ -83,7 +83,7 @@ def test_groups_are_tight_where_they_must_be():
     assert 0.5 * alpha * REPETITIONS < misses <= most_misses(alpha)
 
 
-# How close they come --------------------------------------------------------------------------------
+# How close they come -----------------------------------------------------------------------------
 
 
 def test_bounds_are_close_on_an_easy_law():
@@ -108,7 +108,7 @@ def _easy_draws(sizes):
     return [draw("easy", 10, n) for n in sizes]
 
 
-# Against slow definitions ---------------------------------------------------------------------------
+# Against slow definitions ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 40])

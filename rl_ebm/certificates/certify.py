@@ -38,7 +38,7 @@ def certify(
     samples: int = 10_000,
     confidence: float = 0.95,
     target_samples: Batch | None = None,
-    reward_max: float | None = None,
+    reward_max: float | int | None = None,
     generator: torch.Generator | None = None,
     *,
     particles: int | None = None,
