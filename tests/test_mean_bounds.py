@@ -157,6 +157,12 @@ def test_empirical_bernstein_by_its_formula():
     close(empirical_bernstein_upper(x.log() + 300, 300.0, 0.05), 300 + want.log())
 
 
+def test_upper_bounds_are_never_above_the_maximum():
+    log_x = torch.tensor([[0.0, -INF, 0.0], [0.0, 0.0, 0.0], [-0.1, -0.2, -9.0]]).double()
+    for bound in UPPER.values():
+        assert bool((bound(log_x + 50, 50.0, 0.05) <= 50).all())
+
+
 def test_betting_upper_where_nothing_was_met():
     # X = 0 only: the whole stake wins 1 / (1 - m) each time, and the others less.
     n, alpha = 50, 0.05
