@@ -73,10 +73,10 @@ def optimistic(tokens, depth, prompt_ids):
 # Exact cases ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("forbid", [0.0, 0.4])
+@pytest.mark.parametrize(("scale", "forbid"), [(1.0, 0.0), (30.0, 0.0), (1.0, 0.4)])
 @by_space
-def test_exact_twists_and_policy_leave_no_variance(space, forbid):
-    ebm = ebm_of(space, forbid=forbid, scale=30.0)
+def test_exact_twists_and_policy_leave_no_variance(space, scale, forbid):
+    ebm = ebm_of(space, scale, forbid=forbid)
     result = smc(ebm, rl_ebm.solve(ebm), 7, generator=seeded(), runs=50, ess_threshold=1)
     close(result.log_z, torch.full((50,), log_z_of(ebm), dtype=torch.float64), 1e-9)
     close(result.log_weights, torch.full((50, 7), -math.log(7), dtype=torch.float64), 1e-9)
@@ -148,7 +148,10 @@ def test_impossible_responses_and_particles_that_die(space):
     result = smc(ebm, tabular(space, seed=1), 4, optimistic, seeded(2), runs=4000)
     check_unbiased(result.log_z, log_z_of(ebm))
     assert bool(torch.isneginf(result.log_weights).any())
-    assert bool(torch.isneginf(result.log_z).any())
+    dead = torch.isneginf(result.log_z)
+    assert bool(dead.any())
+    assert bool(torch.isneginf(result.log_weights[dead]).all())
+    assert not bool(torch.isneginf(result.log_weights[~dead]).all(1).any())
     assert not bool(torch.isnan(result.log_z).any() | torch.isnan(result.log_weights).any())
 
 
@@ -174,19 +177,35 @@ def test_every_run_answers_its_prompt(space):
 def test_a_cache_is_read_again_after_resampling(space):
     ebm = ebm_of(space)
     policy = transformer(space)
+    policy.head.weight.data *= 0.2  # all lengths
+    policy.head.bias.data.zero_()
+    reward = ebm.reward_model.function
+    ebm = rl_ebm.EBM(space, reward, reference=transformer(space, seed=1))
     cached = smc(ebm, policy, 9, optimistic, seeded(2), runs=30, ess_threshold=1)
+    ebm = rl_ebm.EBM(space, reward, reference=Only(ebm.reference, "logits"))
     plain = smc(ebm, Only(policy, "logits"), 9, optimistic, seeded(2), runs=30, ess_threshold=1)
     assert bool(cached.resampled[:, :-1].any())
     assert torch.equal(cached.particles.tokens, plain.particles.tokens)
     close(cached.log_z, plain.log_z, 1e-9)
 
 
+@pytest.mark.parametrize("way", ["forbidden", "dead end", "twist"])
 @by_space
-def test_a_policy_that_forbids_something_possible_underestimates(space):
+def test_what_is_lost_on_the_way_makes_z_smaller(space, way):
     ebm = ebm_of(space)
     table = tabular(space, seed=1)
-    table.table.data[0, 0, 2] = -INF
-    result = smc(ebm, table, 8, optimistic, seeded(2), runs=4000)
+    twists = optimistic
+    if way == "dead end":  # it goes there, and finds nothing that it may do
+        table.table.data[0, space.state_offset(1) + space.rank(torch.tensor(2))] = -INF
+    elif way == "forbidden":
+        table.table.data[0, 0, 2] = -INF
+    else:  # no weight at first, and some later, when it is too late
+
+        def twists(tokens, depth, prompt_ids):
+            log_psi = optimistic(tokens, depth, prompt_ids)
+            return log_psi.masked_fill((tokens[:, 0] == 2) & (depth < 3), -INF)
+
+    result = smc(ebm, table, 8, twists, seeded(2), runs=4000)
     tokens, lengths, _, _ = everything(space)
     rest = tokens[:, 0] != 2
     log_w = ebm.log_weight(tokens, lengths)[rest]
@@ -264,14 +283,14 @@ def test_a_module_is_evaluated_and_left_in_its_mode():
 def test_systematic_resampling_is_within_one_of_its_share():
     log_w = torch.randn(40, 25, generator=seeded(), dtype=torch.float64)
     log_w[:, -3:] = -INF
-    log_w[:, 4] = -INF
+    log_w[:, [0, 4]] = -INF
     shift = torch.rand(40, 1, generator=seeded(1), dtype=torch.float64)
     shift[0], shift[1] = 0.0, 1 - 2.0**-53
     chosen = systematic(log_w, shift)
     counts = torch.stack([torch.bincount(row, minlength=25) for row in chosen])
     share = 25 * log_w.softmax(-1)
     assert bool(((counts - share).abs() < 1 + 1e-9).all())
-    assert int(counts[:, [4, -1, -2, -3]].sum()) == 0
+    assert int(counts[:, [0, 4, -1, -2, -3]].sum()) == 0
     many = systematic(log_w[:1].expand(20_000, -1), torch.rand(20_000, 1, generator=seeded(2)))
     mean = torch.bincount(many.flatten(), minlength=25) / 20_000
     close(mean.double(), share[0], 0.02)
