@@ -89,6 +89,10 @@ def test_alpha_is_shared_by_the_sides_and_the_bounds_that_there_are():
     by_target, by_max = -betting_lower(-target, 0.02), betting_upper(base, top, 0.02)
     close(high, torch.minimum(by_target, by_max))
 
+    (log_w, _), target = draw("easy", 3, 50), draw_target("easy", 3, 50)
+    low, high = log_z_limits(log_w, 0.08, target, 9.0, log_w[:, :1])
+    close(high, -betting_lower(-target, 0.02))
+
     low, high = log_z_limits(log_w, 0.08, log_w_max=top)
     close(low, betting_lower(log_w, 0.08))
     close(high, torch.full((3,), top, dtype=torch.float64))
