@@ -280,9 +280,12 @@ def test_little_memory_means_small_batches(space):
 
     policy = Watched(tabular(space, seed=1))
     policy.inner = tabular(space, seed=1).logits
-    small = rl_ebm.certify(policy, ebm, 50, generator=seeded(), memory=200_000, particles=5)
+    target = rl_ebm.solve(ebm).sample(30, seeded())
+    small = rl_ebm.certify(
+        policy, ebm, 50, 0.95, target, None, seeded(), memory=200_000, particles=5
+    )
     assert max(rows) < 12
-    assert small.num_samples == 50
+    assert (small.num_samples, small.num_target_samples) == (50, 30)
     large = rl_ebm.certify(tabular(space, seed=1), ebm, 50, generator=seeded())
     assert abs(small.elbo.estimate - large.elbo.estimate) < 2
 
