@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 Kind = Literal["finite-sample", "one-sided finite-sample", "asymptotic"]
@@ -70,6 +71,7 @@ def check_confidence(confidence: float) -> None:
         raise ValueError(f"confidence must be in (0, 1), got {confidence!r}")
 
 
+@lru_cache(maxsize=64)
 def student_quantile(confidence: float, df: int) -> float:
     """t with P(|T| <= t) = confidence, for Student's t with ``df`` degrees of freedom.
 

@@ -8,7 +8,8 @@ may follow a prefix, a particle carries the weight of
 over what the policy proposed, and is resampled by it. The best twist is V, the exact value:
 with it and the exact policy all weights are Z. Any twist that is positive wherever something
 possible follows leaves the estimate of Z (not of log Z) unbiased; one that is 0 too early, or a
-policy that forbids something possible, makes its mean smaller than Z, never larger.
+policy that forbids something possible, makes its mean smaller than Z, never larger. A poor twist
+costs precision only, but of that as much as there is: it keeps the wrong particles.
 
 Resampling is adaptive and systematic: where the effective sample size falls below a share of
 the particles, by one random shift of a regular comb. References: Doucet and Johansen (2011), "A
@@ -33,8 +34,9 @@ from rl_ebm.soft_bellman import log_policy, soft_value
 from rl_ebm.tokens import Batch
 
 Twists = Callable[[Tensor, int, Tensor], Tensor]
-"""log psi of prefixes: ``(tokens (B, T), depth, prompt_ids (B,)) -> (B,)`` in nats. It reads
-``tokens[:, :depth]``; what it says of a response that has ended is not used."""
+"""log psi of prefixes: ``(tokens (B, T), depth, prompt_ids (B,)) -> (B,)``, nats. It reads
+``tokens[:, :depth]``. R is paid at the end, so psi of a prefix is to include what the prefix has
+earned of it already. What it says of a response that has ended is not used."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def smc(
     *,
     runs: int = 1,
     prompt_ids: Int64[Tensor, "R"] | None = None,
-    ess_threshold: float = 0.5,
+    ess_threshold: float | int = 0.5,
 ) -> SMCResult:
     """Estimate Z by runs of particles that the policy proposes.
 
@@ -103,7 +105,7 @@ def smc(
                     cloud.twist(soft_value(cloud.q))
                 elif twists is not None:
                     cloud.twist(_checked(twists(cloud.tokens, t, cloud.prompt_ids), cloud))
-                cloud.resample(ess_threshold)
+                cloud.resample(float(ess_threshold))
             cloud.extend(t)
     return cloud.result()
 

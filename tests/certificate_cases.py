@@ -59,6 +59,25 @@ def draw(name: str, repetitions: int, n: int, seed: int = 0) -> tuple[Tensor, fl
     return law.log_x[ids].view(repetitions, n), law.log_mean
 
 
+def draw_target(name, repetitions, n, seed=1):
+    """log W of exact samples of the target of a law, (repetitions, n)."""
+    law = LAWS[name]
+    p_star = (law.p.log() + law.log_x).softmax(0)
+    ids = torch.multinomial(
+        p_star, repetitions * n, replacement=True, generator=torch.Generator().manual_seed(seed)
+    )
+    return law.log_x[ids].view(repetitions, n)
+
+
+def kls_of(name):
+    """KL(pi, p*) and KL(p*, pi) of a law, by their definitions."""
+    law = LAWS[name]
+    log_pi = law.p.log()
+    log_star = (log_pi + law.log_x).log_softmax(0)
+    ratio = log_pi - log_star
+    return float((log_pi.exp() * ratio).sum()), -float((log_star.exp() * ratio).nansum())
+
+
 def binomial_quantile(q: float, n: int, p: float) -> int:
     """The smallest k with P(Binomial(n, p) <= k) >= q."""
     total = 0.0

@@ -32,6 +32,23 @@ def test_solutions_and_reports_are_those_of_the_cpu(case):
         assert got[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
 
 
+@pytest.mark.parametrize("values", [False, True])
+@pytest.mark.parametrize("case", range(3))
+def test_certificates_hold_there_too(case, values):
+    ebm = list(ebms())[case].to("cuda")
+    torch.manual_seed(0)
+    policy = Transformer(ebm.space, SMALL, ebm.prompts, logits_are_values=values).to("cuda")
+    solution = rl_ebm.solve(ebm)
+    ids = torch.arange(ebm.num_prompts, device="cuda").repeat_interleave(400)
+    target = solution.sample(len(ids), prompt_ids=ids)
+    generator = torch.Generator("cuda").manual_seed(1)
+    for particles in (None, 8):
+        got = rl_ebm.certify(policy, ebm, 400, 0.999, target, 100.0, generator, particles=particles)
+        want = rl_ebm.verify(policy, solution)
+        assert got.log_z.low <= want.log_z <= got.log_z.high
+        assert got.kl_policy_target.low <= want.kl_policy_target <= got.kl_policy_target.high
+
+
 @pytest.mark.parametrize("case", range(3))
 @pytest.mark.parametrize("agent", AGENTS)
 def test_every_agent_trains_there_without_waiting(agent, case):

@@ -38,7 +38,7 @@ LOWER = {
 UPPER = {"bernstein": empirical_bernstein_upper, "betting": betting_upper}
 
 
-# How often they fail ------------------------------------------------------------------------------
+# How often they fail -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.3])
@@ -83,7 +83,7 @@ def test_groups_are_tight_where_they_must_be():
     assert 0.5 * alpha * REPETITIONS < misses <= most_misses(alpha)
 
 
-# How close they come ---
+# How close they come -----------------------------------------------------------------------------
 
 
 def test_bounds_are_close_on_an_easy_law():
@@ -108,7 +108,7 @@ def _easy_draws(sizes):
     return [draw("easy", 10, n) for n in sizes]
 
 
-# Against slow definitions ---
+# Against slow definitions ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 40])
@@ -155,6 +155,12 @@ def test_empirical_bernstein_by_its_formula():
     x = torch.rand(400, generator=seeded(5), dtype=torch.float64)
     want = x.mean() + (2 * x.var() * math.log(40) / 400).sqrt() + 7 * math.log(40) / (3 * 399)
     close(empirical_bernstein_upper(x.log() + 300, 300.0, 0.05), 300 + want.log())
+
+
+def test_upper_bounds_are_never_above_the_maximum():
+    log_x = torch.tensor([[0.0, -INF, 0.0], [0.0, 0.0, 0.0], [-0.1, -0.2, -9.0]]).double()
+    for bound in UPPER.values():
+        assert bool((bound(log_x + 50, 50.0, 0.05) <= 50).all())
 
 
 def test_betting_upper_where_nothing_was_met():

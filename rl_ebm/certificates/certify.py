@@ -38,7 +38,7 @@ def certify(
     samples: int = 10_000,
     confidence: float = 0.95,
     target_samples: Batch | None = None,
-    reward_max: float | None = None,
+    reward_max: float | int | None = None,
     generator: torch.Generator | None = None,
     *,
     particles: int | None = None,
@@ -58,7 +58,8 @@ def certify(
         generator: on the policy's device; None for the global one.
         particles: bound log Z from below by ``samples // particles`` runs of :func:`rl_ebm.smc.smc`
             with so many particles, instead of by single weights: better where the policy's
-            logits are values. To be decided before looking at the result of either.
+            logits are good values, and far worse where they are declared to be values and are
+            none. To be decided before looking at the result of either.
         memory: about how many bytes one evaluation of the policy may take.
 
     Raises:
@@ -73,6 +74,7 @@ def certify(
         raise ValueError(f"particles must be in [1, samples = {samples}], got {particles}")
     if reward_max is not None and not math.isfinite(reward_max):
         raise ValueError(f"reward_max must be finite, got {reward_max}")
+    reward_max = None if reward_max is None else float(reward_max)
     ebm.check_policy(policy)
     each = 1 - (1 - confidence) / ebm.num_prompts
     with evaluating(policy):
