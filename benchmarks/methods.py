@@ -54,7 +54,7 @@ class Options:
     """a table file, scaled to [0, 1], at beta 0.1"""
     seeds: int = 3
     """runs of each method on each task"""
-    calls: int = 262_144
+    calls: int = 65_536
     """responses that each run may score"""
     workers: int = 2
     """runs at a time, each with one thread"""
