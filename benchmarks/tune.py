@@ -3,7 +3,8 @@
     python -m benchmarks.tune            # hours; what is finished is not run again
     python -m benchmarks.tune --quick    # a few steps each: only to see that it works
 
-The tasks are `prompts` and `random` with task seed 7, the seed 100, the budget one of reward calls. Of each agent the point with the smallest geometric mean of KL(policy, target) wins.
+The tasks are `prompts` and `random` with task seed 7, the seed 100, the budget one of reward
+calls. Of each agent the point with the smallest geometric mean of KL(policy, target) wins.
 Writes ``benchmarks/results/tuned.json`` (for ``rl-ebm bench --options``) and ``tuned.md``.
 """
 
