@@ -29,7 +29,7 @@ from rl_ebm.checkpoint import write_text
 
 RESULTS = Path(__file__).parent / "results"
 RATES = (3e-3, 1e-2, 3e-2)
-BATCHES = (256, 1024, 4096)
+BATCHES = (256, 1024)
 PROBLEMS = (Problem("prompts", task_seed=7), Problem("random", task_seed=7))
 SEEDS = (100,)
 SMALLEST = 1e-9

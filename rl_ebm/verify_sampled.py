@@ -18,7 +18,7 @@ from torch import Tensor
 from rl_ebm import bounds
 from rl_ebm.certificates.limits import sample_interval
 from rl_ebm.estimates import Interval, check_confidence
-from rl_ebm.exact import Solution
+from rl_ebm.exact import AutomatonSolution, Solution, summarise_automaton
 from rl_ebm.mean_bounds import betting_lower, betting_upper
 from rl_ebm.policies.scoring import Policy, device_of, evaluating, sample
 from rl_ebm.report_sampled import (
@@ -105,6 +105,9 @@ def _verify_prompt(
             seen.append(prefix.prefix)
             prefixes.append(prefix)
     transitions = drawn.lengths.double().cpu()
+    known = None
+    if isinstance(solution, AutomatonSolution):
+        known = summarise_automaton(solution, 0, prompt)
     return SampledReport(
         mode="sampled",
         num_samples=samples,
@@ -114,9 +117,13 @@ def _verify_prompt(
         kl_policy_target=_positive(kl),
         tv=bounded(tv, 1.0, confidence),
         js=bounded((halves[0] + halves[1]) / 2, math.log(2), confidence),
-        entropy_target=_positive(sample_interval(star.entropy, confidence)),
+        entropy_target=certain(known.entropy, confidence)
+        if known is not None and known.entropy is not None
+        else _positive(sample_interval(star.entropy, confidence)),
         entropy_policy=_positive(sample_interval(mine.entropy, confidence)),
-        expected_reward_target=sample_interval(reward_star, confidence),
+        expected_reward_target=certain(known.expected_reward, confidence)
+        if known is not None and known.expected_reward is not None
+        else sample_interval(reward_star, confidence),
         expected_reward_policy=sample_interval(reward, confidence),
         mass_impossible=bounded(lost.double(), 1.0, confidence),
         logits_linf=at_least(max(*star.linf, *mine.linf), confidence),
@@ -170,6 +177,11 @@ def bounded(x: Float[Tensor, "n"], most: float, confidence: float) -> Interval:
     low = float(betting_lower(log_x, alpha / 2).exp())
     high = float(betting_upper(log_x, math.log(most), alpha / 2).exp())
     return Interval(mean, min(low, mean), max(min(high, most), mean), confidence, "finite-sample")
+
+
+def certain(x: float, confidence: float) -> Interval:
+    """Of what an automaton gives exactly."""
+    return Interval(x, x, x, confidence, "finite-sample")
 
 
 def at_least(x: float, confidence: float) -> Interval:

@@ -34,7 +34,7 @@ def test_every_example_runs(example, capsys, monkeypatch):
 
 
 def test_a_reward_and_an_agent_take_at_most_twenty_lines():
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 4
     for example in EXAMPLES:
         assert len([line for line in example.splitlines() if line.strip()]) <= 20
 
@@ -42,7 +42,7 @@ def test_a_reward_and_an_agent_take_at_most_twenty_lines():
 @pytest.mark.slow
 def test_every_command_runs_in_the_order_in_which_it_stands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert len(COMMANDS) == 9
+    assert len(COMMANDS) == 12
     for command in COMMANDS:
         short = re.sub(r"--steps \d(\d)\d", r"--steps \1", command)
         args = shlex.split(re.sub(r"--steps 0", "--steps 1", short))[1:]
@@ -57,6 +57,7 @@ def test_every_benchmark_runs(script, tmp_path):
         "benchmarks.curves": ["--quick", "--seeds", "2"],
         "benchmarks.objectives": ["--quick"],
         "benchmarks.returns": ["--quick", "--seeds", "2"],
+        "benchmarks.scale": ["--quick", "--threads", "1"],
         "benchmarks.speed": ["--quick", "--no-compile", "--repeat", "1"],
         "benchmarks.tables": [str(tmp_path / "table.tsv"), "--seconds", "1", "--dry"],
     }[script]

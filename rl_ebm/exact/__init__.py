@@ -1,6 +1,7 @@
 """Exact solutions of an EBM; each is itself a policy."""
 
 from rl_ebm.exact.automaton import AutomatonSolution
+from rl_ebm.exact.automaton_summary import summarise_automaton
 from rl_ebm.exact.base import LISTED, Solution, lists
 from rl_ebm.exact.figures import Response, Summary
 from rl_ebm.exact.problems import problems
@@ -22,4 +23,5 @@ __all__ = [
     "problems",
     "solve",
     "summarise",
+    "summarise_automaton",
 ]

@@ -48,8 +48,9 @@ def summarise_automaton(solution: AutomatonSolution, top: int = 10, prompt: int 
 def most_probable(solution: AutomatonSolution, top: int, prompt: int) -> list[Response]:
     """The likeliest responses of a machine without a hidden part, by best-first search.
 
-    The bound of a prefix is the weight of its best response, which is exact (Viterbi): among a
-    prefix's children only the ``top`` best can matter.
+    A prefix waits by its regret: by how much its best response (Viterbi) is worse than the best of
+    all. Of equally good ones the regret is the same number, not one that rounding moves apart, so
+    that the search goes down first. Among a prefix's children only the ``top`` best can matter.
     """
     space, values = solution.space, solution.values
     machine = values.machine
@@ -58,12 +59,10 @@ def most_probable(solution: AutomatonSolution, top: int, prompt: int) -> list[Re
     start = int(machine.begin(ids).k)
     log_z = float(solution.log_z[prompt])
     # Ties are broken by the tokens, as in enumeration order.
-    queue: list[tuple[float, list[int], int, float, bool]] = [
-        (-float(best[0][start]), [], start, 0.0, False)
-    ]
+    queue: list[tuple[float, list[int], int, float, bool]] = [(0.0, [], start, 0.0, False)]
     found: list[Response] = []
     while queue and len(found) < top:
-        _, tokens, k, weight, ended = heapq.heappop(queue)
+        regret, tokens, k, weight, ended = heapq.heappop(queue)
         if ended:
             batch = torch.tensor([tokens + [0] * (space.max_length - len(tokens))])
             batch = batch.to(machine.device)
@@ -71,16 +70,16 @@ def most_probable(solution: AutomatonSolution, top: int, prompt: int) -> list[Re
             score = float(solution.ebm.reward(batch, lengths, ids)[0])
             found.append(Response(tokens, math.exp(weight - log_z), score))
             continue
-        for token, total, gain, done in _children(solution, best, len(tokens), k, weight, top):
+        for token, worse, gain, done in _children(solution, best, len(tokens), k, top):
             state = int(machine.next[k, token])
-            heapq.heappush(queue, (-total, [*tokens, token], state, weight + gain, done))
+            heapq.heappush(queue, (regret + worse, [*tokens, token], state, weight + gain, done))
     return found
 
 
 def _children(
-    solution: AutomatonSolution, best: Tensor, t: int, k: int, weight: float, top: int
+    solution: AutomatonSolution, best: Tensor, t: int, k: int, top: int
 ) -> list[tuple[int, float, float, bool]]:
-    """The best next tokens: token, bound, what it adds, and whether the response ends."""
+    """The best next tokens: token, regret, what it adds, and whether the response ends."""
     space, values, machine = solution.space, solution.values, solution.values.machine
     last = t == space.max_length - 1
     row = machine.log_weight[k].clone()
@@ -93,11 +92,15 @@ def _children(
     total = row + rest
     order = total.sort(descending=True, stable=True).indices[:top].tolist()
     return [
-        (token, weight + float(total[token]), float(row[token] + (rest[token] if last else 0.0)),
-         last or token == space.eos_id)
+        (
+            token,
+            float(best[t][k] - total[token]),
+            float(row[token] + (rest[token] if last else 0.0)),
+            last or token == space.eos_id,
+        )
         for token in order
         if float(total[token]) > -math.inf
-    ]  # fmt: skip
+    ]
 
 
 def _best_after(solution: AutomatonSolution) -> Float[Tensor, "T1 K"]:
