@@ -5,8 +5,8 @@
     python -m benchmarks.methods --quick            # a few steps: only to see that it works
 
 The options are those of ``benchmarks/results/tuned.json`` (see benchmarks/tune.py). Writes
-``benchmarks/results/methods.md``, one line a method and one column a task, and what
-``rl-ebm bench`` writes, ``results.csv``, ``report.md`` and a picture a task, to
+``benchmarks/results/methods.md``, one line a method and one column a task, ``when.md``, one line a
+task, and what ``rl-ebm bench`` writes, ``results.csv``, ``report.md`` and a picture a task, to
 ``benchmarks/results/methods/``.
 """
 
@@ -31,17 +31,20 @@ from rl_ebm.checkpoint import write_text
 from rl_ebm.intervals import geometric_interval
 
 RESULTS = Path(__file__).parent / "results"
-TASKS = (
-    "random",
-    "zipf",
-    "peaked",
-    "pairwise",
-    "prompts",
-    "planted",
-    "lookahead",
-    "sparse",
-    "star",
-)
+TASKS = {
+    "random": "nothing generalises: each response has a reward of its own",
+    "zipf": "a long tail",
+    "peaked": "some responses have nearly all of the mass",
+    "pairwise": "rewards of pairs of positions, which generalise",
+    "prompts": "several prompts with a law each",
+    "planted": "far-apart modes that the reference hardly draws",
+    "lookahead": "the first token decides what the last one may be",
+    "sparse": "one response in ten thousand pays",
+    "star": "a path on a graph for each prompt: its first step decides",
+}
+"""named tasks, and what each is like"""
+COMMON = ("policy-gradient", "ppo", "grpo")
+"""what most people use"""
 SMALLEST = 1e-12
 """KL below which rounding is all there is, nats"""
 
@@ -103,6 +106,25 @@ def table(plan: Plan, rows: Rows) -> str:
     return "\n".join([head, "|" + "---|" * len(lines[0]), *body])
 
 
+def when(plan: Plan, rows: Rows) -> str:
+    """One line for each task: what it is like, who comes closest, and the usual choices."""
+    seeds = len(plan.seeds)
+    sampled = [a for a in plan.agents if not AGENTS[a].needs_teacher]
+    usual = [a for a in COMMON if a in sampled]
+    lines = [["task", "what it is like", "closest", "second", *(f"`{a}`" for a in usual)]]
+    for problem in plan.problems:
+        mine = [row for row in rows if row["task"] == problem.label]
+        found = {a: ends(mine, a) for a in sampled}
+        means = {a: geometric_mean(x) for a, x in found.items() if len(x) == seeds}
+        order = sorted(means, key=lambda a: means[a])[:2]
+        cells = [f"`{a}` {cell(found[a], seeds)}" for a in order]
+        cells += [""] * (2 - len(cells)) + [cell(found[a], seeds) for a in usual]
+        about = TASKS.get(problem.name, "scores of a file, beta 0.1")
+        lines.append([problem.label, about, *cells])
+    head, *body = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([head, "|" + "---|" * len(lines[0]), *body])
+
+
 def main(options: Options) -> None:
     torch.set_num_threads(1)  # what the runs have, and what `describe` says
     problems = [Problem(name) for name in TASKS]
@@ -132,9 +154,12 @@ def main(options: Options) -> None:
         f"{describe()}\n"
     )
     print(text)
+    advice = f"{when(plan, rows)}\n\nFrom the table of all methods, in the same units.\n"
+    print(advice)
     if options.quick:
         return
     write_text(RESULTS / "methods.md", text)
+    write_text(RESULTS / "when.md", advice)
     kept = RESULTS / "methods"
     kept.mkdir(parents=True, exist_ok=True)
     for name in (CSV, "report.md", *(f"{p.label}.png" for p in problems)):

@@ -62,6 +62,11 @@ class Board:
             for name, value in config[part].items()
             if value is not None
         }
+        reward = config["ebm"]["reward"]
+        flat |= {
+            "task": reward["task"] if isinstance(reward, dict) else reward,
+            "beta": config["ebm"]["beta"],
+        }
         metrics = {f"hparam/{name}": value for name, value in report.scalars().items()}
         for summary in hparams(flat, metrics):
             self.writer.file_writer.add_summary(summary)
