@@ -48,8 +48,9 @@ def summarise_automaton(solution: AutomatonSolution, top: int = 10, prompt: int 
 def most_probable(solution: AutomatonSolution, top: int, prompt: int) -> list[Response]:
     """The likeliest responses of a machine without a hidden part, by best-first search.
 
-    The bound of a prefix is the weight of its best response, which is exact (Viterbi): among a
-    prefix's children only the ``top`` best can matter.
+    A prefix is ordered by what its best response loses against the best of all, which is exact
+    (Viterbi) and grows by exactly 0 at the best child: among a prefix's children only the ``top``
+    best can matter, and ties never widen the search.
     """
     space, values = solution.space, solution.values
     machine = values.machine
@@ -58,12 +59,13 @@ def most_probable(solution: AutomatonSolution, top: int, prompt: int) -> list[Re
     start = int(machine.begin(ids).k)
     log_z = float(solution.log_z[prompt])
     # Ties are broken by the tokens, as in enumeration order.
-    queue: list[tuple[float, list[int], int, float, bool]] = [
-        (-float(best[0][start]), [], start, 0.0, False)
-    ]
+    queue: list[tuple[float, list[int], int, float, bool]] = []
+    if float(best[0][start]) > -math.inf:
+        queue.append((0.0, [], start, 0.0, False))
     found: list[Response] = []
+    known: dict[tuple[int, int], list[tuple[int, float, float, bool]]] = {}
     while queue and len(found) < top:
-        _, tokens, k, weight, ended = heapq.heappop(queue)
+        lost, tokens, k, weight, ended = heapq.heappop(queue)
         if ended:
             batch = torch.tensor([tokens + [0] * (space.max_length - len(tokens))])
             batch = batch.to(machine.device)
@@ -71,16 +73,19 @@ def most_probable(solution: AutomatonSolution, top: int, prompt: int) -> list[Re
             score = float(solution.ebm.reward(batch, lengths, ids)[0])
             found.append(Response(tokens, math.exp(weight - log_z), score))
             continue
-        for token, total, gain, done in _children(solution, best, len(tokens), k, weight, top):
+        place = (len(tokens), k)
+        if place not in known:
+            known[place] = _children(solution, best, *place, top)
+        for token, loss, gain, done in known[place]:
             state = int(machine.next[k, token])
-            heapq.heappush(queue, (-total, [*tokens, token], state, weight + gain, done))
+            heapq.heappush(queue, (lost + loss, [*tokens, token], state, weight + gain, done))
     return found
 
 
 def _children(
-    solution: AutomatonSolution, best: Tensor, t: int, k: int, weight: float, top: int
+    solution: AutomatonSolution, best: Tensor, t: int, k: int, top: int
 ) -> list[tuple[int, float, float, bool]]:
-    """The best next tokens: token, bound, what it adds, and whether the response ends."""
+    """The best next tokens: token, what is lost, what it adds, and whether the response ends."""
     space, values, machine = solution.space, solution.values, solution.values.machine
     last = t == space.max_length - 1
     row = machine.log_weight[k].clone()
@@ -93,7 +98,7 @@ def _children(
     total = row + rest
     order = total.sort(descending=True, stable=True).indices[:top].tolist()
     return [
-        (token, weight + float(total[token]), float(row[token] + (rest[token] if last else 0.0)),
+        (token, float(best[t][k] - total[token]), float(row[token] + (rest[token] if last else 0)),
          last or token == space.eos_id)
         for token in order
         if float(total[token]) > -math.inf
