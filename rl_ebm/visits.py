@@ -168,7 +168,12 @@ class Visits:
         return left
 
     def _residual(self, rows: Tensor, residual: Tensor, there: Tensor) -> None:
-        size = residual.abs().masked_fill(~there, 0.0).nan_to_num(nan=torch.inf, posinf=torch.inf).cpu()
+        size = (
+            residual.abs()
+            .masked_fill(~there, 0.0)
+            .nan_to_num(nan=torch.inf, posinf=torch.inf)
+            .cpu()
+        )
         self.residual[rows] += size
         self.max_residual = max(self.max_residual, float(size.max()))
 

@@ -13,6 +13,7 @@ import torch
 from automaton_cases import lse, random_law, weight_of
 
 import rl_ebm
+from rl_ebm.agents import ExactAgent
 from rl_ebm.automata import deterministic, hidden, log_matmul, row_sums
 from rl_ebm.exact import problems
 from rl_ebm.exact.automaton_summary import summarise_automaton
@@ -172,6 +173,13 @@ def test_what_cannot_be_listed_has_no_audit():
     solution = rl_ebm.solve(rl_ebm.EBM(space, Automaton.counts(space, [1])))
     with pytest.raises(rl_ebm.exact.TooLargeError, match="sequences are too many to list"):
         problems(solution)
+
+
+def test_what_cannot_be_listed_is_not_fitted_exactly():
+    space = rl_ebm.TokenSpace(12, 12, 0)
+    ebm = rl_ebm.EBM(space, Automaton.counts(space, [1]))
+    with pytest.raises(ValueError, match="exact lists the logits of all prefixes"):
+        ExactAgent(ebm, rl_ebm.policies.Transformer(space), teacher=rl_ebm.solve(ebm))
 
 
 def test_a_model_is_fitted_to_responses_that_are_all_short():
