@@ -14,12 +14,14 @@ from automaton_cases import lse, random_law, weight_of
 
 import rl_ebm
 from rl_ebm.agents import ExactAgent
-from rl_ebm.automata import deterministic, hidden, log_matmul, row_sums
+from rl_ebm.automata import deterministic, hidden, log_matmul, product, row_sums
 from rl_ebm.exact import problems
 from rl_ebm.exact.automaton_summary import summarise_automaton
 from rl_ebm.exact.automaton_values import q_rows
 from rl_ebm.policies import AutomatonPolicy, Uniform, fit_hmm
+from rl_ebm.policies.hmm import _normalised
 from rl_ebm.rewards import Automaton, patterns
+from rl_ebm.runs import describe_ebm, rebuild_ebm, write_config
 
 SPACE = rl_ebm.TokenSpace(3, 4)
 
@@ -229,3 +231,59 @@ def test_sums_of_rows_by_blocks(monkeypatch):
         monkeypatch.setattr(sys.modules["rl_ebm.automata.product"], "_BLOCK", block)
         got = row_sums(machine)[:, 0].exp().tolist()
         assert got == pytest.approx([math.fsum(row) for row in weight])
+
+
+def test_what_is_too_large_is_refused(monkeypatch):
+    one, two = Automaton.counts(SPACE, [1, 2]), Automaton.counts(SPACE, [2, 1, 1])
+    with pytest.raises(rl_ebm.exact.TooLargeError, match="may be used"):
+        rl_ebm.solve(rl_ebm.EBM(SPACE, one), memory=10)
+    monkeypatch.setattr(sys.modules["rl_ebm.automata.product"], "MAX_STATES", 3)
+    with pytest.raises(ValueError, match="more than 3 states"):
+        one + two
+    monkeypatch.setattr(patterns, "MAX_STATES", 50)
+    with pytest.raises(ValueError, match="more than 50 states"):
+        Automaton.regex(SPACE, ".*0.{9}")
+
+
+def test_factors_that_do_not_fit():
+    law = deterministic(torch.zeros(1, 3).long(), torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="reads 3 tokens, the other 4"):
+        product(law, deterministic(torch.zeros(1, 4).long(), torch.zeros(1, 4)))
+    starts = [deterministic(law.next, law.log_weight, start=torch.zeros(n).long()) for n in (2, 3)]
+    with pytest.raises(ValueError, match="for 2 prompts, the other for 3"):
+        product(*starts)
+
+
+def test_a_final_weight_alone_can_forbid():
+    solution = rl_ebm.solve(rl_ebm.EBM(SPACE, Automaton.regex(SPACE, "0*", -math.inf)))
+    assert solution.forbids
+    assert solution.forbids_responses
+
+
+def test_a_dot_is_no_new_line():
+    alphabet = ["a", "\n", "b\n"]
+    want = [
+        float(re.fullmatch("a.*", "".join(alphabet[a] for a in y)) is not None)
+        for y in itertools.product(range(3), repeat=4)
+    ]
+    assert rewards(Automaton.regex(SPACE, "a.*", 1.0, alphabet), SPACE) == want
+
+
+def test_a_state_that_was_never_used_is_uniform():
+    counts = torch.tensor([[0.0, 0.0], [1.0, 3.0]]).double()
+    assert _normalised(counts).exp().tolist() == [[0.5, 0.5], [0.25, 0.75]]
+
+
+def test_a_reference_for_prompts_is_rebuilt(tmp_path):
+    prompts = [[0], [1]]
+    law = random_law(torch.Generator().manual_seed(0), 3, 2, 2, 2, 0.0)
+    policy = AutomatonPolicy(SPACE, law, prompts)
+    ebm = rl_ebm.EBM(SPACE, Automaton.counts(SPACE, [1]), 0.5, policy, prompts)
+    description = describe_ebm(ebm)
+    write_config(tmp_path / "run", {"ebm": description}, ebm)
+    again = rebuild_ebm(description, tmp_path / "run")
+    tokens, lengths = SPACE.sequences()
+    for p in range(2):
+        ids = torch.full_like(lengths, p)
+        want = ebm.log_weight(tokens, lengths, ids)
+        assert torch.equal(again.log_weight(tokens, lengths, ids), want)

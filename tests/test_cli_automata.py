@@ -139,6 +139,7 @@ def test_references_of_files(tmp_path):
     [
         (["--reward", "contain:1"], "did you mean 'contains'"),
         (["--reward", "contains:1", "--task", "random"], "leave out --task"),
+        (["--reward", "contains:1", "--normalise", "minmax"], "leave out --task"),
         (["--reward", "contains:1", "--eos-id", "9"], "eos_id"),
         (["--reward", "contains:1", "--alphabet", "abc"], "expected one for each of the 4"),
         (["--reward", "contains:1", "--reference", "ngrams:x"], "did you mean 'ngram'"),

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import rl_ebm
+from rl_ebm.mean_bounds import betting_lower
 from rl_ebm.policies import AutomatonPolicy, Uniform
 from rl_ebm.rewards import Automaton
-from rl_ebm.verify_sampled import verify_sampled
+from rl_ebm.verify_sampled import bounded, ratio_interval, verify_sampled
+from rl_ebm.visits import Visits
 
 SPACE = rl_ebm.TokenSpace(3, 6, eos_id=0)
 PROMPTS = [[1], [], [2, 2]]
@@ -120,20 +122,33 @@ def test_the_worst_visited_prefixes_are_all_listed():
     g = torch.Generator().manual_seed(5)
     drawn = found.sample(300, g)
     own = rl_ebm.policies.sample(policy, space, 300, g)
-    errors = {}
+    errors, spans, kls = {}, {}, {}
     for batch in (drawn.clean(), own.clean()):
         q_star, q = found.logits(batch.tokens), policy.logits(batch.tokens)
         for i, n in enumerate(batch.lengths.tolist()):
             for t in range(n):
                 delta = (q[i, t] - q_star[i, t])[torch.isfinite(q_star[i, t])]
                 size = float((delta - delta.mean()).abs().max())
-                errors[tuple(batch.tokens[i, :t].tolist())] = size
+                prefix = tuple(batch.tokens[i, :t].tolist())
+                errors[prefix] = size
+                spans[prefix] = float(delta.max() - delta.min())
+                # In EOS mode the last row has one action that is allowed: no divergence.
+                if t < 5:
+                    star, mine = q_star[i, t].log_softmax(0), q[i, t].log_softmax(0)
+                    kls[prefix] = float((star.exp() * (star - mine)).sum())
     want = sorted(errors.values(), reverse=True)[:10]
     got = [max(abs(x) for x in w.delta) for w in report.worst_prefixes]
     assert got == pytest.approx(want)
     for w in report.worst_prefixes:
         assert errors[tuple(w.prefix)] == pytest.approx(max(abs(x) for x in w.delta))
+        assert w.kl == pytest.approx(kls[tuple(w.prefix)])
     assert len({tuple(w.prefix) for w in report.worst_prefixes}) == 10
+    assert report.logits_linf.estimate == pytest.approx(want[0])
+    assert report.logits_span.estimate == pytest.approx(max(spans.values()))
+    for depth in report.per_depth:
+        largest = max(x for prefix, x in errors.items() if len(prefix) == depth.depth)
+        assert depth.linf == pytest.approx(largest, abs=1e-12)
+        assert depth.states == int((drawn.lengths > depth.depth).sum())
 
 
 def test_residuals_of_a_policy_that_forbids():
@@ -145,3 +160,38 @@ def test_residuals_of_a_policy_that_forbids():
     sane(report)
     assert report.bellman_residual_max.estimate == math.inf
     assert report.bellman_residual_mean.estimate == math.inf
+
+
+def test_pieces_add_up_to_the_whole():
+    found, policy = solution(), Plain(table(1))
+    batch = found.sample(40, torch.Generator().manual_seed(0)).clean()
+    parts, whole = (Visits(found, batch, True, True) for _ in range(2))
+    parts.walk(policy, 3 * 3 * (160 + 16 * 6))
+    whole.walk(policy, 2**28)
+    for name in ("log_star", "log_pi", "kl", "entropy", "occupancy", "residual"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
+    assert parts.linf == pytest.approx(whole.linf)
+    errors = [sorted(x for x, _, _ in v.worst) for v in (parts, whole)]
+    assert errors[0] == pytest.approx(errors[1])
+
+
+def test_every_prompt_has_its_share_of_the_confidence():
+    report = verify_sampled(Plain(table()), solution(PROMPTS), 20, 0.94)
+    assert report.kl_target_policy.confidence == pytest.approx(0.94)
+    assert report.per_prompt[0].tv.confidence == pytest.approx(0.98)
+    for depth in range(6):
+        visits = [r.per_depth[depth].states for r in report.per_prompt]
+        assert report.per_depth[depth].states == sum(visits)
+
+
+def test_ends_of_intervals():
+    x = torch.tensor([0.1, 0.5, 0.2, 0.9]).double()
+    interval = bounded(x, 1.0, 0.9)
+    assert interval.low == pytest.approx(float(betting_lower(x.log(), 0.05).exp()))
+    weight = torch.tensor([1.0, 2.0, 4.0, 3.0]).double()
+    mean = float(x.sum() / weight.sum())
+    spread = float((x - mean * weight).std()) / 2 / 2.5
+    # Student's t with 3 degrees of freedom, two-sided 90%.
+    interval = ratio_interval(x, weight, 0.9)
+    assert interval.estimate == pytest.approx(mean)
+    assert interval.high == pytest.approx(mean + 2.353363 * spread, rel=1e-5)
