@@ -20,6 +20,7 @@ from torch import Tensor
 from rl_ebm import divergences
 from rl_ebm.agents.learner import Learner, check_rates
 from rl_ebm.ebm import EBM
+from rl_ebm.names import count_text
 from rl_ebm.policies.scoring import Policy, Trainable, tree_q_values
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.tokens import Batch, TokenSpace
@@ -63,6 +64,10 @@ def exact_loss(
     return divergences.kl_tables(*pair, space).mean()
 
 
+MAX_LOGITS = 2**28
+"""of all prefixes together, at most"""
+
+
 class ExactAgent:
     """Descends the exact KL. Its updates take no batch."""
 
@@ -83,6 +88,12 @@ class ExactAgent:
         self.ebm, self.policy = ebm, policy
         self.learner = Learner(policy, self.config.lr, self.config.max_grad_norm)
         ebm.check_policy(teacher, "the teacher")
+        size = ebm.num_prompts * ebm.space.num_states * ebm.space.vocab_size
+        if size > MAX_LOGITS:
+            raise ValueError(
+                f"exact lists the logits of all prefixes, and {count_text(size)} are too many: "
+                "make vocab_size or max_length smaller, or use another agent"
+            )
         with torch.no_grad():
             star = log_policy(tree_q_values(teacher, ebm.space, ebm.num_prompts))
         if self.config.direction == "reverse" and bool(

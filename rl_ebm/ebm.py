@@ -79,7 +79,10 @@ class EBM:
         return self.reward_model.forbids or bool(getattr(self.reference, "forbids", False))
 
     def check_policy(self, policy: object, name: str = "the policy") -> None:
-        """Raise ValueError if a policy reads prompts, and others than this EBM's."""
+        """Raise ValueError if a policy is for another space, or reads other prompts."""
+        space = getattr(policy, "space", None)
+        if isinstance(space, TokenSpace) and space != self.space:
+            raise ValueError(f"{name} is for {space}, the EBM is over {self.space}")
         theirs = getattr(policy, "prompts", None)
         if theirs is not None and [list(p) for p in theirs] != [
             list(p) for p in (self.prompts or [[]])

@@ -95,6 +95,8 @@ class Target:
             size = len(self.alphabet)
         if size is None or self.max_length is None:
             raise ValueError("--reward needs --vocab-size (or --alphabet) and --max-length")
+        if self.alphabet is not None and len(set(self.alphabet)) < len(self.alphabet):
+            raise ValueError(f"--alphabet {self.alphabet!r} has a symbol twice: each is one token")
         if self.alphabet is not None and len(self.alphabet) != size:
             raise ValueError(
                 f"--alphabet has {len(self.alphabet)} symbols, expected one for each of the {size} "

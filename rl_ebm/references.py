@@ -51,6 +51,8 @@ def parse_reference(
             options[key] = int(value) if key in _WHOLE else float(value)
         except ValueError:
             raise _fault(expression, at + len(key) + 1, f"{value!r} is no number") from None
+        if key == "seed" and not 0 <= options[key] < 2**63:
+            raise _fault(expression, at + len(key) + 1, "seed must be in [0, 2**63)")
         at += len(pair) + 1
     responses = read_responses(Path(name), space, alphabet)
     if kind == "ngram":

@@ -27,7 +27,8 @@ from rl_ebm.report_sampled import (
     SampledReport,
     combine_sampled,
 )
-from rl_ebm.visits import WORST, Visits
+from rl_ebm.tokens import Batch
+from rl_ebm.visits import WORST, Visits, rows_at_once
 
 
 @torch.no_grad()
@@ -81,7 +82,9 @@ def _verify_prompt(
     device = device_of(policy)
     ids = torch.full((samples,), prompt, device=solution.device)
     drawn = solution.sample(samples, generator, ids).clean()
-    own = sample(policy, space, samples, generator, ids.to(device)).clean().to(solution.device)
+    parts = ids.to(device).split(rows_at_once(policy, space, memory))
+    own = Batch.cat([sample(policy, space, len(part), generator, part) for part in parts])
+    own = own.clean().to(solution.device)
     star = Visits(solution, drawn, True, values)
     mine = Visits(solution, own, False, values)
     for visits in (star, mine):

@@ -20,6 +20,7 @@ WORST = 10
 _SHOWN = 64
 """actions that a worst prefix lists at most"""
 _BYTES_PER_LOGIT = 160
+_MULTIPLIER = 6364136223846793005
 
 
 class Visits:
@@ -56,15 +57,16 @@ class Visits:
         Raises:
             ValueError: logits that are NaN or +inf.
         """
-        per_row = _BYTES_PER_LOGIT * self.space.vocab_size
-        if not hasattr(policy, "step"):
-            per_row += 16 * self.space.vocab_size * self.space.max_length
-        for rows in torch.arange(len(self.batch)).split(max(1, memory // per_row)):
+        for rows in torch.arange(len(self.batch)).split(rows_at_once(policy, self.space, memory)):
             part = self.batch.take(rows.to(self.batch.tokens.device))
             left: Tensor | None = None
-            ref = self.solution.ebm.log_ref(part.tokens, part.lengths, part.prompt_ids)
-            gain = self.solution.ebm.reward(part.tokens, part.lengths, part.prompt_ids)
-            gain = gain.double() / self.solution.ebm.beta
+            ref = gain = torch.empty(0)
+            if self.values:
+                ref = self.solution.ebm.log_ref(part.tokens, part.lengths, part.prompt_ids)
+                gain = self.solution.ebm.reward(part.tokens, part.lengths, part.prompt_ids)
+                gain = gain.double() / self.solution.ebm.beta
+            # One number for each prefix, but for collisions of 64 bits.
+            prefix = torch.zeros_like(part.lengths)
             exact = along(self.solution, self.space, part)
             for t, (q_star, q) in enumerate(
                 zip(exact, along(policy, self.space, part), strict=True)
@@ -80,9 +82,20 @@ class Visits:
                 keep = here.nonzero()[:, 0]
                 if len(keep) == 0:
                     break
-                self._state(rows[keep.cpu()], q_star[keep], q[keep], part.tokens[keep], t)
+                self._state(
+                    rows[keep.cpu()], q_star[keep], q[keep], part.tokens[keep], t, prefix[keep]
+                )
+                prefix = prefix * _MULTIPLIER + part.tokens[:, t] + 1
 
-    def _state(self, rows: Tensor, q_star: Tensor, q: Tensor, tokens: Tensor, t: int) -> None:
+    def _state(
+        self, rows: Tensor, q_star: Tensor, q: Tensor, tokens: Tensor, t: int, prefix: Tensor
+    ) -> None:
+        dead = torch.isneginf(q).all(-1).cpu() & ~torch.isneginf(self.log_pi[rows])
+        if bool(dead.any()):
+            raise ValueError(
+                f"the policy forbids every action at a prefix of depth {t} that it reaches: its "
+                "probabilities do not sum to one"
+            )
         log_pi_star, log_pi = log_policy(q_star), log_policy(q)
         mine, other = (log_pi_star, log_pi) if self.of_target else (log_pi, log_pi_star)
         known = ~torch.isneginf(self.log_star[rows]).to(q.device)
@@ -97,15 +110,26 @@ class Visits:
         delta = bounds.centre(q - q_star.masked_fill(torch.isneginf(q_star), 0.0), q_star)
         linf = delta.abs().amax(-1)
         self.linf[t] = max(self.linf[t], float(linf.max()))
-        self._worst(rows, tokens, t, delta, linf, divergences.kl(log_pi_star, log_pi))
+        kl_star = kl if self.of_target else divergences.kl(log_pi_star, log_pi)
+        self._worst(rows, tokens, t, delta, linf, kl_star, prefix)
         action = tokens[:, t : t + 1]
         self.log_star[rows] += log_pi_star.gather(1, action)[:, 0].cpu()
         self.log_pi[rows] += log_pi.gather(1, action)[:, 0].cpu()
 
     def _worst(
-        self, rows: Tensor, tokens: Tensor, t: int, delta: Tensor, linf: Tensor, kl: Tensor
+        self,
+        rows: Tensor,
+        tokens: Tensor,
+        t: int,
+        delta: Tensor,
+        linf: Tensor,
+        kl: Tensor,
+        hashes: Tensor,
     ) -> None:
-        for place in linf.sort(descending=True, stable=True).indices[:WORST].tolist():
+        order = linf.sort(descending=True, stable=True).indices
+        # The first row of each prefix, the largest errors first.
+        first = dict(zip(reversed(hashes[order].tolist()), reversed(order.tolist()), strict=True))
+        for place in list(reversed(first.values()))[:WORST]:
             error, row = float(linf[place]), int(rows[place])
             if error == 0 or (len(self.worst) == WORST and error <= self.worst[0][0]):
                 return
@@ -144,9 +168,22 @@ class Visits:
         return left
 
     def _residual(self, rows: Tensor, residual: Tensor, there: Tensor) -> None:
-        size = residual.abs().masked_fill(~there, 0.0).nan_to_num(nan=torch.inf).cpu()
+        size = (
+            residual.abs()
+            .masked_fill(~there, 0.0)
+            .nan_to_num(nan=torch.inf, posinf=torch.inf)
+            .cpu()
+        )
         self.residual[rows] += size
         self.max_residual = max(self.max_residual, float(size.max()))
+
+
+def rows_at_once(policy: Policy, space: TokenSpace, memory: int) -> int:
+    """How many responses are looked at together, so that memory is about kept."""
+    per_row = _BYTES_PER_LOGIT * space.vocab_size
+    if not hasattr(policy, "step"):
+        per_row += 16 * space.vocab_size * space.max_length
+    return max(1, memory // per_row)
 
 
 def along(policy: Policy, space: TokenSpace, batch: Batch) -> Iterator[Float[Tensor, "B A"]]:

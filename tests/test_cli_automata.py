@@ -139,6 +139,7 @@ def test_references_of_files(tmp_path):
     [
         (["--reward", "contain:1"], "did you mean 'contains'"),
         (["--reward", "contains:1", "--task", "random"], "leave out --task"),
+        (["--reward", "contains:1", "--normalise", "minmax"], "leave out --task"),
         (["--reward", "contains:1", "--eos-id", "9"], "eos_id"),
         (["--reward", "contains:1", "--alphabet", "abc"], "expected one for each of the 4"),
         (["--reward", "contains:1", "--reference", "ngrams:x"], "did you mean 'ngram'"),
@@ -146,6 +147,9 @@ def test_references_of_files(tmp_path):
         (["--reward", "contains:1", "--reference", "ngram:x?ordr=2"], "did you mean 'order'"),
         (["--reward", "contains:1", "--reference", "ngram:x?order=a"], "position 14"),
         (["--reference", "unifrm"], "did you mean 'uniform'"),
+        (["--reward", "contains:1", "--reference", "hmm:x?states=2&seed=-1"], "position 20: seed"),
+        (["--reward", "contains:1", "--reference", f"hmm:x?seed={2**63}"], "position 11: seed"),
+        (["--reward", "contains:A", "--alphabet", "ABCA"], "symbol twice"),
     ],
 )
 def test_wrong_input_is_one_sentence(capsys, args, words):

@@ -161,6 +161,7 @@ def test_log_probs_of_tokens_are_those_of_their_rows():
         (lambda b: fit_ngram(SPACE, b, 2, -1.0), "smoothing"),
         (lambda b: fit_ngram(SPACE, b.take(torch.arange(0))), "no responses"),
         (lambda b: fit_ngram(rl_ebm.TokenSpace(2000, 5), b, 4), "too many"),
+        (lambda b: fit_ngram(SPACE, b, 10**8), "too many"),
         (lambda b: fit_ngram(SPACE, b, 2, prompts=[[7]]), "token 7"),
         (lambda b: fit_hmm(SPACE, b, 0), "num_states"),
         (lambda b: fit_hmm(SPACE, b, 1, 0), "iterations"),

@@ -43,7 +43,12 @@ def log_matmul(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"] | Columns) -> Fl
     b = b if isinstance(b, Columns) else Columns.of(b)
     top = finite(a.amax(1, keepdim=True))
     total = (a - top).exp() @ b.scaled
-    again = (total < SAFE).nonzero()
+    small = total < SAFE
+    if bool(small.any()):
+        # Where no term is there the sum is 0 for certain.
+        terms = (~torch.isneginf(a)).to(a.dtype) @ (~torch.isneginf(b.log)).to(a.dtype)
+        small &= terms > 0
+    again = small.nonzero()
     out = total.log_().add_(top).add_(b.top)
     step = max(1, _BLOCK // max(1, a.shape[1]))
     for part in again.split(step):

@@ -149,9 +149,10 @@ def row_sums(machine: Machine) -> Float[Tensor, "K H"]:
 
     The sum over tokens of a product is taken as one: both parts at each pair of states.
     """
-    out = []
     leave = torch.logsumexp(machine.log_transition, 1)
-    for k in range(machine.num_states):
-        x = machine.log_emission + machine.log_weight[k]
-        out.append(torch.logsumexp(x, 1) + leave)
-    return torch.stack(out)
+    rows = max(1, _BLOCK // machine.log_emission.numel())
+    parts = [
+        torch.logsumexp(machine.log_emission + weight[:, None], 2)
+        for weight in machine.log_weight.split(rows)
+    ]
+    return torch.cat(parts) + leave

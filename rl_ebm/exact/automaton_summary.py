@@ -48,9 +48,9 @@ def summarise_automaton(solution: AutomatonSolution, top: int = 10, prompt: int 
 def most_probable(solution: AutomatonSolution, top: int, prompt: int) -> list[Response]:
     """The likeliest responses of a machine without a hidden part, by best-first search.
 
-    A prefix waits by its regret: by how much its best response (Viterbi) is worse than the best of
-    all. Of equally good ones the regret is the same number, not one that rounding moves apart, so
-    that the search goes down first. Among a prefix's children only the ``top`` best can matter.
+    A prefix is ordered by what its best response loses against the best of all, which is exact
+    (Viterbi) and grows by exactly 0 at the best child: among a prefix's children only the ``top``
+    best can matter, and ties never widen the search.
     """
     space, values = solution.space, solution.values
     machine = values.machine
@@ -59,10 +59,13 @@ def most_probable(solution: AutomatonSolution, top: int, prompt: int) -> list[Re
     start = int(machine.begin(ids).k)
     log_z = float(solution.log_z[prompt])
     # Ties are broken by the tokens, as in enumeration order.
-    queue: list[tuple[float, list[int], int, float, bool]] = [(0.0, [], start, 0.0, False)]
+    queue: list[tuple[float, list[int], int, float, bool]] = []
+    if float(best[0][start]) > -math.inf:
+        queue.append((0.0, [], start, 0.0, False))
     found: list[Response] = []
+    known: dict[tuple[int, int], list[tuple[int, float, float, bool]]] = {}
     while queue and len(found) < top:
-        regret, tokens, k, weight, ended = heapq.heappop(queue)
+        lost, tokens, k, weight, ended = heapq.heappop(queue)
         if ended:
             batch = torch.tensor([tokens + [0] * (space.max_length - len(tokens))])
             batch = batch.to(machine.device)
@@ -70,16 +73,19 @@ def most_probable(solution: AutomatonSolution, top: int, prompt: int) -> list[Re
             score = float(solution.ebm.reward(batch, lengths, ids)[0])
             found.append(Response(tokens, math.exp(weight - log_z), score))
             continue
-        for token, worse, gain, done in _children(solution, best, len(tokens), k, top):
+        place = (len(tokens), k)
+        if place not in known:
+            known[place] = _children(solution, best, *place, top)
+        for token, loss, gain, done in known[place]:
             state = int(machine.next[k, token])
-            heapq.heappush(queue, (regret + worse, [*tokens, token], state, weight + gain, done))
+            heapq.heappush(queue, (lost + loss, [*tokens, token], state, weight + gain, done))
     return found
 
 
 def _children(
     solution: AutomatonSolution, best: Tensor, t: int, k: int, top: int
 ) -> list[tuple[int, float, float, bool]]:
-    """The best next tokens: token, regret, what it adds, and whether the response ends."""
+    """The best next tokens: token, what is lost, what it adds, and whether the response ends."""
     space, values, machine = solution.space, solution.values, solution.values.machine
     last = t == space.max_length - 1
     row = machine.log_weight[k].clone()
@@ -92,15 +98,11 @@ def _children(
     total = row + rest
     order = total.sort(descending=True, stable=True).indices[:top].tolist()
     return [
-        (
-            token,
-            float(best[t][k] - total[token]),
-            float(row[token] + (rest[token] if last else 0.0)),
-            last or token == space.eos_id,
-        )
+        (token, float(best[t][k] - total[token]), float(row[token] + (rest[token] if last else 0)),
+         last or token == space.eos_id)
         for token in order
         if float(total[token]) > -math.inf
-    ]
+    ]  # fmt: skip
 
 
 def _best_after(solution: AutomatonSolution) -> Float[Tensor, "T1 K"]:

@@ -23,6 +23,8 @@ from rl_ebm.automata import Columns, Machine, log_matmul, product, segment_logsu
 from rl_ebm.tokens import TokenSpace
 
 _BLOCK = 2**23
+_PER_TARGET = 2**13
+"""sums of exponentials that take less time than one product of matrices"""
 
 
 @dataclass(frozen=True)
@@ -175,11 +177,18 @@ def q_rows(
 
 
 def _rows_of_state(values: Values, state: int, t: Tensor, log_alpha: Tensor) -> Tensor:
-    """Columns by where they lead: one product of matrices for each target."""
+    """Columns by where they lead: one product of matrices for each target, if they are few."""
     machine, edges = values.machine, values.edges
     weight = machine.log_weight[state]
     low, high = int(edges.first[state]), int(edges.first[state + 1])
-    q = torch.full((len(t), machine.vocab_size), -torch.inf, dtype=torch.float64, device=t.device)
+    n, h, a = len(t), machine.num_hidden, machine.vocab_size
+    q = torch.full((n, a), -torch.inf, dtype=torch.float64, device=t.device)
+    if n * h * a <= _PER_TARGET * (high - low):
+        target = machine.next[state].long()
+        for rows in torch.arange(n, device=t.device).split(max(1, _BLOCK // (h * a))):
+            x = values.after[t[rows, None] + 1, :, target] + machine.log_emission.T
+            q[rows] = torch.logsumexp(log_alpha[rows, None] + x, 2) + weight
+        return q
     for edge in range(low, high):
         tokens = (edges.of_token[state] == edge).nonzero()[:, 0]
         x = log_alpha + values.after[t + 1, :, edges.target[edge]]

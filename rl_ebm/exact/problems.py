@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from rl_ebm.exact.base import Solution
+from rl_ebm.exact.base import Solution, lists
+from rl_ebm.exact.solve import TooLargeError
 from rl_ebm.fixed_points import Problem
+from rl_ebm.names import count_text
 from rl_ebm.soft_bellman import log_policy, sequence_log_probs
 
 
@@ -11,10 +13,17 @@ def problems(solution: Solution) -> list[Problem]:
     """The problem of every prompt of a solved EBM.
 
     Raises:
+        TooLargeError: an automaton's EBM with more prefixes than are listed.
         ValueError: a response that the reference allows has reward -inf: no objective but those
             that are the EBM itself has a gradient there.
     """
     ebm, space = solution.ebm, solution.space
+    if not lists(solution):
+        raise TooLargeError(
+            f"{count_text(space.num_sequences)} sequences are too many to list, and what an "
+            "objective converges to is found from all of them: make vocab_size or max_length "
+            "smaller"
+        )
     if solution.forbids_responses:
         raise ValueError(
             "some responses have reward -inf, where penalised objectives have no finite gradient: "

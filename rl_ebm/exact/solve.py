@@ -54,7 +54,13 @@ def solve(ebm: EBM, memory: int | None = None, progress: bool | None = None) -> 
     space, device = ebm.space, ebm.device
     machines = find_machines(ebm)
     if machines is not None:
-        return _possible(_by_automaton(ebm, *machines, memory))
+        found = _by_automaton(ebm, *machines, memory)
+        if not bool((found.log_z < torch.inf).all()):
+            raise ValueError(
+                "R / beta is too large for float64, there is no finite log Z: scale the rewards "
+                "down, or beta up"
+            )
+        return _possible(found)
     check_memory(ebm, memory)
     scores = getattr(ebm.reward_model, "scores", None)
     if scores is None:

@@ -96,6 +96,8 @@ def expected_counts(law: Parameters, batch: Batch) -> tuple[Parameters, float]:
     moved = torch.zeros_like(transition)
     for t in range(t_max - 1):
         here = real[:, t + 1]
+        if not bool(here.any()):
+            break
         left = forward[here, t] - total[here, None]
         right = spoken[here, t + 1] + backward[here, t + 1]
         moved += (log_matmul(left.T, right) + transition).exp()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -45,12 +46,13 @@ def fit_ngram(
     if not 0 <= smoothing < float("inf"):
         raise ValueError(f"smoothing must be a finite number >= 0, got {smoothing}")
     a = space.vocab_size
-    histories = [a**i for i in range(order)]
-    if sum(histories) * a > MAX_TABLE:
+    # The second condition alone takes long to find out at a very large order.
+    if order > math.log2(MAX_TABLE) or sum(a**i for i in range(order)) * a > MAX_TABLE:
         raise ValueError(
-            f"{order}-grams over {a} tokens have {sum(histories):,} histories: too many; use a "
-            "smaller order, or fit_hmm"
+            f"{order}-grams over {a} tokens have too many histories: use a smaller order, or "
+            "fit_hmm"
         )
+    histories = [a**i for i in range(order)]
     if len(responses) == 0:
         raise ValueError("there are no responses to fit")
     space.check(responses.tokens, responses.lengths)

@@ -114,6 +114,13 @@ class Uniform:
         """Zeros."""
         return torch.zeros(*tokens.shape, self.space.vocab_size, device=tokens.device)
 
+    def log_probs(
+        self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"] | None = None
+    ) -> Float[Tensor, "B T"]:
+        """log pi of tokens that are allowed, float64."""
+        constants = torch.tensor(self.log_ref_constants(), dtype=torch.float64)
+        return constants.to(tokens.device).expand(tokens.shape)
+
     @property
     def machine(self) -> Machine:
         """The automaton of every position but a last one that is forced."""

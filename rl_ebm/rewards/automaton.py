@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rl_ebm.automata import Machine, minimise, product
 from rl_ebm.rewards import chains, counters, distances, patterns, phrases
-from rl_ebm.rewards.base import Prompts
+from rl_ebm.rewards.base import Prompts, check_values
 from rl_ebm.tokens import TokenSpace
 
 
@@ -28,7 +28,7 @@ class Automaton:
             reward is the log of a sum over hidden paths, and an exact solution needs beta = 1.
 
     Raises:
-        ValueError: a machine for another vocabulary.
+        ValueError: a machine for another vocabulary, or with a weight that is NaN or +inf.
     """
 
     def __init__(self, space: TokenSpace, machine: Machine) -> None:
@@ -36,8 +36,10 @@ class Automaton:
             raise ValueError(
                 f"the machine reads {machine.vocab_size} tokens, the space has {space.vocab_size}"
             )
-        self.space, self.machine = space, minimise(machine)
         weights = (machine.log_weight, machine.final, machine.log_emission, machine.log_transition)
+        for x in (*weights, machine.log_initial):
+            check_values(x, "a weight of the machine")
+        self.space, self.machine = space, minimise(machine)
         self.forbids = any(bool(torch.isneginf(x).any()) for x in weights)
 
     # Constructors -----------------------------------------------------------------------------
@@ -133,7 +135,7 @@ class Automaton:
         cls,
         space: TokenSpace,
         scores: Float[Tensor, "m"] | Sequence[float],
-        values: Int64[Tensor, "A"] | None = None,
+        values: Int64[Tensor, "A"] | Sequence[int] | None = None,
     ) -> Automaton:
         """``scores[s]`` where the values of all tokens but EOS sum to s modulo ``len(scores)``.
 
@@ -186,6 +188,11 @@ class Automaton:
     def bind(self, space: TokenSpace, prompts: Prompts | None) -> Automaton:
         if space != self.space:
             raise ValueError(f"the reward was made for {self.space}, the EBM is over {space}")
+        count = self.machine.num_prompts
+        if count not in (1, len(prompts or [[]])):
+            raise ValueError(
+                f"the reward tells {count} prompts apart, there are {len(prompts or [[]])}"
+            )
         return self
 
     def __call__(
@@ -195,7 +202,7 @@ class Automaton:
         prompt_ids: Int64[Tensor, "B"],
     ) -> Float[Tensor, "B"]:
         machine = self.machine
-        state = machine.begin(torch.zeros_like(prompt_ids))
+        state = machine.begin(prompt_ids)
         out = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
         for t in range(int(lengths.max()) if len(tokens) else 0):
             out = torch.where(lengths == t + 1, machine.total(state, tokens[:, t]), out)

@@ -17,14 +17,14 @@ from rl_ebm.tokens import TokenSpace
 def modular(
     space: TokenSpace,
     scores: Float[Tensor, "m"] | Sequence[float],
-    values: Int64[Tensor, "A"] | None = None,
+    values: Int64[Tensor, "A"] | Sequence[int] | None = None,
 ) -> Machine:
     """States are the sum so far."""
-    final = torch.as_tensor(scores, dtype=torch.float64)
+    final = torch.as_tensor(scores, dtype=torch.float64).detach().cpu()
     if final.ndim != 1 or not len(final):
         raise ValueError(f"scores has shape {tuple(final.shape)}, expected (m,), one for each rest")
     check_values(final, "scores")
-    values = torch.arange(space.vocab_size) if values is None else values.cpu()
+    values = torch.arange(space.vocab_size) if values is None else torch.as_tensor(values).cpu()
     if values.shape != (space.vocab_size,) or values.is_floating_point():
         raise ValueError(f"values must be {space.vocab_size} integers, one for each token")
     if space.eos_id is not None:
@@ -53,5 +53,5 @@ def brackets(
     next_[:, closing] = levels - 1
     next_[0, closing] = next_[lost] = lost
     final = torch.zeros(depth + 2, dtype=torch.float64)
-    final[0] = score
+    final[0] = float(score)
     return deterministic(next_, torch.zeros(next_.shape), final)

@@ -26,11 +26,11 @@ def _check(space: TokenSpace, word: Sequence[int], score: float | int) -> list[i
 def hamming(space: TokenSpace, word: Sequence[int], score: float | int) -> Machine:
     """States are the position, up to the word's end."""
     ids = _check(space, word, score)
-    weight = torch.full((len(ids) + 1, space.vocab_size), score, dtype=torch.float64)
+    weight = torch.full((len(ids) + 1, space.vocab_size), float(score), dtype=torch.float64)
     weight[range(len(ids)), ids] = 0.0
     following = torch.arange(1, len(ids) + 2).clamp(max=len(ids))
     next_ = following[:, None].repeat(1, space.vocab_size)
-    final = score * (len(ids) - torch.arange(len(ids) + 1)).double()
+    final = float(score) * (len(ids) - torch.arange(len(ids) + 1)).double()
     if space.eos_id is not None:
         weight[:, space.eos_id] = 0.0
         next_[:, space.eos_id] = torch.arange(len(ids) + 1)
@@ -72,8 +72,8 @@ def edit_distance(space: TokenSpace, word: Sequence[int], score: float | int) ->
                 f"the edit distance to a word of {len(ids)} tokens needs more than {MAX_STATES:,} "
                 "states: give a shorter word"
             )
-    weight = torch.full((len(rows), space.vocab_size), score, dtype=torch.float64)
+    weight = torch.full((len(rows), space.vocab_size), float(score), dtype=torch.float64)
     if space.eos_id is not None:
         weight[:, space.eos_id] = 0.0
-    final = score * torch.tensor([row[-1] for row in rows], dtype=torch.float64)
+    final = float(score) * torch.tensor([row[-1] for row in rows], dtype=torch.float64)
     return deterministic(torch.stack(next_), weight, final)

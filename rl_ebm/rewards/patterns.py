@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rl_ebm.automata import Machine, deterministic
 from rl_ebm.rewards.phrases import check_score
-from rl_ebm.rewards.regex_ids import decode, encode
+from rl_ebm.rewards.regex_ids import FIRST, MOST, decode, encode
 from rl_ebm.tokens import TokenSpace
 
 MAX_STATES = 20_000
@@ -59,7 +59,7 @@ def regex(
     if space.eos_id is not None:
         next_[:, space.eos_id] = torch.arange(len(next_))
     final = torch.zeros(len(next_), dtype=torch.float64)
-    final[accepting] = score
+    final[accepting] = float(score)
     return deterministic(next_, torch.zeros(next_.shape), final)
 
 
@@ -71,7 +71,8 @@ def _with_eos(space: TokenSpace, alphabet: Sequence[str]) -> list[str]:
     if len(found) != space.vocab_size or not all(isinstance(text, str) for text in found):
         raise ValueError(
             f"the alphabet has {len(alphabet)} entries, expected one text for each of the "
-            f"{space.vocab_size} tokens" + (" (EOS may be left out)" if space.eos_id else "")
+            f"{space.vocab_size} tokens"
+            + (" (EOS may be left out)" if space.eos_id is not None else "")
         )
     if space.eos_id is not None:
         found[space.eos_id] = ""
@@ -91,6 +92,7 @@ class _NFA:
 
     def __init__(self, characters: Sequence[str], pattern: str) -> None:
         self.characters, self.pattern = characters, pattern
+        self.sets: dict[tuple[str, str], frozenset[int]] = {}
         self.edges: list[list[tuple[frozenset[int] | None, int]]] = [[]]
 
     def new(self) -> int:
@@ -149,7 +151,26 @@ class _NFA:
 
     def matching(self, op: str, value: Any) -> frozenset[int]:
         """Places of the characters that one item matches."""
-        return frozenset(i for i, c in enumerate(self.characters) if _matches(op, value, c))
+        key = (op, str(value))
+        if key not in self.sets:
+            places = enumerate(self.characters)
+            self.sets[key] = frozenset(i for i, c in places if _matches(op, value, c))
+        return self.sets[key]
+
+    def kinds(self) -> tuple[list[int], dict[frozenset[int], list[int]]]:
+        """The kind of each character, alike where no set tells them apart; those of each set."""
+        sets = list({read for edges in self.edges for read, _ in edges if read})
+        inside: list[list[int]] = [[] for _ in self.characters]
+        for i, read in enumerate(sets):
+            for c in read:
+                inside[c].append(i)
+        known: dict[tuple[int, ...], int] = {}
+        kind_of = [known.setdefault(tuple(x), len(known)) for x in inside]
+        found: dict[frozenset[int], list[int]] = {read: [] for read in sets}
+        for signature, kind in known.items():
+            for i in signature:
+                found[sets[i]].append(kind)
+        return kind_of, found
 
     def closure(self, states: Iterable[int]) -> frozenset[int]:
         """All states that are reached without reading."""
@@ -163,6 +184,7 @@ class _NFA:
 
     def determinise(self, end: int) -> tuple[Tensor, list[int]]:
         """Transitions (K, characters), the last state being lost, and the accepting states."""
+        kind_of, kinds = self.kinds()
         first = self.closure([0])
         known = {first: 0}
         order, lines = [first], []
@@ -171,9 +193,9 @@ class _NFA:
             reached: dict[int, set[int]] = {}
             for state in order[i]:
                 for read, after in self.edges[state]:
-                    for c in read or ():
+                    for c in kinds[read] if read else ():
                         reached.setdefault(c, set()).add(after)
-            line = [-1] * len(self.characters)
+            line = [-1] * (max(kind_of, default=-1) + 1)
             for c, states in reached.items():
                 target = self.closure(states)
                 if target not in known:
@@ -191,7 +213,7 @@ class _NFA:
         table = torch.full((lost + 1, len(self.characters)), lost)
         if self.characters:
             rows = torch.tensor(lines)
-            table[:lost] = torch.where(rows < 0, lost, rows)
+            table[:lost] = torch.where(rows < 0, lost, rows)[:, torch.tensor(kind_of)]
         return table, [i for i, states in enumerate(order) if end in states]
 
 
@@ -207,7 +229,9 @@ def _matches(op: str, value: Any, character: str) -> bool:
         return bool(value[0] <= code <= value[1])
     if op == "CATEGORY":
         name = str(value).removeprefix("CATEGORY_")
-        positive = re.match(_CATEGORIES[name.removeprefix("NOT_")], character) is not None
+        # The character of a token id is a digit.
+        text = "0" if FIRST <= code < FIRST + MOST else character
+        positive = re.match(_CATEGORIES[name.removeprefix("NOT_")], text) is not None
         return positive != name.startswith("NOT_")
     negated = str(value[0][0]) == "NEGATE"
     return negated != any(_matches(str(o), v, character) for o, v in value[negated:])

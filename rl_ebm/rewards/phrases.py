@@ -53,7 +53,7 @@ def counts(space: TokenSpace, phrase: Sequence[int], score: float | int) -> Mach
 def _paid(next_: torch.Tensor, last: int, score: float | int, again: bool) -> Machine:
     check_score(score)
     weight = torch.zeros(next_.shape, dtype=torch.float64)
-    weight[next_ == last] = score
+    weight[next_ == last] = float(score)
     if not again:
         weight[last] = 0.0
     return deterministic(next_, weight)

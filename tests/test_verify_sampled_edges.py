@@ -1,0 +1,197 @@
+"""Verification from samples of policies that are hard to look at, and what it may take."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import rl_ebm
+from rl_ebm.mean_bounds import betting_lower
+from rl_ebm.policies import AutomatonPolicy, Uniform
+from rl_ebm.rewards import Automaton
+from rl_ebm.verify_sampled import bounded, ratio_interval, verify_sampled
+from rl_ebm.visits import Visits
+
+SPACE = rl_ebm.TokenSpace(3, 6, eos_id=0)
+PROMPTS = [[1], [], [2, 2]]
+
+
+class Plain:
+    """Logits of a table by position and last token, and nothing else."""
+
+    def __init__(self, table):
+        self.table, self.largest = table, 0
+
+    def logits(self, tokens, prompt_ids=None):
+        self.largest = max(self.largest, len(tokens))
+        before = torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1]], 1)
+        return self.table[torch.arange(tokens.shape[1]), before]
+
+
+def table(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(6, 3, 3, generator=g, dtype=torch.float64)
+
+
+def solution(prompts=None, **others):
+    return rl_ebm.solve(
+        rl_ebm.EBM(SPACE, Automaton.counts(SPACE, [1, 2]), prompts=prompts, **others)
+    )
+
+
+def sane(report):
+    for name, interval in report.intervals().items():
+        assert interval.low <= interval.estimate <= interval.high, name
+    assert "nan" not in str(report).lower()
+    report.to_dict()
+
+
+@pytest.mark.parametrize("prompts", [None, PROMPTS])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_no_numbers(prompts, value):
+    logits = table()
+    logits[3, :, 1] = value
+    with pytest.raises(ValueError, match="NaN or \\+inf at depth 3"):
+        verify_sampled(Plain(logits), solution(prompts), 200)
+
+
+@pytest.mark.parametrize("depth", [0, 2, 5])
+def test_a_state_at_which_everything_is_forbidden(depth):
+    logits = table()
+    logits[depth] = -math.inf
+    words = f"forbids every action at a prefix of depth {depth} that it reaches"
+    with pytest.raises(ValueError, match=words):
+        verify_sampled(Plain(logits), solution(), 200)
+    # Behind a token that the policy never gives nothing is asked of it.
+    logits = table()
+    logits[:, :, 2] = logits[1:, 2] = -math.inf
+    report = verify_sampled(Plain(logits), solution(), 200)
+    sane(report)
+    assert report.kl_target_policy.estimate == math.inf
+    assert math.isfinite(report.kl_policy_target.estimate)
+
+
+@pytest.mark.parametrize("prompts", [None, PROMPTS])
+def test_no_more_responses_at_a_time_than_fit(prompts):
+    policy = Plain(table())
+    one = verify_sampled(policy, solution(prompts), 3, memory=1)
+    assert policy.largest == 1
+    sane(one)
+    per_row = 3 * (160 + 16 * 6)
+    verify_sampled(policy, solution(prompts), 30, memory=7 * per_row + 1)
+    assert policy.largest == 7
+    verify_sampled(policy, solution(prompts), 30)
+    assert policy.largest == 30
+
+
+def test_nothing_of_whole_sequences_is_asked_of_a_reference(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("asked for (B, T, A)")
+
+    monkeypatch.setattr(Uniform, "logits", refuse)
+    found = solution(reference=Uniform(SPACE))
+    law = torch.zeros(1, 3).double().log_softmax(1)
+    machine = rl_ebm.automata.deterministic(torch.zeros(1, 3).long(), law)
+    policy = AutomatonPolicy(SPACE, machine)
+    policy.logits_are_values = True
+    assert verify_sampled(policy, found, 20).bellman_residual_max is not None
+
+
+@pytest.mark.parametrize("eos", [None, 0, 2])
+def test_log_probs_of_the_uniform_reference(eos):
+    space = rl_ebm.TokenSpace(3, 4, eos)
+    ebm = rl_ebm.EBM(space, Automaton.counts(space, [1]), reference=Uniform(space))
+    tokens, lengths = space.sequences()
+    want = [
+        y.count(1) - math.log(3) * (min(len(y), 3) if eos is not None else 4)
+        for y in (y[:n] for y, n in zip(tokens.tolist(), lengths.tolist(), strict=True))
+    ]
+    assert ebm.log_weight(tokens, lengths).tolist() == pytest.approx(want)
+
+
+def test_the_worst_visited_prefixes_are_all_listed():
+    # A target that is nearly one response: the worst states of others are visited by few rows.
+    space = rl_ebm.TokenSpace(3, 6, eos_id=0)
+    reward = Automaton.counts(space, [1, 1], 1.5)
+    found = rl_ebm.solve(rl_ebm.EBM(space, reward))
+    policy = Plain(table(3))
+    g = torch.Generator().manual_seed(5)
+    report = verify_sampled(policy, found, 300, generator=g)
+    g = torch.Generator().manual_seed(5)
+    drawn = found.sample(300, g)
+    own = rl_ebm.policies.sample(policy, space, 300, g)
+    errors, spans, kls = {}, {}, {}
+    for batch in (drawn.clean(), own.clean()):
+        q_star, q = found.logits(batch.tokens), policy.logits(batch.tokens)
+        for i, n in enumerate(batch.lengths.tolist()):
+            for t in range(n):
+                delta = (q[i, t] - q_star[i, t])[torch.isfinite(q_star[i, t])]
+                size = float((delta - delta.mean()).abs().max())
+                prefix = tuple(batch.tokens[i, :t].tolist())
+                errors[prefix] = size
+                spans[prefix] = float(delta.max() - delta.min())
+                # In EOS mode the last row has one action that is allowed: no divergence.
+                if t < 5:
+                    star, mine = q_star[i, t].log_softmax(0), q[i, t].log_softmax(0)
+                    kls[prefix] = float((star.exp() * (star - mine)).sum())
+    want = sorted(errors.values(), reverse=True)[:10]
+    got = [max(abs(x) for x in w.delta) for w in report.worst_prefixes]
+    assert got == pytest.approx(want)
+    for w in report.worst_prefixes:
+        assert errors[tuple(w.prefix)] == pytest.approx(max(abs(x) for x in w.delta))
+        assert w.kl == pytest.approx(kls[tuple(w.prefix)])
+    assert len({tuple(w.prefix) for w in report.worst_prefixes}) == 10
+    assert report.logits_linf.estimate == pytest.approx(want[0])
+    assert report.logits_span.estimate == pytest.approx(max(spans.values()))
+    for depth in report.per_depth:
+        largest = max(x for prefix, x in errors.items() if len(prefix) == depth.depth)
+        assert depth.linf == pytest.approx(largest, abs=1e-12)
+        assert depth.states == int((drawn.lengths > depth.depth).sum())
+
+
+def test_residuals_of_a_policy_that_forbids():
+    logits = table()
+    logits[2, :, 1] = -math.inf
+    policy = Plain(logits)
+    policy.logits_are_values = True
+    report = verify_sampled(policy, solution(), 200, generator=torch.Generator().manual_seed(0))
+    sane(report)
+    assert report.bellman_residual_max.estimate == math.inf
+    assert report.bellman_residual_mean.estimate == math.inf
+
+
+def test_pieces_add_up_to_the_whole():
+    found, policy = solution(), Plain(table(1))
+    batch = found.sample(40, torch.Generator().manual_seed(0)).clean()
+    parts, whole = (Visits(found, batch, True, True) for _ in range(2))
+    parts.walk(policy, 3 * 3 * (160 + 16 * 6))
+    whole.walk(policy, 2**28)
+    for name in ("log_star", "log_pi", "kl", "entropy", "occupancy", "residual"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
+    assert parts.linf == pytest.approx(whole.linf)
+    errors = [sorted(x for x, _, _ in v.worst) for v in (parts, whole)]
+    assert errors[0] == pytest.approx(errors[1])
+
+
+def test_every_prompt_has_its_share_of_the_confidence():
+    report = verify_sampled(Plain(table()), solution(PROMPTS), 20, 0.94)
+    assert report.kl_target_policy.confidence == pytest.approx(0.94)
+    assert report.per_prompt[0].tv.confidence == pytest.approx(0.98)
+    for depth in range(6):
+        visits = [r.per_depth[depth].states for r in report.per_prompt]
+        assert report.per_depth[depth].states == sum(visits)
+
+
+def test_ends_of_intervals():
+    x = torch.tensor([0.1, 0.5, 0.2, 0.9]).double()
+    interval = bounded(x, 1.0, 0.9)
+    assert interval.low == pytest.approx(float(betting_lower(x.log(), 0.05).exp()))
+    weight = torch.tensor([1.0, 2.0, 4.0, 3.0]).double()
+    mean = float(x.sum() / weight.sum())
+    spread = float((x - mean * weight).std()) / 2 / 2.5
+    # Student's t with 3 degrees of freedom, two-sided 90%.
+    interval = ratio_interval(x, weight, 0.9)
+    assert interval.estimate == pytest.approx(mean)
+    assert interval.high == pytest.approx(mean + 2.353363 * spread, rel=1e-5)
