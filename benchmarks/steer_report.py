@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from rl_ebm.certificates.certificate import Certificate
 from rl_ebm.estimates import Interval
-from rl_ebm.intervals import half_width, interval
+from rl_ebm.intervals import interval
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,12 @@ class Run:
 
     method: str
     seed: int
-    tokens: int
     seconds: float
-    curve: list[tuple[int, float]]
+    curve: list[tuple[int, Interval]]
     """tokens, KL(target, policy)"""
+
+
+Ran = Sequence[tuple[Run, Look]]
 
 
 def shown(x: Interval) -> str:
@@ -80,11 +82,11 @@ def looks_table(looks: Sequence[Look]) -> str:
     )
 
 
-def methods_table(runs: Sequence[Run], ends: Sequence[Look]) -> str:
+def methods_table(ran: Ran, start: Look) -> str:
     """Methods at equal tokens: means over the seeds."""
     rows = []
-    for method in dict.fromkeys(run.method for run in runs):
-        found = [(r, e) for r, e in zip(runs, ends, strict=True) if r.method == method]
+    for method in dict.fromkeys(run.method for run, _ in ran):
+        found = [(run, end) for run, end in ran if run.method == method]
         columns = [
             [e.kl.estimate for _, e in found],
             [e.tv.estimate for _, e in found],
@@ -97,9 +99,15 @@ def methods_table(runs: Sequence[Run], ends: Sequence[Look]) -> str:
         cells = [interval(c) for c in columns]
         cells.insert(1, f"{low:.3g} to {high:.3g}")
         rows.append([f"`{method}`", *cells, f"{seconds:.0f}"])
+    figures = (start.tv, start.wanted, start.forbidden, start.surprise)
+    first = [f"{x.estimate:.2g}" for x in figures]
+    kl = start.kl
+    rows.insert(
+        0, ["the start", f"{kl.estimate:.2g}", f"{kl.low:.3g} to {kl.high:.3g}", *first, ""]
+    )
     return table(
         "method | KL(target, policy) | its samples' intervals, all runs | total variation | wanted "
-        "| forbidden | nats per token | seconds",
+        "| forbidden | nats per token | processor seconds",
         rows,
     )
 
@@ -112,84 +120,83 @@ def texts(title: str, lines: Sequence[str]) -> str:
 def page(
     facts: dict[str, Any],
     fits: dict[str, Interval],
-    looks: Sequence[Look],
-    runs: Sequence[Run],
-    ends: Sequence[Look],
+    looks: dict[str, Look],
+    ran: Ran,
     certificates: Sequence[tuple[str, Certificate, list[str]]],
 ) -> str:
     """All of the results."""
-    seeds = len({run.seed for run in runs})
+    seeds = len({run.seed for run, _ in ran})
     fitted = "; ".join(f"{name} {shown(x)}" for name, x in fits.items())
-    methods = list(dict.fromkeys(run.method for run in runs))
-    firsts = [e for r, e in zip(runs, ends, strict=True) if r.seed == runs[0].seed]
+    firsts = [end for run, end in ran if run.seed == 0]
     return "\n\n".join(
         [
             "# A small language model, steered",
             f"{facts['sentences']:,} sentences of a made grammar; a byte-pair encoding of "
             f"{facts['vocab_size']:,} tokens; responses of at most {facts['max_length']}, EOS "
             f"included. A GPT-2 of 2 layers, {facts['width']} wide, fitted to them by likelihood; "
-            f"nats per held-out token: {fitted}.\n"
-            f"Reward: {facts['score']:g} where \"{facts['wanted']}\" occurs, -inf where "
-            f"\"{facts['forbidden']}\" or its plural does; beta = 1. Shares count texts with a "
-            "word that begins so, however it was split into tokens. \"Nats per token\" is under "
-            "the fitted GPT-2. Intervals are 95 %, of the samples; ± is over the seeds "
-            "(Student's t).",
+            f"nats per held-out token: {fitted}.",
+            f'Reward: {facts["score"]:g} where the tokens of "{facts["wanted"]}" occur, -inf where '
+            f'those of "{facts["forbidden"]}" or of its plural do; beta = 1. The shares "wanted" '
+            'and "forbidden" are of texts with a word that begins so, however it was split into '
+            'tokens. "Nats per token" are under the fitted GPT-2: its own samples show what is '
+            "fluent. Intervals are 95 %, of the samples; ± is over the seeds (Student's t).",
             "## An n-gram as the reference: the truth is known",
-            f"log Z = {facts['log_z']:.4f}, exact: {facts['states']:,} states of reward and "
-            f"bigram. All figures from {facts['samples']:,} samples of target and policy each, "
+            f"log Z = {facts['log_z']:.4f}, exact, over {facts['states']:,} states of bigram and "
+            f"reward. All figures from {facts['samples']:,} samples of target and policy each, "
             "with the exact divergence at every state that they visit.",
-            looks_table([*looks, firsts[0]]),
-            "KL(policy, target) is infinite for every softmax: it gives the forbidden word some "
-            "probability, the target none. So the table to read is KL(target, policy).",
-            f"At equal tokens ({facts['tokens']:,} from which each learns, batches of "
-            f"{facts['batch_size']} responses), each from the fitted GPT-2, {seeds} seeds; Adam, "
-            f"learning rates {facts['rates']}; responses with the forbidden word count as -10 nats "
-            "for the methods that see rewards alone:",
-            methods_table(runs, ends),
+            looks_table([looks[x] for x in ("target", "ngram", "before", "after")]),
+            f'"Distilled" is `on-policy-distillation` of the exact solution into the GPT-2: '
+            f"{facts['tokens']:,} tokens, half of them the teacher's own. KL(policy, target) is "
+            "infinite for every softmax: it gives the forbidden word some probability, and the "
+            "target none. KL(target, policy) is what to read. Most of it before is not the word: "
+            "the n-gram is the sloppier language model, and the target is as sloppy.",
+            "So that every method starts where its reference is, the GPT-2 is first taught the "
+            f"n-gram ({facts['taught']:,} tokens, no reward). From there each method learns from "
+            f"{facts['tokens']:,} tokens, in batches of {facts['batch_size']} responses; {seeds} "
+            f"seeds; Adam, learning rates {facts['rates']}, the best of 1e-3, 3e-3 and 1e-2 after "
+            "a third of the tokens of another seed. A response with the forbidden word counts as "
+            "-10 nats for the methods that see nothing but rewards:",
+            methods_table(ran, looks["start"]),
             "![KL against tokens, and by position](steer.png)",
-            *(texts(x.name, x.texts) for x in [*looks, *firsts]),
+            *(texts(x.name, x.texts) for x in [*looks.values(), *firsts]),
             "## The GPT-2 itself as the reference: certificates",
-            "Nothing is exact here: the prefix's whole text is the state. The largest reward is "
-            "known, and bounds log Z from above. As printed:",
+            "Nothing is exact here: the state is the whole prefix. The largest reward is known, "
+            "and bounds log Z from above. As printed:",
             *(
                 f"**{name}**\n\n```\n{found}\n```\n\n{texts('Samples', lines)}"
                 for name, found, lines in certificates
             ),
-            f"All of it took {facts['minutes']:.0f} minutes; methods: {', '.join(methods)}.",
+            f"All of it took {facts['minutes']:.0f} processor minutes.",
         ]
     )
 
 
-def picture(looks: Sequence[Look], runs: Sequence[Run], ends: Sequence[Look]) -> Figure:
+def picture(looks: dict[str, Look], ran: Ran) -> Figure:
     """KL against tokens of the methods; KL by position before and after."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for i, method in enumerate(dict.fromkeys(run.method for run in runs)):
-        curves = [run.curve for run in runs if run.method == method]
-        x = [statistics.fmean(p[0] for p in points) for points in zip(*curves, strict=True)]
-        values = [[p[1] for p in points] for points in zip(*curves, strict=True)]
-        means = [statistics.fmean(v) for v in values]
-        half = [0.0 if len(v) < 2 else half_width(v) for v in values]
-        low = [max(m - h, min(v) / 2) for m, h, v in zip(means, half, values, strict=True)]
-        high = [m + h for m, h in zip(means, half, strict=True)]
-        left.plot(x, means, "o-", color=f"C{i}", markersize=3, label=method)
-        left.fill_between(x, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
+    for i, (run, _) in enumerate((r, e) for r, e in ran if r.seed == 0):
+        points = [(0, looks["start"].kl), *run.curve]
+        _bars(left, [x for x, _ in points], [k for _, k in points], run.method, f"C{i}")
+        others = [r.curve[-1] for r, _ in ran if r.method == run.method and r.seed != 0]
+        left.plot([x for x, _ in others], [k.estimate for _, k in others], "x", color=f"C{i}")
     left.set_yscale("log")
     left.set_xlabel("tokens that a method learned from")
     left.set_ylabel("KL(target, policy), nats")
-    left.set_title("mean and 95 % interval over the seeds")
+    left.set_title("one seed, 95 % of its samples; crosses: the others")
     left.legend()
-    after = next(e for r, e in zip(runs, ends, strict=True) if r.seed == runs[0].seed)
-    before = next(x for x in looks if x.name == "GPT-2 before")
-    for x, label in ((before, "GPT-2 before"), (after, "after distillation")):
-        middle = [d.estimate for d in x.depths]
-        ends_of = [
-            [max(d.estimate - d.low, 0.0) for d in x.depths],
-            [max(d.high - d.estimate, 0.0) for d in x.depths],
-        ]
-        right.errorbar(range(len(middle)), middle, yerr=ends_of, fmt="o-", ms=3, label=label)
+    for i, key in enumerate(("before", "after")):
+        depths = looks[key].depths
+        _bars(right, list(range(len(depths))), depths, looks[key].name, f"C{4 + i}")
     right.set_xlabel("position of the token")
     right.set_ylabel("E KL(target, policy) there, nats")
     right.set_title("by position, 95 % of the samples")
     right.legend()
     return figure
+
+
+def _bars(axes: Any, x: list[int], y: Sequence[Interval], label: str, color: str) -> None:
+    middle = [k.estimate for k in y]
+    below = [max(k.estimate - k.low, 0.0) for k in y]
+    above = [max(k.high - k.estimate, 0.0) for k in y]
+    axes.errorbar(x, middle, yerr=[below, above], fmt="o-", ms=3, color=color, label=label)
