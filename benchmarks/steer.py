@@ -24,7 +24,6 @@ from typing import Any
 
 import peft
 import torch
-import transformers
 import tyro
 
 import rl_ebm
@@ -55,12 +54,14 @@ from rl_ebm.verify_sampled import bounded
 RESULTS = Path(__file__).parent / "results"
 STAND_IN: dict[str, Any] = {"forbidden_log_weight": -10.0}
 METHODS: dict[str, dict[str, Any]] = {
-    "on-policy-distillation": {"lr": 3e-3, "divergence": "forward", "on_policy": 0.5},
+    "on-policy-distillation": {"lr": 1e-2, "divergence": "forward", "on_policy": 0.5},
     "teacher-forcing": {"lr": 3e-3},
     "vargrad": {"lr": 1e-3, **STAND_IN},
     "policy-gradient": {"lr": 1e-3, **STAND_IN},
 }
 """the first two learn from the exact solution, the others from rewards alone"""
+
+LORA_RATE = 5e-3
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,8 @@ def neural(
             Guided(judge, solution, task.ngram),
         ),
     ]
-    options = AGENTS["vargrad"].config(batch_size=size.batch_size, **METHODS["vargrad"])
+    config = METHODS["vargrad"] | {"lr": LORA_RATE}
+    options = AGENTS["vargrad"].config(batch_size=size.batch_size, **config)
     rl_ebm.train(
         ebm, "vargrad", policy=policy, options=options, steps=size.neural_steps, progress=False
     )

@@ -21,8 +21,8 @@ from rl_ebm.rewards import Automaton
 from rl_ebm.tokens import Batch, TokenSpace
 from rl_ebm.verify_sampled import ratio_interval
 
-WANTED, FORBIDDEN = "candle", "river"
-SCORE = 8.0  # nats at beta = 1
+WANTED, FORBIDDEN = "letter", "river"
+SCORE = 6.5  # nats at beta = 1
 PROMPTS = [[0]]  # EOS: what stands before every sentence
 
 
@@ -35,22 +35,22 @@ class Size:
     vocab_size: int = 1_280
     max_length: int = 16
     width: int = 64
-    fit_steps: int = 1_000
+    fit_steps: int = 600
     """of 64 sentences"""
     batch_size: int = 64
     """responses in a step of a method"""
-    taught: int = 100_000
+    taught: int = 60_000
     """tokens from which the GPT-2 is taught the n-gram"""
-    tokens: int = 60_000
+    tokens: int = 30_000
     """that each method learns from"""
-    marks: tuple[float, ...] = (0.05, 0.15, 0.4)
+    marks: tuple[float, ...] = (0.1, 0.4)
     """shares of them after which the first seed is looked at"""
     glance: int = 150
     """samples for that"""
-    samples: int = 800
+    samples: int = 500
     """at the end"""
-    neural_steps: int = 150
-    certified: int = 4_000
+    neural_steps: int = 100
+    certified: int = 2_000
 
 
 QUICK = Size(2_000, 100, 300, 8, 32, 10, 32, 400, 400, (0.5,), 20, 50, 2, 50)

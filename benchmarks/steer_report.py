@@ -154,7 +154,7 @@ def page(
             f"n-gram ({facts['taught']:,} tokens, no reward). From there each method learns from "
             f"{facts['tokens']:,} tokens, in batches of {facts['batch_size']} responses; {seeds} "
             f"seeds; Adam, learning rates {facts['rates']}, the best of 1e-3, 3e-3 and 1e-2 after "
-            "a third of the tokens of another seed. A response with the forbidden word counts as "
+            "half of the tokens of another seed. A response with the forbidden word counts as "
             "-10 nats for the methods that see nothing but rewards:",
             methods_table(ran, looks["start"]),
             "![KL against tokens, and by position](steer.png)",
