@@ -1,6 +1,6 @@
 """Steer a small language model: this word, never that one; held against the truth.
 
-    python -m benchmarks.steer            # about a quarter of an hour on one core
+    python -m benchmarks.steer            # about 5 minutes on one core
     python -m benchmarks.steer --quick    # small sizes: only to see that it works
 
 A GPT-2 of two layers is fitted to sentences of a small grammar (:mod:`benchmarks.steer_text`).

@@ -153,9 +153,10 @@ def page(
             "So that every method starts where its reference is, the GPT-2 is first taught the "
             f"n-gram ({facts['taught']:,} tokens, no reward). From there each method learns from "
             f"{facts['tokens']:,} tokens, in batches of {facts['batch_size']} responses; {seeds} "
-            f"seeds; Adam, learning rates {facts['rates']}, the best of 1e-3, 3e-3 and 1e-2 after "
-            "half of the tokens of another seed. A response with the forbidden word counts as "
-            "-10 nats for the methods that see nothing but rewards:",
+            f"seeds; Adam, learning rates {facts['rates']}: of 1e-3, 3e-3 and 1e-2 the best after "
+            "20,000 tokens of another seed and another, rarer word (`policy-gradient` has that of "
+            "`vargrad`). A response with the forbidden word counts as -10 nats for the methods that "
+            "see nothing but rewards:",
             methods_table(ran, looks["start"]),
             "![KL against tokens, and by position](steer.png)",
             *(texts(x.name, x.texts) for x in [*looks.values(), *firsts]),

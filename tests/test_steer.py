@@ -16,7 +16,7 @@ import torch
 
 import rl_ebm
 from benchmarks import steer_text
-from benchmarks.steer_models import PROMPTS, QUICK, Guided, make
+from benchmarks.steer_models import FORBIDDEN, PROMPTS, QUICK, WANTED, Guided, make
 from rl_ebm.policies.scoring import log_prob, q_values
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +26,7 @@ def test_the_same_seed_gives_the_same_sentences():
     texts = steer_text.sentences(200, seed=3)
     assert texts == steer_text.sentences(200, seed=3)
     assert texts != steer_text.sentences(200, seed=4)
-    assert len(set(texts)) > 190
+    assert len(set(texts)) > 150
     assert {len(text.split()) for text in texts} >= {3, 5, 8}
 
 
@@ -52,7 +52,7 @@ def task():
 
 
 def test_encoding_keeps_what_fits_and_decoding_undoes_it(task):
-    texts = steer_text.sentences(50, seed=1)
+    texts = steer_text.sentences(300, seed=1)
     batch = steer_text.encode(task.tokenizer, texts, task.space)
     task.space.check(batch.tokens, batch.lengths)
     kept = [x for x in texts if len(task.tokenizer.encode(x).ids) < task.space.max_length]
@@ -61,11 +61,11 @@ def test_encoding_keeps_what_fits_and_decoding_undoes_it(task):
 
 
 def test_shares_are_of_texts_and_not_of_tokens(task):
-    texts = ["a candle", "the rivers", "a river in two candles", "a dog"]
+    texts = [f"a {WANTED}", f"the {FORBIDDEN}s", f"a {FORBIDDEN} in two {WANTED}s", "a dog"]
     rows = [task.tokenizer.encode(text).ids for text in texts]
     # The first one spelled letter by letter.
     rows[0] = [
-        i for piece in ("▁", *"a", "▁", *"candle") for i in [task.tokenizer.token_to_id(piece)]
+        i for piece in ("▁", *"a", "▁", *WANTED) for i in [task.tokenizer.token_to_id(piece)]
     ]
     width = max(map(len, rows)) + 1
     tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
