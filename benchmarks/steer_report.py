@@ -155,8 +155,8 @@ def page(
             f"{facts['tokens']:,} tokens, in batches of {facts['batch_size']} responses; {seeds} "
             f"seeds; Adam, learning rates {facts['rates']}: of 1e-3, 3e-3 and 1e-2 the best after "
             "20,000 tokens of another seed and another, rarer word (`policy-gradient` has that of "
-            "`vargrad`). A response with the forbidden word counts as -10 nats for the methods that "
-            "see nothing but rewards:",
+            "`vargrad`). A response with the forbidden word counts as -10 nats for the methods "
+            "that see nothing but rewards:",
             methods_table(ran, looks["start"]),
             "![KL against tokens, and by position](steer.png)",
             *(texts(x.name, x.texts) for x in [*looks.values(), *firsts]),

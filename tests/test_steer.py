@@ -64,9 +64,7 @@ def test_shares_are_of_texts_and_not_of_tokens(task):
     texts = [f"a {WANTED}", f"the {FORBIDDEN}s", f"a {FORBIDDEN} in two {WANTED}s", "a dog"]
     rows = [task.tokenizer.encode(text).ids for text in texts]
     # The first one spelled letter by letter.
-    rows[0] = [
-        i for piece in ("▁", *"a", "▁", *WANTED) for i in [task.tokenizer.token_to_id(piece)]
-    ]
+    rows[0] = [task.tokenizer.token_to_id(piece) for piece in ("▁", "a", "▁", *WANTED)]
     width = max(map(len, rows)) + 1
     tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     batch = rl_ebm.tokens.Batch(tokens, torch.tensor([len(r) + 1 for r in rows]), tokens[:, 0] * 0)
