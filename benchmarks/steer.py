@@ -60,7 +60,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "policy-gradient": {"lr": 1e-3, **STAND_IN},
 }
 """the first two learn from the exact solution, the others from rewards alone"""
-
 LORA_RATE = 5e-3
 
 
@@ -217,6 +216,7 @@ def main(options: Options) -> None:
         "wanted": WANTED,
         "forbidden": FORBIDDEN,
         "score": SCORE,
+        "lora_rate": LORA_RATE,
         "vocab_size": task.space.vocab_size,
         "states": solution.values.machine.num_states,
         "log_z": float(solution.log_z),

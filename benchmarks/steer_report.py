@@ -156,13 +156,15 @@ def page(
             f"seeds; Adam, learning rates {facts['rates']}: of 1e-3, 3e-3 and 1e-2 the best after "
             "20,000 tokens of another seed and another, rarer word (`policy-gradient` has that of "
             "`vargrad`). A response with the forbidden word counts as -10 nats for the methods "
-            "that see nothing but rewards:",
+            "that see nothing but rewards; no other option of theirs was tuned:",
             methods_table(ran, looks["start"]),
             "![KL against tokens, and by position](steer.png)",
             *(texts(x.name, x.texts) for x in [*looks.values(), *firsts]),
             "## The GPT-2 itself as the reference: certificates",
             "Nothing is exact here: the state is the whole prefix. The largest reward is known, "
-            "and bounds log Z from above. As printed:",
+            "and bounds log Z from above. The third policy adds q* - log p_ref of the n-gram's exact "
+            "solution to the GPT-2's logits; nothing is trained for it. The last is an adapter of "
+            f"rank 8, learning rate {facts['lora_rate']:g}, not tuned. As printed:",
             *(
                 f"**{name}**\n\n```\n{found}\n```\n\n{texts('Samples', lines)}"
                 for name, found, lines in certificates
