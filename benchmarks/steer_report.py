@@ -162,9 +162,9 @@ def page(
             *(texts(x.name, x.texts) for x in [*looks.values(), *firsts]),
             "## The GPT-2 itself as the reference: certificates",
             "Nothing is exact here: the state is the whole prefix. The largest reward is known, "
-            "and bounds log Z from above. The third policy adds q* - log p_ref of the n-gram's exact "
-            "solution to the GPT-2's logits; nothing is trained for it. The last is an adapter of "
-            f"rank 8, learning rate {facts['lora_rate']:g}, not tuned. As printed:",
+            "and bounds log Z from above. The third policy adds q* - log p_ref of the n-gram's "
+            "exact solution to the GPT-2's logits; nothing is trained for it. The last is an "
+            f"adapter of rank 8, learning rate {facts['lora_rate']:g}, not tuned. As printed:",
             *(
                 f"**{name}**\n\n```\n{found}\n```\n\n{texts('Samples', lines)}"
                 for name, found, lines in certificates
