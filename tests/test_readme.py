@@ -58,6 +58,7 @@ def test_every_benchmark_runs(script, tmp_path):
         "benchmarks.objectives": ["--quick"],
         "benchmarks.returns": ["--quick", "--seeds", "2"],
         "benchmarks.scale": ["--quick", "--threads", "1"],
+        "benchmarks.steer": ["--quick", "--seeds", "2"],
         "benchmarks.speed": ["--quick", "--no-compile", "--repeat", "1"],
         "benchmarks.tables": [str(tmp_path / "table.tsv"), "--seconds", "1", "--dry"],
     }[script]
