@@ -45,6 +45,7 @@ def test_a_share_is_between_nothing_and_all(share):
         AGENTS["on-policy-distillation"].config(on_policy=share)
 
 
+@pytest.mark.slow
 def test_an_automaton_is_distilled_by_its_exact_logits():
     space = rl_ebm.TokenSpace(6, 10, eos_id=0)
     reward = rl_ebm.rewards.Automaton.contains(space, [1, 2], 6.0)
