@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 from automaton_cases import lse, random_case
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import rl_ebm
 
@@ -27,7 +29,20 @@ def solved(seed, zeros=0.2):
 
 @pytest.mark.parametrize("seed", CASES)
 def test_everything_agrees_with_enumeration(seed):
-    found = solved(seed)
+    check_everything(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zeros", [0.0, 0.1, 0.4])
+@given(seed=st.integers(1000, 2**40))
+@settings(max_examples=250, deadline=None)
+def test_a_thousand_random_automata_agree_with_enumeration(zeros, seed):
+    check_everything(seed, zeros)
+
+
+def check_everything(seed, zeros=0.2):
+    """log Z, log-probabilities and q* of a random EBM."""
+    found = solved(seed, zeros)
     if found is None:
         return
     ebm, solution, truth = found
