@@ -83,7 +83,8 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
         places.append(heights)
         axes.axvline(i, color="0.7", lw=0.8, zorder=0)
         for height, text in ticks:
-            axes.text(i - 0.02, height, text, ha="right", va="center", fontsize=7)
+            box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6}
+            axes.text(i - 0.02, height, text, ha="right", va="center", fontsize=7, bbox=box)
     kl = [math.log10(max(row[KL], 1e-9)) for row in rows]
     low, high = min(kl), max(kl)
     for j, height in enumerate(zip(*places, strict=True)):
