@@ -79,7 +79,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: infinite numbers are the strings "Infinity" and "-Infinity"."""
-        out: dict[str, Any] = _plain(self)
+        out: dict[str, Any] = plain(self)
         return out
 
     def scalars(self) -> dict[str, float]:
@@ -144,14 +144,15 @@ def _number(x: float) -> str:
     return f"{x:12.6f}" if x == 0 or 1e-4 <= abs(x) < 1e5 else f"{x:12.3e}"
 
 
-def _plain(x: Any) -> Any:
+def plain(x: Any) -> Any:
+    """A report, or a part of it, as JSON has it."""
     if isinstance(x, float):
         assert not math.isnan(x), "a report never holds nan"
         return x if math.isfinite(x) else ("Infinity" if x > 0 else "-Infinity")
     if isinstance(x, (list, tuple)):
-        return [_plain(item) for item in x]
+        return [plain(item) for item in x]
     if hasattr(x, "__dataclass_fields__"):
         # Without prompts there is no per_prompt.
         kept = [f.name for f in fields(x) if f.name != "per_prompt" or x.per_prompt]
-        return {name: _plain(getattr(x, name)) for name in kept}
+        return {name: plain(getattr(x, name)) for name in kept}
     return x

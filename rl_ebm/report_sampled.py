@@ -9,7 +9,7 @@ from typing import Any
 
 from rl_ebm.estimates import Interval, average
 from rl_ebm.names import count_text
-from rl_ebm.report import Report
+from rl_ebm.report import Report, plain
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class SampledReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: infinite numbers are the strings "Infinity" and "-Infinity"."""
-        out: dict[str, Any] = _plain(self)
+        out: dict[str, Any] = plain(self)
         return out
 
     def scalars(self) -> dict[str, float]:
@@ -191,17 +191,3 @@ def _combine_depth(depths: Sequence[SampledDepth]) -> SampledDepth:
         max(d.linf for d in depths),
         average([d.mean_kl for d in depths]),
     )
-
-
-def _plain(x: Any) -> Any:
-    if isinstance(x, Interval):
-        return x.to_dict()
-    if isinstance(x, float):
-        assert not math.isnan(x), "a report never holds nan"
-        return x if math.isfinite(x) else ("Infinity" if x > 0 else "-Infinity")
-    if isinstance(x, (list, tuple)):
-        return [_plain(item) for item in x]
-    if hasattr(x, "__dataclass_fields__"):
-        kept = [f.name for f in fields(x) if f.name != "per_prompt" or x.per_prompt]
-        return {name: _plain(getattr(x, name)) for name in kept}
-    return x

@@ -63,7 +63,7 @@ def test_figures_and_likeliest_responses():
                 for r in got.top:
                     tokens = torch.tensor([r.tokens + [0] * (ebm.space.max_length - len(r.tokens))])
                     lengths, ids = torch.tensor([len(r.tokens)]), torch.tensor([p])
-                    assert ebm.space.check(tokens, lengths) is not None
+                    assert torch.equal(ebm.space.check(tokens, lengths), lengths)
                     log_prob = float(solution.log_prob(tokens, lengths, ids))
                     assert math.exp(log_prob) == pytest.approx(r.probability, rel=1e-9)
                     assert r.score == pytest.approx(float(ebm.reward(tokens, lengths, ids)))
@@ -98,4 +98,6 @@ def test_what_cannot_be_listed_is_summarised_by_its_automaton():
     summary = summarise(hidden, 3)
     assert summary.entropy is None
     assert summary.top == []
-    assert summary.expected_reward is not None
+    batch = hidden.sample(2000, torch.Generator().manual_seed(0))
+    mean = float(reward(batch.tokens, batch.lengths, batch.prompt_ids).mean())
+    assert summary.expected_reward == pytest.approx(mean, abs=0.5)

@@ -294,4 +294,5 @@ def test_no_other_folder_is_overwritten_and_none_is_read_that_holds_no_model(tmp
     policy.save_pretrained(tmp_path / "mine")
     with pytest.raises(ValueError, match="a whole model, no adapter: leave base out"):
         HuggingFace.from_pretrained(tmp_path / "mine", SPACE, PROMPTS, base=language_model())
-    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "mine") is not None
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "mine")
+    assert again.config.model_type == policy.model.config.model_type
