@@ -13,7 +13,8 @@ from rl_ebm import bounds, divergences
 from rl_ebm.exact import Solution
 from rl_ebm.policies.scoring import Policy, check_shape
 from rl_ebm.report_sampled import SampledPrefix
-from rl_ebm.soft_bellman import gather_tokens, log_policy, soft_value
+from rl_ebm.soft_bellman import log_policy
+from rl_ebm.state_errors import state_errors
 from rl_ebm.tokens import Batch, TokenSpace
 
 WORST = 10
@@ -21,6 +22,11 @@ _SHOWN = 64
 """actions that a worst prefix lists at most"""
 _BYTES_PER_LOGIT = 160
 _MULTIPLIER = 6364136223846793005
+
+
+def log_ratio(x: Float[Tensor, "n"], total: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """x - total; ``-inf`` where x is, in a row without a law too."""
+    return (x - total).masked_fill(torch.isneginf(x), -torch.inf)
 
 
 class Visits:
@@ -57,73 +63,86 @@ class Visits:
         Raises:
             ValueError: logits that are NaN or +inf.
         """
-        for rows in torch.arange(len(self.batch)).split(rows_at_once(policy, self.space, memory)):
-            part = self.batch.take(rows.to(self.batch.tokens.device))
-            left: Tensor | None = None
-            ref = gain = torch.empty(0)
-            if self.values:
-                ref = self.solution.ebm.log_ref(part.tokens, part.lengths, part.prompt_ids)
-                gain = self.solution.ebm.reward(part.tokens, part.lengths, part.prompt_ids)
-                gain = gain.double() / self.solution.ebm.beta
-            # One number for each prefix, but for collisions of 64 bits.
-            prefix = torch.zeros_like(part.lengths)
-            exact = along(self.solution, self.space, part)
-            for t, (q_star, q) in enumerate(
-                zip(exact, along(policy, self.space, part), strict=True)
-            ):
-                here = part.lengths > t
-                q = q.to(q_star.device)
-                if bool((torch.isnan(q) | torch.isposinf(q))[here].any()):
-                    raise ValueError(
-                        f"the policy's logits are NaN or +inf at depth {t}: it cannot be verified"
-                    )
-                if self.values:
-                    left = self._residuals(rows, q, part, t, ref, gain, left)
-                keep = here.nonzero()[:, 0]
-                if len(keep) == 0:
-                    break
-                self._state(
-                    rows[keep.cpu()], q_star[keep], q[keep], part.tokens[keep], t, prefix[keep]
-                )
-                prefix = prefix * _MULTIPLIER + part.tokens[:, t] + 1
+        size = min(rows_at_once(policy, self.space, memory), len(self.batch))
+        memory_of_rows = torch.empty(
+            5, size, self.space.vocab_size, dtype=torch.float64, device=self.solution.device
+        )
+        for rows in torch.arange(len(self.batch)).split(size):
+            self._walk(policy, rows, memory_of_rows)
+
+    def _walk(self, policy: Policy, rows: Int64[Tensor, "B"], room: Float[Tensor, "5 n A"]) -> None:
+        part = self.batch.take(rows.to(self.batch.tokens.device))
+        paid = Payments(self.solution, part) if self.values else None
+        # One number for each prefix, but for collisions of 64 bits.
+        prefix = torch.zeros_like(part.lengths)
+        exact, given = (along(x, self.space, part) for x in (self.solution, policy))
+        for t, (q_star, q) in enumerate(zip(exact, given, strict=True)):
+            keep = (part.lengths > t).nonzero()[:, 0]
+            if len(keep) == 0:
+                break
+            q_star, q = (
+                out[: len(keep)].copy_(x if len(keep) == len(x) else x[keep.to(x.device)])
+                for x, out in ((q_star, room[0]), (q, room[1]))
+            )
+            v, chosen = self._state(
+                rows[keep.cpu()], q_star, q, part.tokens[keep], t, prefix[keep], room[2:]
+            )
+            if paid is not None:
+                residuals = paid.residuals(t, keep, v, chosen).cpu()
+                self.residual[rows[keep.cpu()]] += residuals.sum(0)
+                self.max_residual = max(self.max_residual, float(residuals.max()))
+            prefix = prefix * _MULTIPLIER + part.tokens[:, t] + 1
 
     def _state(
-        self, rows: Tensor, q_star: Tensor, q: Tensor, tokens: Tensor, t: int, prefix: Tensor
-    ) -> None:
-        dead = torch.isneginf(q).all(-1).cpu() & ~torch.isneginf(self.log_pi[rows])
+        self,
+        rows: Tensor,
+        q_star: Tensor,
+        q: Tensor,
+        tokens: Tensor,
+        t: int,
+        prefix: Tensor,
+        scratch: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Enter some states; the policy's V there and its logits of the tokens that follow."""
+        if self.space.eos_id is not None and t == self.space.max_length - 1:
+            for x in (q_star, q):
+                x.masked_fill_(~self.space.action_mask(q.device)[t], -torch.inf)
+        known = ~torch.isneginf(self.log_star[rows]).to(q.device)
+        if not bool(known.all()):
+            # Beyond an impossible prefix the target has no conditional.
+            q_star[~known] = -torch.inf
+        found = state_errors(q_star, q, self.of_target, scratch[:, : len(q)])
+        if bool((torch.isnan(found.top) | torch.isposinf(found.top)).any()):
+            raise ValueError(
+                f"the policy's logits are NaN or +inf at depth {t}: it cannot be verified"
+            )
+        dead = torch.isneginf(found.top).cpu() & ~torch.isneginf(self.log_pi[rows])
         if bool(dead.any()):
             raise ValueError(
                 f"the policy forbids every action at a prefix of depth {t} that it reaches: its "
                 "probabilities do not sum to one"
             )
-        log_pi_star, log_pi = log_policy(q_star), log_policy(q)
-        mine, other = (log_pi_star, log_pi) if self.of_target else (log_pi, log_pi_star)
-        known = ~torch.isneginf(self.log_star[rows]).to(q.device)
-        # Beyond an impossible prefix the target has no conditional, and the KL is infinite already.
-        kl = divergences.kl(mine, other).masked_fill(~known, 0.0)
-        self.kl_at[rows, t] = kl.clamp(min=0.0).cpu()
-        self.entropy[rows] += divergences.entropy(mine).cpu()
-        q_star = q_star.masked_fill(~known[:, None], -torch.inf)
-        spans = bounds.logit_span(q, q_star)
-        self.occupancy[rows] += bounds.span_kl(spans).cpu()
-        self.max_span = max(self.max_span, float(spans.max()))
-        delta = bounds.centre(q - q_star.masked_fill(torch.isneginf(q_star), 0.0), q_star)
-        linf = delta.abs().amax(-1)
-        self.linf[t] = max(self.linf[t], float(linf.max()))
-        kl_star = kl if self.of_target else divergences.kl(log_pi_star, log_pi)
-        self._worst(rows, tokens, t, delta, linf, kl_star, prefix)
+        # The KL is infinite already where the prefix is impossible.
+        self.kl_at[rows, t] = found.kl.masked_fill(~known, 0.0).cpu()
+        self.entropy[rows] += found.entropy.cpu()
+        self.occupancy[rows] += bounds.span_kl(found.span).cpu()
+        self.max_span = max(self.max_span, float(found.span.max()))
+        self.linf[t] = max(self.linf[t], float(found.linf.max()))
+        self._worst(rows, tokens, t, q_star, q, found.linf, prefix)
         action = tokens[:, t : t + 1]
-        self.log_star[rows] += log_pi_star.gather(1, action)[:, 0].cpu()
-        self.log_pi[rows] += log_pi.gather(1, action)[:, 0].cpu()
+        chosen = q.gather(1, action)[:, 0]
+        self.log_star[rows] += log_ratio(q_star.gather(1, action)[:, 0], found.v_star).cpu()
+        self.log_pi[rows] += log_ratio(chosen, found.v).cpu()
+        return found.v + found.top, chosen + found.top
 
     def _worst(
         self,
         rows: Tensor,
         tokens: Tensor,
         t: int,
-        delta: Tensor,
+        q_star: Tensor,
+        q: Tensor,
         linf: Tensor,
-        kl: Tensor,
         hashes: Tensor,
     ) -> None:
         order = linf.sort(descending=True, stable=True).indices
@@ -136,46 +155,47 @@ class Visits:
             prefix = tokens[place, :t].tolist()
             if any(known.prefix == prefix for _, _, known in self.worst):
                 continue
-            size = delta[place].abs()
-            actions = size.sort(descending=True, stable=True).indices[:_SHOWN].sort().values
+            delta = bounds.centre(
+                q[place] - q_star[place].masked_fill(torch.isneginf(q_star[place]), 0.0),
+                q_star[place],
+            )
+            actions = delta.abs().sort(descending=True, stable=True).indices[:_SHOWN].sort().values
+            kl = divergences.kl(log_policy(q_star[place]), log_policy(q[place]))
             found = SampledPrefix(
                 prefix=prefix,
                 prompt_id=int(self.batch.prompt_ids[row]),
                 log_probability_target=float(self.log_star[row]),
                 log_probability_policy=float(self.log_pi[row]),
                 actions=actions.tolist(),
-                delta=delta[place][actions].tolist(),
-                kl=max(float(kl[place]), 0.0),
+                delta=delta[actions].tolist(),
+                kl=max(float(kl), 0.0),
             )
             entry = (error, -t * len(self.batch) - row, found)
             (heapq.heappush if len(self.worst) < WORST else heapq.heappushpop)(self.worst, entry)
 
-    def _residuals(
-        self,
-        rows: Tensor,
-        q: Tensor,
-        part: Batch,
-        t: int,
-        log_ref: Tensor,
-        gain: Tensor,
-        left: Tensor | None,
-    ) -> Tensor:
-        """|q - r - V_q| of the transitions into position t, and of those that end there."""
-        if left is not None:
-            self._residual(rows, left - soft_value(q), part.lengths > t)
-        left = gather_tokens(q[:, None], part.tokens[:, t : t + 1])[:, 0] - log_ref[:, t]
-        self._residual(rows, left - gain, part.lengths == t + 1)
-        return left
 
-    def _residual(self, rows: Tensor, residual: Tensor, there: Tensor) -> None:
-        size = (
-            residual.abs()
-            .masked_fill(~there, 0.0)
-            .nan_to_num(nan=torch.inf, posinf=torch.inf)
-            .cpu()
-        )
-        self.residual[rows] += size
-        self.max_residual = max(self.max_residual, float(size.max()))
+class Payments:
+    """What the soft Bellman equation says of the transitions of some responses."""
+
+    def __init__(self, solution: Solution, batch: Batch) -> None:
+        ebm = solution.ebm
+        self.log_ref = ebm.log_ref(batch.tokens, batch.lengths, batch.prompt_ids).double()
+        reward = ebm.reward(batch.tokens, batch.lengths, batch.prompt_ids)
+        self.gain, self.lengths = reward.double() / ebm.beta, batch.lengths
+        self.left = torch.zeros_like(self.gain)
+
+    def residuals(self, t: int, keep: Tensor, v: Tensor, chosen: Tensor) -> Float[Tensor, "2 m"]:
+        """|q - r - V_q| of the transitions into position t, and of those that end there.
+
+        Args:
+            keep: the rows that are not over.
+            v, chosen: the policy's V at them, and its q of the tokens that follow.
+        """
+        into = self.left[keep] - v if t else torch.zeros_like(v)
+        left = chosen - self.log_ref[keep, t]
+        self.left[keep] = left
+        over = torch.where(self.lengths[keep] == t + 1, left - self.gain[keep], 0.0)
+        return torch.stack([into, over]).abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def rows_at_once(policy: Policy, space: TokenSpace, memory: int) -> int:
@@ -187,20 +207,16 @@ def rows_at_once(policy: Policy, space: TokenSpace, memory: int) -> int:
 
 
 def along(policy: Policy, space: TokenSpace, batch: Batch) -> Iterator[Float[Tensor, "B A"]]:
-    """Masked logits before every token of some responses, position by position, float64.
+    """Logits before every token of some responses, position by position, as the policy gives them.
 
-    By the policy's cache where it has one, so that no (B, T, A) is made.
+    By its cache where it has one, so that no (B, T, A) is made.
     """
-    mask = space.action_mask(batch.tokens.device)
     tokens = batch.clean().tokens
     if hasattr(policy, "step"):
-        stepper = _steps(policy, tokens, batch.prompt_ids)
-    else:
-        logits = policy.logits(tokens, batch.prompt_ids)
-        check_shape(logits, space)
-        stepper = iter(logits.unbind(1))
-    for t, rows in enumerate(stepper):
-        yield rows.double().masked_fill(~mask[t].to(rows.device), -torch.inf)
+        return _steps(policy, tokens, batch.prompt_ids)
+    logits = policy.logits(tokens, batch.prompt_ids)
+    check_shape(logits, space)
+    return iter(logits.unbind(1))
 
 
 def _steps(policy: object, tokens: Int64[Tensor, "B T"], prompt_ids: Tensor) -> Iterator[Tensor]:

@@ -22,7 +22,7 @@ ROOT = Path(rl_ebm.__file__).parent
 LAYERS = (
     ("tokens", "tiles", "names", "intervals", "estimates"),
     ("prefix_tree", "soft_bellman", "backbone", "automata.", "mean_bounds"),
-    ("divergences", "bounds"),
+    ("divergences", "bounds", "state_errors"),
     ("rewards.", "policies."),
     ("ebm",),
     ("fixed_points.",),

@@ -100,8 +100,9 @@ class AutomatonSolution:
         """q* after some prefixes of t tokens, float64."""
         position = torch.zeros_like(state.whole.k) + t
         q = q_rows(self.values, self.space, position, state.whole.k, state.whole.log_alpha)
-        dead = torch.isneginf(state.log_ref)
-        return (q - state.log_ref.masked_fill(dead, 0.0)).masked_fill(dead, -torch.inf)
+        log_ref = state.log_ref
+        dead = torch.isneginf(log_ref)
+        return q.sub_(log_ref.masked_fill(dead, 0.0)).masked_fill_(dead, -torch.inf)
 
     # As a policy ------------------------------------------------------------------------------
 

@@ -171,25 +171,35 @@ def q_rows(
     if space.eos_id is not None:
         last = (t == space.max_length - 1)[:, None]
         ends = torch.where(last, values.end_last[:, k].T, values.end[:, k].T)
-        q = q.masked_fill(last, -torch.inf)
+        q.masked_fill_(last, -torch.inf)
         q[:, space.eos_id] = torch.logsumexp(log_alpha + ends, 1)
     return q
 
 
 def _rows_of_state(values: Values, state: int, t: Tensor, log_alpha: Tensor) -> Tensor:
-    """Columns by where they lead: one product of matrices for each target, if they are few."""
+    """Columns by where they lead: one product of matrices for each target, if they are few.
+
+    The target of most tokens is taken for all of them first, which copies no columns.
+    """
     machine, edges = values.machine, values.edges
     weight = machine.log_weight[state]
     low, high = int(edges.first[state]), int(edges.first[state + 1])
     n, h, a = len(t), machine.num_hidden, machine.vocab_size
-    q = torch.full((n, a), -torch.inf, dtype=torch.float64, device=t.device)
     if n * h * a <= _PER_TARGET * (high - low):
+        q = torch.empty(n, a, dtype=torch.float64, device=t.device)
         target = machine.next[state].long()
         for rows in torch.arange(n, device=t.device).split(max(1, _BLOCK // (h * a))):
             x = values.after[t[rows, None] + 1, :, target] + machine.log_emission.T
             q[rows] = torch.logsumexp(log_alpha[rows, None] + x, 2) + weight
         return q
+    # EOS in EOS mode is of no edge; the caller fills it in.
+    sizes = torch.bincount(edges.of_token[state], minlength=high + 1)[low:high]
+    most = low + int(sizes.argmax())
+    x = log_alpha + values.after[t + 1, :, edges.target[most]]
+    q = log_matmul(x, values.emission).add_(weight)
     for edge in range(low, high):
+        if edge == most:
+            continue
         tokens = (edges.of_token[state] == edge).nonzero()[:, 0]
         x = log_alpha + values.after[t + 1, :, edges.target[edge]]
         q[:, tokens] = log_matmul(x, values.emission.pick(tokens)) + weight[tokens]

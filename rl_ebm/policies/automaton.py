@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.automata import Machine, Reading, deterministic, log_matmul, row_sums
+from rl_ebm.automata import Columns, Machine, Reading, deterministic, log_matmul, row_sums
 from rl_ebm.tokens import TokenSpace
 
 _TOLERANCE = 1e-6
@@ -63,6 +63,7 @@ class AutomatonPolicy:
                 f"{float(off):.3g} away from 0): normalise them"
             )
         self.space, self.machine = space, machine
+        self.emission = Columns.of(machine.log_emission)
         self.prompts = None if prompts is None else [list(p) for p in prompts]
 
     @property
@@ -77,7 +78,10 @@ class AutomatonPolicy:
 
     def to(self, device: torch.device | str) -> AutomatonPolicy:
         moved = AutomatonPolicy.__new__(AutomatonPolicy)
-        moved.__dict__.update(self.__dict__, machine=self.machine.to(device))
+        machine = self.machine.to(device)
+        moved.__dict__.update(
+            self.__dict__, machine=machine, emission=Columns.of(machine.log_emission)
+        )
         return moved
 
     def rows(self, reading: Reading) -> Float[Tensor, "B A"]:
@@ -88,9 +92,9 @@ class AutomatonPolicy:
             rows = self.machine.log_weight[reading.k]
         else:
             belief = reading.log_alpha - total.masked_fill(dead, 0.0)
-            rows = log_matmul(belief, self.machine.log_emission)
-            rows = rows + self.machine.log_weight[reading.k]
-        return rows.masked_fill(dead, -torch.inf)
+            rows = log_matmul(belief, self.emission)
+            rows += self.machine.log_weight[reading.k]
+        return rows.masked_fill_(dead, -torch.inf)
 
     def logits(
         self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"] | None = None
