@@ -155,14 +155,18 @@ class Verify:
     run: tyro.conf.Positional[Path]
     """run directory"""
     max_kl: float | None = None
-    """exit code 1 when KL(target, policy) is larger, in nats"""
+    """exit code 1 when KL(target, policy) is larger, or where its interval says that it may be, in
+    nats"""
     memory: int = 2**28
     """bytes that one evaluation of the policy may take, about"""
     samples: int | None = None
     """verify along so many responses of target and policy each; None for every prefix where they
-    can be listed, else for 1,000"""
+    can be listed, else for 1,000. Where there is no exact solution: responses of the policy, of
+    which None takes 10,000"""
     confidence: float = 0.95
     """of the intervals around what is sampled"""
+    reward_max: float | None = None
+    """a number that no reward exceeds: an upper bound on log Z where there is no exact solution"""
     seed: int = 0
     """of the samples"""
     device: str | None = None

@@ -109,10 +109,74 @@ def test_what_cannot_be_listed_is_verified_from_samples(capsys, tmp_path):
     assert report["mode"] == "sampled"
     assert report["num_samples"] == 50
     assert report["kl_target_policy"]["confidence"] == 0.9
-    assert run(capsys, "verify", folder, "--samples", "50", "--max-kl", "0")[0] == 1
+    code, _, err = run(capsys, "verify", folder, "--samples", "50", "--max-kl", "0")
+    assert code == 1
+    assert "is above --max-kl 0" in err
+    high = report["kl_target_policy"]["high"]
+    assert run(capsys, "verify", folder, "--samples", "50", f"--max-kl={2 * high}")[0] == 0
+    # An estimate below is not enough.
+    middle = report["kl_target_policy"]["estimate"]
+    _, _, err = run(capsys, "verify", folder, "--samples", "50", f"--max-kl={1.0001 * middle}")
+    assert "may be above" in err
     again = json.loads((tmp_path / "run" / "report.json").read_text())
     # The same seed draws the same.
     assert again["tv"]["estimate"] == report["tv"]["estimate"]
+
+
+def trained(capsys, folder, *args):
+    code, _, err = run(
+        capsys, "train", "--agent", "vargrad", "--steps", "5", "--batch-size", "32", "--layers",
+        "1", "--dim", "16", "--out", str(folder), *args,
+    )  # fmt: skip
+    assert code == 0, err
+    return str(folder)
+
+
+def test_what_cannot_be_solved_is_bounded_from_samples(capsys, tmp_path):
+    folder = trained(capsys, tmp_path / "run", "--task", "pairwise", "--max-length", "40")
+    code, out, err = run(capsys, "verify", folder, "--samples", "40", "--max-kl", "3")
+    assert code == 1
+    assert "nothing is exact here: about 10^24 sequences" in err
+    assert "may be above --max-kl 3" in err
+    assert "nothing bounds log Z from above" in out
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["num_samples"] == 40
+    assert report["log_z"]["high"] == "Infinity"
+    assert report["kl_target_policy"]["high"] == "Infinity"
+    # log Z <= T log A + the largest reward, and the reference can only bring it down.
+    code, _, _ = run(
+        capsys, "verify", folder, "--samples", "40", "--reward-max", "80", "--confidence", "0.9"
+    )
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert code == 0
+    assert report["log_z"]["low"] < report["log_z"]["high"] <= 80 + 40 * math.log(4) + 1e-9
+    assert report["log_z"]["confidence"] == 0.9
+    code, _, err = run(capsys, "verify", folder, "--samples", "40", "--reward-max=-80")
+    assert code == 2
+    assert "reward_max" in err
+
+
+def test_bounds_from_samples_hold_the_exact_values(capsys, tmp_path, monkeypatch):
+    folder = trained(capsys, tmp_path / "run", "--task", "random")
+    assert run(capsys, "verify", folder, "--max-kl", "100")[0] == 0
+    exact = json.loads((tmp_path / "run" / "report.json").read_text())
+
+    def too_large(ebm):
+        raise rl_ebm.TooLargeError("too large")
+
+    monkeypatch.setattr("rl_ebm.cli.solve", too_large)
+    code, _, err = run(capsys, "verify", folder, "--confidence", "0.999", "--seed", "3")
+    assert code == 0
+    assert "too large" in err
+    found = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert found["num_samples"] == 10_000
+    for name, truth in (
+        ("log_z", exact["log_z"]),
+        ("kl_policy_target", exact["kl_policy_target"]),
+        ("expected_reward_policy", exact["expected_reward_policy"]),
+    ):
+        assert found[name]["low"] <= truth <= float(found[name]["high"]), name
+    assert found["elbo"]["low"] <= exact["log_z"] - exact["kl_policy_target"]
 
 
 def test_references_of_files(tmp_path):
