@@ -29,6 +29,8 @@ AXES = (
     "hparam/expected_reward_policy",
 )
 KL = "hparam/kl_policy_target"
+UNITS = {KL: "nats"}
+_BELOW = -0.05
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,11 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
         share = (kl[j] - low) / (high - low or 1.0)
         colour = colormaps["viridis_r"](share)
         axes.plot(range(len(height)), height, color=colour, lw=0.7, alpha=0.6)
-    labels = [name.removeprefix("hparam/").removeprefix("options: ") for name in axes_names]
+    labels = [
+        name.removeprefix("hparam/").removeprefix("options: ")
+        + (f", {UNITS[name]}" if name in UNITS else "")
+        for name in axes_names
+    ]
     axes.set_xticks(range(len(axes_names)), labels)
     axes.set_yticks([])
     axes.set_xlim(-0.6, len(axes_names) - 0.9)
@@ -104,13 +110,14 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
 
 
 def _scale(column: list[Any], name: str) -> tuple[list[float], list[tuple[float, str]]]:
-    """Heights in [0, 1] and labelled ticks; a missing value stands below all others."""
+    """Heights in [0, 1] and labelled ticks; a missing value, "none", stands below all others."""
     known = [x for x in column if x is not None]
+    missing = [(_BELOW, "none")] if None in column else []
     if any(isinstance(x, str) for x in known) or len(set(known)) <= 6:
         names = sorted(set(known))
         at = {x: (i + 0.5) / len(names) for i, x in enumerate(names)}
         ticks = [(height, x if isinstance(x, str) else f"{x:g}") for x, height in at.items()]
-        return [at[x] if x is not None else -0.05 for x in column], ticks
+        return [at[x] if x is not None else _BELOW for x in column], ticks + missing
     log = name == KL
 
     def number(x: float) -> float:
@@ -122,7 +129,7 @@ def _scale(column: list[Any], name: str) -> tuple[list[float], list[tuple[float,
     for i in range(6):
         value = low + width * i / 5
         ticks.append((i / 5, f"{10**value:.2g}" if log else f"{value:.3g}"))
-    return [(number(x) - low) / width if x is not None else -0.05 for x in column], ticks
+    return [(number(x) - low) / width if x is not None else _BELOW for x in column], ticks + missing
 
 
 def main(options: Options) -> None:
