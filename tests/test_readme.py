@@ -55,6 +55,7 @@ def test_every_command_runs_in_the_order_in_which_it_stands(tmp_path, monkeypatc
 def test_every_benchmark_runs(script, tmp_path):
     quick = {
         "benchmarks.curves": ["--quick", "--seeds", "2"],
+        "benchmarks.large": ["--quick", "--threads", "1"],
         "benchmarks.objectives": ["--quick"],
         "benchmarks.returns": ["--quick", "--seeds", "2"],
         "benchmarks.scale": ["--quick", "--threads", "1"],

@@ -1,0 +1,46 @@
+"""What is exactly true of two EBMs that pay differently for a phrase, against every prefix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import rl_ebm
+from benchmarks.large import HIGH, Options, Truth, balance, measure, target
+from rl_ebm.automata import hidden
+from rl_ebm.policies import AutomatonPolicy
+
+
+def test_truth_is_that_of_every_prefix():
+    g = torch.Generator().manual_seed(0)
+    space = rl_ebm.TokenSpace(18, 4)
+    law = [torch.randn(s, generator=g).double().log_softmax(-1) for s in ((3,), (3, 3), (3, 18))]
+    reference = AutomatonPolicy(space, hidden(*law))
+    log_z = [float(rl_ebm.solve(target(space, reference, s)).log_z) for s in (None, HIGH)]
+    even = balance(*log_z, HIGH)
+    solution, policy = (
+        rl_ebm.solve(target(space, reference, pay)) for pay in (even + 2.0, even - 0.5)
+    )
+    truth = Truth(*(1 / (1 + torch.tensor(-x).double().exp().item()) for x in (2.0, -0.5)))
+    report = rl_ebm.verify(policy, solution)
+    assert report.mode != "sampled"
+    for name in ("kl_target_policy", "kl_policy_target", "tv", "js"):
+        assert getattr(report, name) == pytest.approx(getattr(truth, name), rel=1e-6)
+
+
+def test_intervals_hold_the_truth():
+    found = measure(
+        Options(
+            vocab_size=200,
+            max_length=10,
+            hidden=3,
+            samples=60,
+            confidence=0.999,
+            device="cpu",
+            threads=1,
+        )
+    )
+    for name in ("kl_target_policy", "kl_policy_target", "tv", "js"):
+        interval = getattr(found.report, name)
+        assert interval.low <= getattr(found.truth, name) <= interval.high, name
+        assert interval.low > 0
