@@ -81,12 +81,18 @@ class SampledReport:
     mass_impossible: Interval
     logits_linf: Interval
     """of the states that were visited: a lower end of that of all states"""
+    logits_linf_target: Interval
+    """the mean over the states that samples of the target visit of each one's largest error"""
+    logits_linf_policy: Interval
+    """the same, of samples of the policy"""
     logits_span: Interval
     log_ratio_span: Interval
     bellman_residual_max: Interval | None
     """of visited transitions; None unless the policy's logits are values"""
     bellman_residual_mean: Interval | None
     """over the transitions of samples of the target"""
+    bellman_residual_mean_policy: Interval | None
+    """over those of samples of the policy"""
     bounds: SampledBounds
     per_depth: list[SampledDepth]
     worst_prefixes: list[SampledPrefix]
@@ -115,8 +121,8 @@ class SampledReport:
             f"{self.mode}: {self.num_samples:,} samples of target and policy each, of "
             f"{count_text(self.num_sequences)} sequences"
             + (f", {len(self.per_prompt)} prompts (means)" if self.per_prompt else ""),
-            f"  {'log Z':24s} {self.log_z:.6f} exact",
-            *(f"  {_NAMES.get(name, name):24s} {x}" for name, x in self.intervals().items()),
+            f"  {'log Z':25s} {self.log_z:.6f} exact",
+            *(f"  {_NAMES.get(name, name):25s} {x}" for name, x in self.intervals().items()),
             "",
             "  depth   visits   max logit error   E KL(target, policy)",
             *(
@@ -146,6 +152,8 @@ _NAMES = {
     "js": "Jensen-Shannon",
     "mass_impossible": "mass on impossible",
     "logits_linf": "logit error, max visited",
+    "logits_linf_target": "logit error, mean, target",
+    "logits_linf_policy": "logit error, mean, policy",
     "logits_span": "logit span, max visited",
 }
 

@@ -107,7 +107,7 @@ def _verify_prompt(
         if prefix.prefix not in seen:
             seen.append(prefix.prefix)
             prefixes.append(prefix)
-    transitions = drawn.lengths.double().cpu()
+    states, own_states = (x.lengths.double().cpu() for x in (drawn, own))
     known = None
     if isinstance(solution, AutomatonSolution):
         known = summarise_automaton(solution, 0, prompt)
@@ -130,12 +130,15 @@ def _verify_prompt(
         expected_reward_policy=sample_interval(reward, confidence),
         mass_impossible=bounded(lost.double(), 1.0, confidence),
         logits_linf=at_least(max(*star.linf, *mine.linf), confidence),
+        logits_linf_target=ratio_interval(star.error, states, confidence),
+        logits_linf_policy=ratio_interval(mine.error, own_states, confidence),
         logits_span=at_least(span, confidence),
         log_ratio_span=at_least(log_ratio_span, confidence),
         bellman_residual_max=at_least(max(star.max_residual, mine.max_residual), confidence)
         if values
         else None,
-        bellman_residual_mean=ratio_interval(star.residual, transitions, confidence)
+        bellman_residual_mean=ratio_interval(star.residual, states, confidence) if values else None,
+        bellman_residual_mean_policy=ratio_interval(mine.residual, own_states, confidence)
         if values
         else None,
         bounds=SampledBounds(
@@ -200,7 +203,9 @@ def ratio_interval(
     if not math.isfinite(mean):
         return Interval(mean, mean, mean, confidence, "finite-sample")
     spread = sample_interval((x - mean * weight) / weight.mean(), confidence)
-    return Interval(mean, max(mean + spread.low, 0.0), mean + spread.high, confidence, "asymptotic")
+    # The deviations have mean 0 but for rounding.
+    low, high = min(spread.low, 0.0), max(spread.high, 0.0)
+    return Interval(mean, max(mean + low, 0.0), mean + high, confidence, "asymptotic")
 
 
 def _positive(interval: Interval) -> Interval:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import rl_ebm
+from rl_ebm.automata import hidden
 from rl_ebm.mean_bounds import betting_lower
 from rl_ebm.policies import AutomatonPolicy, Uniform
 from rl_ebm.rewards import Automaton
@@ -151,6 +152,52 @@ def test_the_worst_visited_prefixes_are_all_listed():
         assert depth.states == int((drawn.lengths > depth.depth).sum())
 
 
+def test_means_over_the_states_that_either_visits():
+    # The target stays with one response; what the policy visits is worse.
+    found = rl_ebm.solve(rl_ebm.EBM(SPACE, Automaton.counts(SPACE, [1, 1], 6.0)))
+    logits = table(3)
+    logits[:, 2] *= 9
+    policy = Plain(logits)
+    policy.logits_are_values = True
+    report = verify_sampled(policy, found, 60, generator=torch.Generator().manual_seed(5))
+    g = torch.Generator().manual_seed(5)
+    drawn = found.sample(60, g).clean(), rl_ebm.policies.sample(policy, SPACE, 60, g).clean()
+    means, residuals, at_depth = [], [], [[0.0] * 6, [0.0] * 6]
+    for law, batch in enumerate(drawn):
+        q_star, q = found.logits(batch.tokens), policy.logits(batch.tokens)
+        q[:, -1, 1:] = -math.inf
+        paid = found.ebm.reward(batch.tokens, batch.lengths, batch.prompt_ids)
+        sizes, off = [], []
+        for i, n in enumerate(batch.lengths.tolist()):
+            for t in range(n):
+                delta = (q[i, t] - q_star[i, t])[torch.isfinite(q_star[i, t])]
+                sizes.append(float((delta - delta.mean()).abs().max()))
+                at_depth[law][t] = max(at_depth[law][t], sizes[-1])
+                after = paid[i] if t == n - 1 else q[i, t + 1].logsumexp(0)
+                off.append(abs(float(q[i, t, batch.tokens[i, t]] - after)))
+        means.append(sum(sizes) / len(sizes))
+        residuals.append(sum(off) / len(off))
+    assert report.logits_linf_target.estimate == pytest.approx(means[0])
+    assert report.logits_linf_policy.estimate == pytest.approx(means[1])
+    assert report.bellman_residual_mean.estimate == pytest.approx(residuals[0])
+    assert report.bellman_residual_mean_policy.estimate == pytest.approx(residuals[1])
+    assert any(a < b for a, b in zip(*at_depth, strict=True))
+    for depth, a, b in zip(report.per_depth, *at_depth, strict=True):
+        assert depth.linf == pytest.approx(max(a, b), abs=1e-12)
+
+
+def test_log_z_is_the_mean_over_the_prompts():
+    g = torch.Generator().manual_seed(2)
+    law = [torch.randn(s, generator=g).double().log_softmax(-1) for s in ((3, 2), (2, 2), (2, 3))]
+    reference = AutomatonPolicy(SPACE, hidden(*law), PROMPTS)
+    reward = Automaton.contains(SPACE, [1, 2], 3.0)
+    found = rl_ebm.solve(rl_ebm.EBM(SPACE, reward, reference=reference, prompts=PROMPTS))
+    assert len(set(found.log_z.tolist())) == 3
+    report = verify_sampled(found, found, 5)
+    assert report.log_z == pytest.approx(float(found.log_z.mean()))
+    assert [r.log_z for r in report.per_prompt] == pytest.approx(found.log_z.tolist())
+
+
 def test_residuals_of_a_policy_that_forbids():
     logits = table()
     logits[2, :, 1] = -math.inf
@@ -195,3 +242,10 @@ def test_ends_of_intervals():
     interval = ratio_interval(x, weight, 0.9)
     assert interval.estimate == pytest.approx(mean)
     assert interval.high == pytest.approx(mean + 2.353363 * spread, rel=1e-5)
+
+
+def test_an_estimate_is_in_its_interval_where_sums_are_rounded():
+    for start in range(1, 40):
+        x = torch.full((3,), 5.613617504469547 / start, dtype=torch.float64)
+        same = ratio_interval(x, torch.full_like(x, 2.0), 0.9)
+        assert same.low <= same.estimate <= same.high

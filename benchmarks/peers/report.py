@@ -82,12 +82,16 @@ def remarks(rows: Rows) -> str:
                 )
     if not said:
         said = [f"Nobody came below a KL of {LEVELS[0]:g}."]
-    seeds = len({row["seed"] for row in rows})
-    said.append(
-        "One run each, so no interval."
-        if seeds == 1
-        else f"{seeds} runs each: mean ± half-width of the 95% interval (Student's t)."
-    )
+    runs = {len(runs_of(rows, name)) for name in {row["contender"] for row in rows}}
+    several = "mean ± half-width of the 95% interval (Student's t)"
+    if runs == {1}:
+        said.append("One run each, so no interval.")
+    elif len(runs) == 1:
+        said.append(f"{max(runs)} runs each: {several}.")
+    else:
+        said.append(
+            f"{min(runs)} to {max(runs)} runs each: of several {several}, of one no interval."
+        )
     return " ".join(said)
 
 

@@ -64,7 +64,7 @@ def regex(
 
 
 def _with_eos(space: TokenSpace, alphabet: Sequence[str]) -> list[str]:
-    """A text for every token; that of EOS is never read."""
+    """A text for every token; what that of EOS says does not count."""
     found = list(alphabet)
     if space.eos_id is not None and len(found) == space.branching:
         found.insert(space.eos_id, "")
@@ -74,8 +74,6 @@ def _with_eos(space: TokenSpace, alphabet: Sequence[str]) -> list[str]:
             f"{space.vocab_size} tokens"
             + (" (EOS may be left out)" if space.eos_id is not None else "")
         )
-    if space.eos_id is not None:
-        found[space.eos_id] = ""
     return found
 
 
