@@ -86,7 +86,7 @@ def state_errors(
     kl = (-ratio if of_target else ratio).clamp(min=0.0)
     beyond = lost if of_target else (forbidden & ~absent).any(-1)
     return StateErrors(
-        kl.masked_fill(torch.isneginf(v_mine), 0.0).masked_fill(beyond, torch.inf),
+        kl.masked_fill(beyond, torch.inf),
         entropy,
         span,
         linf,

@@ -124,8 +124,7 @@ class Visits:
                 f"the policy forbids every action at a prefix of depth {t} that it reaches: its "
                 "probabilities do not sum to one"
             )
-        # The KL is infinite already where the prefix is impossible.
-        self.kl_at[rows, t] = found.kl.masked_fill(~known, 0.0).cpu()
+        self.kl_at[rows, t] = found.kl.cpu()
         self.entropy[rows] += found.entropy.cpu()
         self.occupancy[rows] += bounds.span_kl(found.span).cpu()
         self.error[rows] += found.linf.cpu()

@@ -14,10 +14,11 @@ from automaton_cases import lse, random_law, weight_of
 
 import rl_ebm
 from rl_ebm.agents import ExactAgent
-from rl_ebm.automata import deterministic, hidden, log_matmul, product, row_sums
+from rl_ebm.automata import deterministic, hidden, log_matmul, minimise, product, row_sums
 from rl_ebm.exact import problems
+from rl_ebm.exact.automaton_sample import _pick
 from rl_ebm.exact.automaton_summary import summarise_automaton
-from rl_ebm.exact.automaton_values import q_rows
+from rl_ebm.exact.automaton_values import find_edges, q_rows
 from rl_ebm.policies import AutomatonPolicy, Uniform, fit_hmm
 from rl_ebm.policies.hmm import _normalised
 from rl_ebm.rewards import Automaton, patterns
@@ -287,3 +288,47 @@ def test_a_reference_for_prompts_is_rebuilt(tmp_path):
         ids = torch.full_like(lengths, p)
         want = ebm.log_weight(tokens, lengths, ids)
         assert torch.equal(again.log_weight(tokens, lengths, ids), want)
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 3.0])
+def test_a_hidden_reward_at_any_temperature(beta):
+    g = torch.Generator().manual_seed(4)
+    law = [torch.randn(s, generator=g).double().log_softmax(-1) for s in ((3,), (3, 3), (3, 3))]
+    reward = Automaton.hmm(SPACE, *law)
+    found = rl_ebm.solve(rl_ebm.EBM(SPACE, reward, beta))
+    # A power of a sum over paths is no automaton: it is enumerated.
+    assert (found.mode == "exact-automaton") == (beta == 1.0)
+    tokens, lengths = SPACE.sequences()
+    want = torch.logsumexp(reward(tokens, lengths, torch.zeros_like(lengths)).double() / beta, 0)
+    torch.testing.assert_close(found.log_z[0], want)
+
+
+def test_states_that_differ_in_nothing_that_counts_are_merged():
+    # 1 and 2 differ in where a forbidden token leads, and in the sign of a zero.
+    next_ = torch.tensor([[1, 2], [3, 0], [3, 3], [3, 3]])
+    weight = torch.tensor([[0.0, 1.0], [0.5, -math.inf], [0.5, -math.inf], [-0.0, 0.0]])
+    final = torch.tensor([0.0, 0.0, -0.0, 2.0])
+    machine = minimise(deterministic(next_, weight.double(), final.double()))
+    assert machine.num_states == 3
+    two = torch.tensor([[1, 2], [1, 1], [2, 2]])
+    zeros = torch.tensor([[1.0, 1.0], [0.0, -0.0], [-0.0, 0.0]]).double()
+    assert minimise(deterministic(two, zeros)).num_states == 2
+
+
+def test_a_draw_at_the_very_end_of_a_segment_stays_in_it(monkeypatch):
+    most = 1 - 2.0**-53
+    monkeypatch.setattr(torch, "rand", lambda n, **_: torch.full((n,), most, dtype=torch.float64))
+    log_weight = torch.tensor([0.0, 0.0, -math.inf, 0.0, 0.0]).double()
+    segment, asked = torch.tensor([0, 1, 1, 2, 2]), torch.tensor([1, 2, 0])
+    assert _pick(log_weight, segment, 3, asked, None).tolist() == [1, 4, 0]
+
+
+@pytest.mark.parametrize("eos", [0, 2])
+def test_eos_has_no_edge_of_its_own(eos):
+    space = rl_ebm.TokenSpace(3, 6, eos)
+    # EOS leads where no other token does.
+    next_ = torch.tensor([[0, 0, 0], [1, 1, 1]])
+    next_[0, eos] = 1
+    edges = find_edges(deterministic(next_, torch.zeros(2, 3).double()), space.eos_id)
+    assert list(zip(edges.source.tolist(), edges.target.tolist(), strict=True)) == [(0, 0), (1, 1)]
+    assert edges.of_token[:, eos].tolist() == [2, 2]

@@ -119,8 +119,11 @@ def test_what_cannot_be_listed_is_verified_from_samples(capsys, tmp_path):
     _, _, err = run(capsys, "verify", folder, "--samples", "50", f"--max-kl={1.0001 * middle}")
     assert "may be above" in err
     again = json.loads((tmp_path / "run" / "report.json").read_text())
-    # The same seed draws the same.
+    # The same seed draws the same, another something else.
     assert again["tv"]["estimate"] == report["tv"]["estimate"]
+    assert run(capsys, "verify", folder, "--samples", "50", "--seed", "1")[0] == 0
+    other = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert other["tv"]["estimate"] != report["tv"]["estimate"]
 
 
 def trained(capsys, folder, *args):

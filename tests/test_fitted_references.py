@@ -174,3 +174,19 @@ def test_log_probs_of_tokens_are_those_of_their_rows():
 def test_bad_input_is_one_sentence(call, words):
     with pytest.raises(ValueError, match=words):
         call(corpus(SPACE))
+
+
+def test_a_step_of_em_adds_the_smoothing_to_every_count():
+    batch = corpus(SPACE)
+    once, twice = (
+        fit_hmm(SPACE, batch, 2, n, 0.7, torch.Generator().manual_seed(1))[0] for n in (1, 2)
+    )
+    start = once.machine
+    law = (start.log_initial[0], start.log_transition, start.log_emission)
+    counts, _ = expected_counts(law, batch)
+    got = twice.machine
+    for count, log_p in zip(
+        counts, (got.log_initial[0], got.log_transition, got.log_emission), strict=True
+    ):
+        share = (count + 0.7) / (count + 0.7).sum(-1, keepdim=True)
+        torch.testing.assert_close(log_p.exp(), share)

@@ -249,3 +249,24 @@ def test_an_estimate_is_in_its_interval_where_sums_are_rounded():
         x = torch.full((3,), 5.613617504469547 / start, dtype=torch.float64)
         same = ratio_interval(x, torch.full_like(x, 2.0), 0.9)
         assert same.low <= same.estimate <= same.high
+
+
+def test_states_that_the_reference_never_reaches_do_not_count():
+    space = rl_ebm.TokenSpace(3, 4)
+    g = torch.Generator().manual_seed(0)
+    reference = rl_ebm.policies.Tabular(space, None, 1.0, g, torch.float64)
+    with torch.no_grad():
+        reference.table[..., 0, 2] = -math.inf
+    scores = torch.randn(81, generator=g).double()
+    found = rl_ebm.solve(rl_ebm.EBM(space, scores, reference=reference))
+    # What follows token 2 has values all the same: a policy is not compared with them.
+    assert bool(torch.isfinite(found.logits(torch.tensor([[2, 0, 0, 0]]))[0, 1:]).all())
+    logits = torch.zeros(4, 3, 3, dtype=torch.float64)
+    logits[1, 2, 0] = 500.0
+    report = verify_sampled(Plain(logits), found, 100, generator=g)
+    # At depth 1 the state [2] is the only one that is far off.
+    exact = rl_ebm.verify(Plain(logits), found)
+    assert report.logits_linf.estimate == pytest.approx(exact.logits_linf)
+    assert report.logits_linf.estimate < 100
+    assert report.kl_policy_target.estimate == math.inf
+    assert report.mass_impossible.low > 0.1

@@ -14,8 +14,7 @@ _NAMES = tuple(f.name for f in fields(Machine))
 
 def to_tensors(machine: Machine, prefix: str) -> dict[str, Tensor]:
     """The parts of a machine, each of them called ``prefix.part``."""
-    # Copies: parts may share memory, which files of tensors do not allow.
-    return {f"{prefix}.{name}": getattr(machine, name).clone().contiguous() for name in _NAMES}
+    return {f"{prefix}.{name}": getattr(machine, name) for name in _NAMES}
 
 
 def from_tensors(tensors: Mapping[str, Tensor], prefix: str) -> Machine:

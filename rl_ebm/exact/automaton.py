@@ -101,8 +101,8 @@ class AutomatonSolution:
         position = torch.zeros_like(state.whole.k) + t
         q = q_rows(self.values, self.space, position, state.whole.k, state.whole.log_alpha)
         log_ref = state.log_ref
-        dead = torch.isneginf(log_ref)
-        return q.sub_(log_ref.masked_fill(dead, 0.0)).masked_fill_(dead, -torch.inf)
+        # After an impossible prefix q is -inf already.
+        return q.sub_(log_ref.masked_fill(torch.isneginf(log_ref), 0.0))
 
     # As a policy ------------------------------------------------------------------------------
 

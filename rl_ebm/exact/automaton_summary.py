@@ -92,9 +92,8 @@ def _children(
     rest = best[t + 1][machine.next[k].long()]
     if space.eos_id is not None:
         row[space.eos_id] = (values.end_last if last else values.end)[0, k]
+        # At the last position the others are -inf: nothing follows them.
         rest[space.eos_id] = 0.0
-        if last:
-            row[: space.eos_id] = row[space.eos_id + 1 :] = -torch.inf
     total = row + rest
     order = total.sort(descending=True, stable=True).indices[:top].tolist()
     return [
