@@ -338,7 +338,7 @@ def test_eos_has_no_edge_of_its_own(eos):
 def test_a_policy_may_have_weights_in_both_parts():
     law = random_law(torch.Generator().manual_seed(1), 3, 1, 2, 1, 0.0)
     moved = replace(law, log_emission=law.log_emission - 0.75, log_weight=law.log_weight + 0.75)
-    tokens, lengths = SPACE.sequences()
+    tokens, _ = SPACE.sequences()
     whole, parts = (AutomatonPolicy(SPACE, machine) for machine in (law, moved))
     torch.testing.assert_close(whole.logits(tokens), parts.logits(tokens))
     torch.testing.assert_close(whole.log_probs(tokens), parts.log_probs(tokens))
