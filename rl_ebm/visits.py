@@ -66,11 +66,11 @@ class Visits:
             ValueError: logits that are NaN or +inf.
         """
         size = min(rows_at_once(policy, self.space, memory), len(self.batch))
-        memory_of_rows = torch.empty(
+        room = torch.empty(
             5, size, self.space.vocab_size, dtype=torch.float64, device=self.solution.device
         )
         for rows in torch.arange(len(self.batch)).split(size):
-            self._walk(policy, rows, memory_of_rows)
+            self._walk(policy, rows, room)
 
     def _walk(self, policy: Policy, rows: Int64[Tensor, "B"], room: Float[Tensor, "5 n A"]) -> None:
         part = self.batch.take(rows.to(self.batch.tokens.device))
