@@ -23,7 +23,7 @@ import tyro
 
 import rl_ebm
 from benchmarks.machine import describe
-from rl_ebm.automata import hidden
+from benchmarks.scale import hidden_reference
 from rl_ebm.checkpoint import write_text
 from rl_ebm.policies import AutomatonPolicy
 from rl_ebm.report_sampled import SampledReport
@@ -124,14 +124,8 @@ def measure(options: Options) -> Found:
     """Solve target and policy, and verify."""
     torch.set_num_threads(options.threads)
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    g = torch.Generator().manual_seed(options.seed)
-    a, h = options.vocab_size, options.hidden
-    law = [
-        (2 * torch.randn(shape, generator=g, dtype=torch.float64)).log_softmax(-1)
-        for shape in ((h,), (h, h), (h, a))
-    ]
-    space = rl_ebm.TokenSpace(a, options.max_length, eos_id=0)
-    reference = AutomatonPolicy(space, hidden(*law))
+    space = rl_ebm.TokenSpace(options.vocab_size, options.max_length, eos_id=0)
+    reference = hidden_reference(space, options.hidden, options.seed)
 
     def solved(pay: float | None) -> rl_ebm.AutomatonSolution:
         found = rl_ebm.solve(target(space, reference, pay).to(options.device))

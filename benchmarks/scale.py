@@ -88,16 +88,20 @@ def settings(quick: bool) -> list[Setting]:
     return sizes + [Setting(1_000, 64, t, 20) for t in (16, 512, 1024, 4096)]
 
 
-def make(setting: Setting, device: str) -> rl_ebm.EBM:
-    """The EBM of a size."""
-    g = torch.Generator().manual_seed(0)
-    a, h = setting.vocab_size, setting.hidden
+def hidden_reference(space: rl_ebm.TokenSpace, h: int, seed: int = 0) -> AutomatonPolicy:
+    """A hidden Markov model of h states, drawn."""
+    g = torch.Generator().manual_seed(seed)
     law = [
         (2 * torch.randn(shape, generator=g, dtype=torch.float64)).log_softmax(-1)
-        for shape in ((h,), (h, h), (h, a))
+        for shape in ((h,), (h, h), (h, space.vocab_size))
     ]
-    space = rl_ebm.TokenSpace(a, setting.max_length, eos_id=0)
-    reference = AutomatonPolicy(space, hidden(*law))
+    return AutomatonPolicy(space, hidden(*law))
+
+
+def make(setting: Setting, device: str) -> rl_ebm.EBM:
+    """The EBM of a size."""
+    space = rl_ebm.TokenSpace(setting.vocab_size, setting.max_length, eos_id=0)
+    reference = hidden_reference(space, setting.hidden)
     reward = Automaton.contains(space, [5, 17, 17, 9], 12.0) + Automaton.avoids(space, [7, 8])
     return rl_ebm.EBM(space, reward, 1.0, reference).to(device)
 

@@ -7,15 +7,12 @@ import torch
 
 import rl_ebm
 from benchmarks.large import HIGH, Options, Truth, balance, measure, target
-from rl_ebm.automata import hidden
-from rl_ebm.policies import AutomatonPolicy
+from benchmarks.scale import hidden_reference
 
 
 def test_truth_is_that_of_every_prefix():
-    g = torch.Generator().manual_seed(0)
     space = rl_ebm.TokenSpace(18, 4)
-    law = [torch.randn(s, generator=g).double().log_softmax(-1) for s in ((3,), (3, 3), (3, 18))]
-    reference = AutomatonPolicy(space, hidden(*law))
+    reference = hidden_reference(space, 3)
     log_z = [float(rl_ebm.solve(target(space, reference, s)).log_z) for s in (None, HIGH)]
     even = balance(*log_z, HIGH)
     solution, policy = (

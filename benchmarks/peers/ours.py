@@ -19,7 +19,7 @@ NETWORK = {"kind": "transformer"} | asdict(TransformerConfig())
 SHORT = {"soft-q": (30.0, 60.0), "policy-gradient": (60.0,), "vargrad": (20.0, 60.0)}
 """further runs whose learning rate falls to zero earlier"""
 SMALL_BATCHES = (
-    ("vargrad", 15.0),
+    ("vargrad", 20.0),
     ("vargrad", None),
     ("policy-gradient", None),
     ("on-policy-distillation", None),
