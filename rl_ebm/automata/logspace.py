@@ -43,12 +43,11 @@ def log_matmul(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"] | Columns) -> Fl
     b = b if isinstance(b, Columns) else Columns.of(b)
     top = finite(a.amax(1, keepdim=True))
     total = (a - top).exp() @ b.scaled
-    small = total < SAFE
-    if bool(small.any()):
+    again = total.new_empty(0, 2, dtype=torch.int64)
+    if total.numel() and bool(total.amin() < SAFE):
         # Where no term is there the sum is 0 for certain.
         terms = (~torch.isneginf(a)).to(a.dtype) @ (~torch.isneginf(b.log)).to(a.dtype)
-        small &= terms > 0
-    again = small.nonzero()
+        again = ((total < SAFE) & (terms > 0)).nonzero()
     out = total.log_().add_(top).add_(b.top)
     step = max(1, _BLOCK // max(1, a.shape[1]))
     for part in again.split(step):
