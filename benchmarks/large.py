@@ -1,6 +1,6 @@
 """A policy at the size of a language model, verified along samples, beside what is exactly true.
 
-    python -m benchmarks.large             # about 15 minutes on 2 cores
+    python -m benchmarks.large             # about 20 minutes
     python -m benchmarks.large --quick     # small sizes: only to see that it works
 
 The target pays for a phrase, over a hidden Markov reference with 448 states in the product; the
@@ -31,6 +31,7 @@ from rl_ebm.rewards import Automaton
 
 RESULTS = Path(__file__).parent / "results"
 PHRASE, FORBIDDEN = [5, 17, 17, 9], [7, 8]
+FIGURES = ("kl_target_policy", "kl_policy_target", "tv", "js")
 HIGH = 80.0
 """a pay at which nearly every response has the phrase"""
 
@@ -55,6 +56,8 @@ class Options:
     """processor cores"""
     seed: int = 0
     """of the reference and the samples"""
+    repeats: int = 300
+    """verifications of a small EBM of the kind, to count how often its intervals miss"""
     quick: bool = False
     """small sizes; writes nothing into the results"""
 
@@ -160,6 +163,23 @@ def measure(options: Options) -> Found:
     )
 
 
+def coverage(options: Options) -> str:
+    """How often the intervals of a small EBM of this kind do not hold the truth, in a sentence."""
+    missed = dict.fromkeys(FIGURES, 0)
+    small = replace(options, vocab_size=30, max_length=12, hidden=3, samples=200)
+    for seed in range(options.repeats):
+        found = measure(replace(small, seed=seed))
+        for name in FIGURES:
+            interval = getattr(found.report, name)
+            missed[name] += not interval.low <= getattr(found.truth, name) <= interval.high
+    counts = ", ".join(f"`{name}` {count}" for name, count in missed.items())
+    return (
+        f"With A = {small.vocab_size}, T = {small.max_length}, {small.hidden} hidden states and "
+        f"{small.samples} samples, in {options.repeats} verifications of as many references, the "
+        f"{100 * options.confidence:g}% interval did not hold the truth: {counts} times."
+    )
+
+
 def text_of(found: Found, options: Options) -> str:
     """Markdown: what is true beside its interval."""
     report, truth = found.report, found.truth
@@ -171,20 +191,20 @@ def text_of(found: Found, options: Options) -> str:
         "| figure | exactly | estimate | interval | its kind |",
         "|---|---|---|---|---|",
     ]
-    for name in ("kl_target_policy", "kl_policy_target", "tv", "js"):
+    for name in FIGURES:
         x = getattr(report, name)
         lines.append(
             f"| `{name}` | {getattr(truth, name):.4f} | {x.estimate:.4f} | "
             f"[{x.low:.4f}, {x.high:.4f}] | {100 * x.confidence:g}%, {x.kind} |"
         )
-    return "\n".join(lines) + f"\n\n{describe()}\n"
+    return "\n".join(lines) + "\n"
 
 
 def main(options: Options) -> None:
     if options.quick:
-        options = replace(options, vocab_size=300, max_length=12, hidden=4, samples=20)
+        options = replace(options, vocab_size=300, max_length=12, hidden=4, samples=20, repeats=2)
     found = measure(options)
-    text = text_of(found, options)
+    text = f"{text_of(found, options)}\n{coverage(options)}\n\n{describe()}\n"
     print(text, found.report, sep="\n")
     if not options.quick:
         RESULTS.mkdir(exist_ok=True)

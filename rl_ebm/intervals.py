@@ -37,7 +37,23 @@ def interval(values: Sequence[float]) -> str:
         return "∞"
     if len(values) < 2:
         return f"{values[0]:.2g} (one run)"
-    return f"{statistics.fmean(values):.2g} ± {half_width(values):.1g}"
+    mean, half = statistics.fmean(values), half_width(values)
+    digits = 6
+    if 0 < half < math.inf and mean != 0:
+        # As many as reach the first digit of the half-width.
+        digits = max(1, 1 + _place(mean) - _place(float(f"{half:.1g}")))
+    return f"{_short(mean, digits)} ± {_short(half, 1)}"
+
+
+def _place(x: float) -> int:
+    """The power of ten of a number's first digit."""
+    return math.floor(math.log10(abs(x)))
+
+
+def _short(x: float, digits: int) -> str:
+    """A number to so many digits, never with an exponent where it is large."""
+    text = f"{x:.{digits}g}"
+    return f"{float(text):,.0f}" if "e+" in text else text
 
 
 def geometric(values: Sequence[float]) -> tuple[float, float, float]:

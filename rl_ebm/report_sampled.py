@@ -155,6 +155,9 @@ _NAMES = {
     "logits_linf_target": "logit error, mean, target",
     "logits_linf_policy": "logit error, mean, policy",
     "logits_span": "logit span, max visited",
+    "bellman_residual_max": "Bellman residual, max",
+    "bellman_residual_mean": "Bellman residual, target",
+    "bellman_residual_mean_policy": "Bellman residual, policy",
 }
 
 

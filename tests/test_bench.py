@@ -149,7 +149,13 @@ def test_intervals_are_students():
     values = [1.0, 2.0, 6.0]
     half = 4.303 * math.sqrt(7.0) / math.sqrt(3)
     assert intervals.half_width(values) == pytest.approx(half)
-    assert intervals.interval(values) == f"{3.0:.2g} ± {half:.1g}"
+    assert intervals.interval(values) == f"3 ± {half:.1g}"
+    # The mean ends where the half-width does: 0.0038, 0.00026, 124,000.
+    assert intervals.interval([0.104, 0.103, 0.106]) == "0.104 ± 0.004"
+    assert intervals.interval([4.7e-5, 2.1e-4, 2.4e-4]) == "0.0002 ± 0.0003"
+    assert intervals.interval([600_000.0, 500_000.0, 550_000.0]) == "600,000 ± 100,000"
+    assert intervals.interval([65_536.0, 65_536.0]) == "65536 ± 0"
+    assert intervals.interval([0.0, 0.0]) == "0 ± 0"
     assert intervals.interval([]) == "not run"
     assert intervals.half_width([1.0]) == math.inf
     for df in (1, 2, 5, 9, 10, 11, 30, 1000):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rl_ebm
-from benchmarks.large import HIGH, Options, Truth, balance, measure, target
+from benchmarks.large import FIGURES, HIGH, Options, Truth, balance, measure, target
 from benchmarks.scale import hidden_reference
 
 
@@ -21,7 +21,7 @@ def test_truth_is_that_of_every_prefix():
     truth = Truth(*(1 / (1 + torch.tensor(-x).double().exp().item()) for x in (2.0, -0.5)))
     report = rl_ebm.verify(policy, solution)
     assert report.mode != "sampled"
-    for name in ("kl_target_policy", "kl_policy_target", "tv", "js"):
+    for name in FIGURES:
         assert getattr(report, name) == pytest.approx(getattr(truth, name), rel=1e-6)
 
 
@@ -37,7 +37,7 @@ def test_intervals_hold_the_truth():
             threads=1,
         )
     )
-    for name in ("kl_target_policy", "kl_policy_target", "tv", "js"):
+    for name in FIGURES:
         interval = getattr(found.report, name)
         assert interval.low <= getattr(found.truth, name) <= interval.high, name
         assert interval.low > 0
