@@ -171,9 +171,10 @@ def table(rows: list[Row]) -> str:
             if row.verify is None
             else f"{row.verify:.2g} s for {2 * row.verified} sequences"
         )
+        one_pass = f"{1e3 * row.one_pass:{'.0f' if row.one_pass >= 0.1 else '.2g'}}"
         lines.append(
             f"| {row.vocab_size:,} | {row.states:,} | {row.max_length:,} | "
-            f"{1e3 * row.one_pass:.2g} ms | {row.solve:.2g} s ({row.solve / row.one_pass:.0f} x) | "
+            f"{one_pass} ms | {row.solve:.2g} s ({row.solve / row.one_pass:.0f} x) | "
             f"{row.sample:.2g} s ({row.sample / row.one_pass:.0f} x) | {verified} | "
             f"{row.memory / 1e9:.2g} GB |"
         )
