@@ -155,8 +155,8 @@ class Verify:
     run: tyro.conf.Positional[Path]
     """run directory"""
     max_kl: float | None = None
-    """exit code 1 when KL(target, policy) is larger, or where its interval says that it may be, in
-    nats"""
+    """exit code 1 when KL(target, policy), or the upper end of its interval, is larger, in nats; an
+    asymptotic interval is no proof"""
     memory: int = 2**28
     """bytes that one evaluation of the policy may take, about"""
     samples: int | None = None
@@ -166,7 +166,8 @@ class Verify:
     confidence: float = 0.95
     """of the intervals around what is sampled"""
     reward_max: float | None = None
-    """a number that no reward exceeds: an upper bound on log Z where there is no exact solution"""
+    """a number that no reward exceeds: an upper bound on log Z, and so on KL(policy, target), where
+    there is no exact solution"""
     seed: int = 0
     """of the samples"""
     device: str | None = None

@@ -84,7 +84,7 @@ class SampledReport:
     logits_linf_target: Interval
     """the mean over the states that samples of the target visit of each one's largest error"""
     logits_linf_policy: Interval
-    """the same, of samples of the policy"""
+    """the same, of samples of the policy; of states that the target never reaches none"""
     logits_span: Interval
     log_ratio_span: Interval
     bellman_residual_max: Interval | None

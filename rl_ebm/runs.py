@@ -35,10 +35,17 @@ POLICY = "policy.safetensors"
 STATE = "state.pt"
 SCORES = "task.safetensors"
 REPORT = "report.json"
+CERTIFICATE = "certificate.json"
 METRICS = "metrics.csv"
-FILES = (CONFIG, POLICY, STATE, SCORES, REPORT, METRICS)
+FILES = (CONFIG, POLICY, STATE, SCORES, REPORT, CERTIFICATE, METRICS)
 OWN = {"kind": "custom"}
 """what stands in a configuration for a policy that was passed in"""
+
+
+def forget_reports(run: Path) -> None:
+    """Delete what verification said of a policy that goes on learning."""
+    for name in (REPORT, CERTIFICATE):
+        (run / name).unlink(missing_ok=True)
 
 
 def describe_ebm(ebm: EBM, source: dict[str, Any] | None = None) -> dict[str, Any]:

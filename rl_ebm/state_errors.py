@@ -80,9 +80,9 @@ def state_errors(
     if bool(absent.any()):
         work.masked_fill_(absent, 0.0)
     entropy = -work.mul_(p).sum(-1)
-    # Sum of p (log mine - log other), the constants apart; a row without a law has p = 0.
-    delta.sub_(mean[:, None])
-    ratio = delta.mul_(p).sum(-1) - (v - v_star - mean).nan_to_num(neginf=0.0, posinf=0.0)
+    # Sum of p (log pi - log p*); a row without a law has p = 0.
+    delta.sub_((v - v_star).nan_to_num(neginf=0.0, posinf=0.0)[:, None])
+    ratio = delta.mul_(p).sum(-1)
     kl = (-ratio if of_target else ratio).clamp(min=0.0)
     beyond = lost if of_target else (forbidden & ~absent).any(-1)
     return StateErrors(

@@ -21,7 +21,7 @@ from rl_ebm.ebm import EBM
 from rl_ebm.exact import LISTED, Solution
 from rl_ebm.metrics import MetricsFile
 from rl_ebm.report_sampled import AnyReport
-from rl_ebm.runs import METRICS, POLICY, REPORT, STATE, load_weights
+from rl_ebm.runs import METRICS, POLICY, REPORT, STATE, forget_reports, load_weights
 from rl_ebm.tensorboard import EVENTS, Board
 from rl_ebm.verify import logit_errors, verify
 
@@ -353,7 +353,7 @@ class Trainer:
         """Open the logs, cut back to the checkpoint."""
         if self.run is None:
             return
-        (self.run / REPORT).unlink(missing_ok=True)  # of where the run was
+        forget_reports(self.run)
         for part in self.run.glob("*.part"):
             part.unlink()  # of a write that was cut short
         for path in self.run.glob(EVENTS):

@@ -59,7 +59,8 @@ def verify(
     """
     if samples is None and lists(solution):
         return verify_listed(policy, solution, memory)
-    return verify_sampled(policy, solution, samples or 1000, confidence, generator, memory)
+    samples = 1000 if samples is None else samples
+    return verify_sampled(policy, solution, samples, confidence, generator, memory)
 
 
 @torch.no_grad()

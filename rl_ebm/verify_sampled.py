@@ -130,8 +130,8 @@ def _verify_prompt(
         expected_reward_policy=sample_interval(reward, confidence),
         mass_impossible=bounded(lost.double(), 1.0, confidence),
         logits_linf=at_least(max(*star.linf, *mine.linf), confidence),
-        logits_linf_target=ratio_interval(star.error, states, confidence),
-        logits_linf_policy=ratio_interval(mine.error, own_states, confidence),
+        logits_linf_target=ratio_interval(star.error, star.reached, confidence),
+        logits_linf_policy=ratio_interval(mine.error, mine.reached, confidence),
         logits_span=at_least(span, confidence),
         log_ratio_span=at_least(log_ratio_span, confidence),
         bellman_residual_max=at_least(max(star.max_residual, mine.max_residual), confidence)

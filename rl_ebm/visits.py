@@ -37,7 +37,8 @@ class Visits:
         kl: sum over the visited states of the KL there, of the law that was sampled to the other.
         entropy: sum of that law's entropies.
         occupancy: sum of K(L_s), what the span bound allows there.
-        error: sum of the largest |delta| of each visited state.
+        error: sum of the largest |delta| of each visited state that the target reaches.
+        reached: how many these are.
         residual: sum of |q - r - V_q| of the transitions.
     Attributes by position, (n, T): ``kl_at``.
     """
@@ -48,7 +49,8 @@ class Visits:
         self.space: TokenSpace = solution.space
         zeros = torch.zeros(n, dtype=torch.float64)
         self.log_star, self.log_pi, self.entropy = zeros, zeros.clone(), zeros.clone()
-        self.occupancy, self.error, self.residual = zeros.clone(), zeros.clone(), zeros.clone()
+        self.occupancy, self.residual = zeros.clone(), zeros.clone()
+        self.error, self.reached = zeros.clone(), zeros.clone()
         self.kl_at = torch.zeros(n, t_max, dtype=torch.float64)
         self.linf = [0.0] * t_max
         self.max_span = self.max_residual = 0.0
@@ -128,6 +130,7 @@ class Visits:
         self.entropy[rows] += found.entropy.cpu()
         self.occupancy[rows] += bounds.span_kl(found.span).cpu()
         self.error[rows] += found.linf.cpu()
+        self.reached[rows] += known.cpu()
         self.max_span = max(self.max_span, float(found.span.max()))
         self.linf[t] = max(self.linf[t], float(found.linf.max()))
         self._worst(rows, tokens, t, q_star, q, found.linf, prefix)

@@ -140,9 +140,10 @@ def test_what_cannot_be_solved_is_bounded_from_samples(capsys, tmp_path):
     code, out, err = run(capsys, "verify", folder, "--samples", "40", "--max-kl", "3")
     assert code == 1
     assert "nothing is exact here: about 10^24 sequences" in err
-    assert "may be above --max-kl 3" in err
+    assert "nothing bounds KL(target, policy) from above" in err
     assert "nothing bounds log Z from above" in out
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert not (tmp_path / "run" / "report.json").exists()
+    report = json.loads((tmp_path / "run" / "certificate.json").read_text())
     assert report["num_samples"] == 40
     assert report["log_z"]["high"] == "Infinity"
     assert report["kl_target_policy"]["high"] == "Infinity"
@@ -150,36 +151,51 @@ def test_what_cannot_be_solved_is_bounded_from_samples(capsys, tmp_path):
     code, _, _ = run(
         capsys, "verify", folder, "--samples", "40", "--reward-max", "80", "--confidence", "0.9"
     )
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    report = json.loads((tmp_path / "run" / "certificate.json").read_text())
     assert code == 0
     assert report["log_z"]["low"] < report["log_z"]["high"] <= 80 + 40 * math.log(4) + 1e-9
     assert report["log_z"]["confidence"] == 0.9
     code, _, err = run(capsys, "verify", folder, "--samples", "40", "--reward-max=-80")
     assert code == 2
     assert "reward_max" in err
+    assert run(capsys, "verify", folder, "--samples", "0")[0] == 2
+    # It says nothing of a policy that goes on learning.
+    assert run(capsys, "train", "--resume", folder, "--steps", "6")[0] == 0
+    assert not (tmp_path / "run" / "certificate.json").exists()
 
 
 def test_bounds_from_samples_hold_the_exact_values(capsys, tmp_path, monkeypatch):
     folder = trained(capsys, tmp_path / "run", "--task", "random")
-    assert run(capsys, "verify", folder, "--max-kl", "100")[0] == 0
-    exact = json.loads((tmp_path / "run" / "report.json").read_text())
+    code, _, err = run(capsys, "verify", folder, "--max-kl", "100", "--reward-max", "9")
+    assert code == 0
+    assert "--reward-max is not read" in err
+    assert run(capsys, "verify", folder, "--samples", "0")[0] == 2
+    assert run(capsys, "verify", folder, "--reward-max", "nan")[0] == 2
+    text = (tmp_path / "run" / "report.json").read_text()
+    exact = json.loads(text)
+    _, ebm = rl_ebm.load(tmp_path / "run")
+    most = float(ebm.reward(*ebm.space.sequences(), torch.zeros(4096).long()).max())
 
     def too_large(ebm):
         raise rl_ebm.TooLargeError("too large")
 
     monkeypatch.setattr("rl_ebm.cli.solve", too_large)
-    code, _, err = run(capsys, "verify", folder, "--confidence", "0.999", "--seed", "3")
+    code, _, err = run(
+        capsys, "verify", folder, "--confidence", "0.999", "--seed", "3", f"--reward-max={most}"
+    )
     assert code == 0
     assert "too large" in err
-    found = json.loads((tmp_path / "run" / "report.json").read_text())
+    found = json.loads((tmp_path / "run" / "certificate.json").read_text())
     assert found["num_samples"] == 10_000
     for name, truth in (
         ("log_z", exact["log_z"]),
         ("kl_policy_target", exact["kl_policy_target"]),
         ("expected_reward_policy", exact["expected_reward_policy"]),
     ):
-        assert found[name]["low"] <= truth <= float(found[name]["high"]), name
+        assert found[name]["low"] <= truth <= found[name]["high"] < math.inf, name
     assert found["elbo"]["low"] <= exact["log_z"] - exact["kl_policy_target"]
+    # What was exact is still there.
+    assert (tmp_path / "run" / "report.json").read_text() == text
 
 
 def test_references_of_files(tmp_path):

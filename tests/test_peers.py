@@ -192,7 +192,7 @@ def test_several_runs_have_an_interval():
     assert "0.06 ± 0.1" in table(rows, [contender()], {}, 2.0)
     assert "2 runs each" in remarks(rows)
     said = remarks(rows + run_of([1.0, 0.9], "b"))
-    assert "1 to 2 runs each: of several mean ± half-width" in said
+    assert "1 to 2 runs each: mean ± half-width" in said
 
 
 def test_results_are_kept_and_not_repeated(tmp_path):

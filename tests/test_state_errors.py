@@ -84,3 +84,21 @@ def test_what_is_no_number_shows_in_the_maximum():
     top = state_errors(q_star, q, True).top
     assert torch.equal(torch.isnan(top), torch.tensor([True, False, False]))
     assert torch.equal(torch.isposinf(top), torch.tensor([False, False, True]))
+
+
+@pytest.mark.parametrize("of_target", [True, False])
+@pytest.mark.parametrize("mask", [-1e9, -1e30, float(torch.finfo(torch.float32).min)])
+def test_a_finite_mask_drowns_nothing(of_target, mask):
+    rows = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    q_star, q = rows
+    q[:, 1] = mask
+    q_star[:, 1 if of_target else 4] = mask
+    want = one_by_one(q_star, q, of_target)
+    found = state_errors(q_star.clone(), q.clone(), of_target)
+    torch.testing.assert_close(found.entropy, want["entropy"])
+    torch.testing.assert_close(found.kl, want["kl"])
+    if of_target:
+        # The same as with the action left out.
+        rest = torch.tensor([0, 2, 3, 4, 5])
+        plain = state_errors(q_star[:, rest], q[:, rest], of_target)
+        torch.testing.assert_close(found.kl, plain.kl)

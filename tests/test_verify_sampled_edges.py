@@ -270,3 +270,9 @@ def test_states_that_the_reference_never_reaches_do_not_count():
     assert report.logits_linf.estimate < 100
     assert report.kl_policy_target.estimate == math.inf
     assert report.mass_impossible.low > 0.1
+    # At the first position a state counts for every response, later where it is possible.
+    own = rl_ebm.policies.sample(Plain(logits), space, 100, torch.Generator().manual_seed(3))
+    visits = Visits(found, own, False, False)
+    visits.walk(Plain(logits), 2**28)
+    possible = own.tokens[:, 0] != 2
+    assert visits.reached.tolist() == torch.where(possible, 4.0, 1.0).tolist()

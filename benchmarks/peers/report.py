@@ -89,9 +89,7 @@ def remarks(rows: Rows) -> str:
     elif len(runs) == 1:
         said.append(f"{max(runs)} runs each: {several}.")
     else:
-        said.append(
-            f"{min(runs)} to {max(runs)} runs each: of several {several}, of one no interval."
-        )
+        said.append(f"{min(runs)} to {max(runs)} runs each: {several} where there are several.")
     return " ".join(said)
 
 

@@ -26,6 +26,9 @@ class Columns:
         top = finite(log.amax(0))
         return cls(log, top, (log - top).exp())
 
+    def to(self, device: torch.device | str) -> Columns:
+        return Columns(self.log.to(device), self.top.to(device), self.scaled.to(device))
+
     def pick(self, columns: Int64[Tensor, "p"]) -> Columns:
         """Some of them."""
         if len(columns) == len(self.top):

@@ -78,10 +78,8 @@ class AutomatonPolicy:
 
     def to(self, device: torch.device | str) -> AutomatonPolicy:
         moved = AutomatonPolicy.__new__(AutomatonPolicy)
-        machine = self.machine.to(device)
-        moved.__dict__.update(
-            self.__dict__, machine=machine, emission=Columns.of(machine.log_emission)
-        )
+        parts = {"machine": self.machine.to(device), "emission": self.emission.to(device)}
+        moved.__dict__.update(self.__dict__, **parts)
         return moved
 
     def rows(self, reading: Reading) -> Float[Tensor, "B A"]:
