@@ -29,7 +29,7 @@ def random_machine(g: torch.Generator, a: int, k: int, h: int, prompts: int, zer
     )
     if h == 1:
         return base
-    part = hidden(weights(prompts, h), weights(h, h), weights(h, a))
+    part = hidden(weights(prompts, h), weights(h, h), weights(h, a), weights(h))
     return Machine(
         base.next,
         base.log_weight,
@@ -38,6 +38,7 @@ def random_machine(g: torch.Generator, a: int, k: int, h: int, prompts: int, zer
         part.log_initial,
         part.log_transition,
         part.log_emission,
+        part.log_end,
     )
 
 
@@ -100,7 +101,10 @@ def weight_of(machine: Machine, tokens: list[int], prompt: int, last_free: bool 
                 lse([alpha[y] + float(machine.log_transition[y, z]) for y in range(h)])
                 for z in range(h)
             ]
-    return total + (0.0 if last_free else float(machine.final[k])) + lse(alpha)
+    if last_free:
+        return total + lse(alpha)
+    alpha = [x + float(end) for x, end in zip(alpha, machine.log_end, strict=True)]
+    return total + float(machine.final[k]) + lse(alpha)
 
 
 def listed(ebm: EBM, reward: Machine, reference: Machine | None) -> Listed:

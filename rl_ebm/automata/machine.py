@@ -2,12 +2,13 @@ r"""Weighted automata over token sequences, in log space: a deterministic part a
 
 A machine gives the response y = a_0 ... a_{n-1}, EOS included, the log-weight
 
-    log W(y) = sum_t log_weight[k_t, a_t] + final[k_n]  +  log sum_h prod_t exp(...)
+    log W(y) = sum_t log_weight[k_t, a_t] + final[k_n]
+               + log sum_h exp(log_end[h_{n-1}]) prod_t exp(...)
 
 * **deterministic part**: state k_0 = start, k_{t+1} = next[k_t, a_t];
 * **hidden part**: h_0 from log_initial, the token a_t with log_emission[h_t, a_t], then h_{t+1}
-  with log_transition[h_t, h_{t+1}]; no transition after the last token. A machine with one hidden
-  state has all its weights in the deterministic part.
+  with log_transition[h_t, h_{t+1}]; no transition after the last token, but log_end of the state
+  that gave it. A machine with one hidden state has all its weights in the deterministic part.
 
 Every product of finite-state energies is of this kind: products of deterministic parts, and of
 hidden ones, are again such. K x A numbers and H x (H + A) numbers; no A x S x S.
@@ -36,6 +37,7 @@ class Machine:
         log_initial: of the hidden states, (P, H) or (1, H).
         log_transition: (H, H), from the row's to the column's.
         log_emission: (H, A).
+        log_end: log-weight of ending in a hidden state, (H,).
     """
 
     next: Integer[Tensor, "K A"]
@@ -45,6 +47,7 @@ class Machine:
     log_initial: Float[Tensor, "P2 H"]
     log_transition: Float[Tensor, "H H"]
     log_emission: Float[Tensor, "H A"]
+    log_end: Float[Tensor, "H"]
 
     @property
     def num_states(self) -> int:
@@ -106,7 +109,8 @@ class Machine:
     def total(self, state: Reading, tokens: Int64[Tensor, "B"]) -> Float[Tensor, "B"]:
         """log W of responses that end with one more token."""
         last = self.log_weight[state.k, tokens] + self.final[self.next[state.k, tokens].long()]
-        return torch.logsumexp(state.log_alpha + self.log_emission[:, tokens].T, 1) + last
+        x = state.log_alpha + self.log_emission[:, tokens].T + self.log_end
+        return torch.logsumexp(x, 1) + last
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,7 @@ def deterministic(
         log_initial=zero,
         log_transition=zero,
         log_emission=zero.expand(1, next.shape[1]),
+        log_end=zero[0],
     )
 
 
@@ -146,15 +151,22 @@ def hidden(
     log_initial: Float[Tensor, "*P H"],
     log_transition: Float[Tensor, "H H"],
     log_emission: Float[Tensor, "H A"],
+    log_end: Float[Tensor, "H"] | None = None,
 ) -> Machine:
-    """A hidden Markov machine: initial, transition and emission log-weights, normalised or not."""
+    """A hidden Markov machine: initial, transition and emission log-weights, normalised or not.
+
+    ``log_end`` of the last state, where it is given.
+    """
+    log_end = log_transition.new_zeros(len(log_transition)) if log_end is None else log_end
+    log_end = log_end.double()
     log_initial = log_initial.double().view(-1, log_initial.shape[-1])
     log_transition, log_emission = log_transition.double(), log_emission.double()
     if log_transition.shape[0] == 1:
         # One hidden state is a deterministic part: its first token has no transition before it.
         assert log_initial.shape[0] == 1
         rows = torch.cat([log_emission + log_initial, log_emission + log_transition])
-        return deterministic(torch.ones(rows.shape, dtype=torch.int32, device=rows.device), rows)
+        next_ = torch.ones(rows.shape, dtype=torch.int32, device=rows.device)
+        return deterministic(next_, rows, log_end.repeat(2))
     a = log_emission.shape[1]
     return Machine(
         next=torch.zeros(1, a, dtype=torch.int32, device=log_emission.device),
@@ -164,4 +176,5 @@ def hidden(
         log_initial=log_initial,
         log_transition=log_transition,
         log_emission=log_emission,
+        log_end=log_end,
     )

@@ -62,6 +62,7 @@ def product(a: Machine, b: Machine) -> Product:
         log_initial=(a.log_initial[:, :, None] + b.log_initial[:, None, :]).flatten(1),
         log_transition=pairs,
         log_emission=(a.log_emission[:, None] + b.log_emission[None]).flatten(0, 1),
+        log_end=(a.log_end[:, None] + b.log_end).flatten(),
     )
     return Product(machine, left, right)
 

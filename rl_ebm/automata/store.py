@@ -23,4 +23,7 @@ def from_tensors(tensors: Mapping[str, Tensor], prefix: str) -> Machine:
     Raises:
         KeyError: a part is missing.
     """
-    return Machine(**{name: tensors[f"{prefix}.{name}"] for name in _NAMES})
+    parts = {name: tensors[f"{prefix}.{name}"] for name in _NAMES if name != "log_end"}
+    # Older files lack it: it was 0.
+    zeros = parts["log_transition"].new_zeros(len(parts["log_transition"]))
+    return Machine(**parts, log_end=tensors.get(f"{prefix}.log_end", zeros))

@@ -207,7 +207,8 @@ class AutomatonSolution:
         machine, eos = self.reward, self.space.eos_id
         if eos is None and depth < self.space.max_length - 1:
             return state.log_alpha.new_zeros(len(state.k), self.space.vocab_size)
-        x = torch.logsumexp(state.log_alpha[..., None] + machine.log_emission, 1)
+        last = machine.log_emission + machine.log_end[:, None]
+        x = torch.logsumexp(state.log_alpha[..., None] + last, 1)
         x = x + machine.log_weight[state.k] + machine.final[machine.next[state.k].long()]
         reward = x * self.ebm.beta
         if eos is None:

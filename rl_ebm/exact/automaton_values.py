@@ -4,7 +4,8 @@ With k the deterministic state, h the hidden one, and a the tokens that do not e
 
     E[h, k -> k'] = log sum_{a : next[k, a] = k'} exp(emission[h, a] + weight[k, a])
     B_t[h, k]     = log( sum_k' exp(E[h, k -> k'] + C_{t+1}[h, k']) + exp(end_t[h, k]) )
-    C_t[h, k]     = log sum_h' exp(transition[h, h'] + B_t[h', k]),    C_T[h, k] = final[k]
+    C_t[h, k]     = log sum_h' exp(transition[h, h'] + B_t[h', k]),
+    C_T[h, k]     = final[k] + log_end[h]
 
 B is the value before a token, C after it, before the hidden state moves on. E is all that is read
 of the K x A and H x A weights; a step costs H (edges + K H), whatever A is. In EOS mode end_t is
@@ -128,7 +129,9 @@ def find_values(reference: Machine | None, reward: Machine, space: TokenSpace) -
         end_last = end_weights(reward, space.eos_id)[:, right].repeat(hidden, 1)
     before = torch.empty(t_max, h, k, dtype=torch.float64, device=machine.device)
     after = torch.empty(t_max + 1, h, k, dtype=torch.float64, device=machine.device)
-    after[t_max] = machine.final if space.eos_id is None else -torch.inf
+    after[t_max] = -torch.inf
+    if space.eos_id is None:
+        after[t_max] = machine.final + machine.log_end[:, None]
     for t in reversed(range(t_max)):
         ends = end_last if t == t_max - 1 else end
         x = edges.log_weight + after[t + 1][:, edges.target]
@@ -142,7 +145,7 @@ def find_values(reference: Machine | None, reward: Machine, space: TokenSpace) -
 def end_weights(machine: Machine, eos_id: int) -> Float[Tensor, "H K"]:
     """log-weight of ending with EOS from every pair of states."""
     last = machine.log_weight[:, eos_id] + machine.final[machine.next[:, eos_id].long()]
-    return machine.log_emission[:, eos_id, None] + last
+    return (machine.log_emission[:, eos_id] + machine.log_end)[:, None] + last
 
 
 def q_rows(

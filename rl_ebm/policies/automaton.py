@@ -52,7 +52,7 @@ class AutomatonPolicy:
                 f"the machine tells {machine.num_prompts} prompts apart, there are "
                 f"{len(prompts or [[]])}"
             )
-        if bool((machine.final != 0).any()):
+        if bool((machine.final != 0).any() or (machine.log_end != 0).any()):
             raise ValueError("the final weights of a policy must be 0: nothing is paid at the end")
         off = row_sums(machine).abs().max()
         off = torch.maximum(off, torch.logsumexp(machine.log_transition, 1).abs().max())

@@ -16,6 +16,7 @@ from torch import Tensor
 from rl_ebm.automata import Machine, minimise, product
 from rl_ebm.rewards import chains, counters, distances, patterns, phrases
 from rl_ebm.rewards.base import Prompts, check_values
+from rl_ebm.rewards.matrices import weighted
 from rl_ebm.tokens import TokenSpace
 
 
@@ -36,7 +37,13 @@ class Automaton:
             raise ValueError(
                 f"the machine reads {machine.vocab_size} tokens, the space has {space.vocab_size}"
             )
-        weights = (machine.log_weight, machine.final, machine.log_emission, machine.log_transition)
+        weights = (
+            machine.log_weight,
+            machine.final,
+            machine.log_emission,
+            machine.log_transition,
+            machine.log_end,
+        )
         for x in (*weights, machine.log_initial):
             check_values(x, "a weight of the machine")
         self.space, self.machine = space, minimise(machine)
@@ -129,6 +136,30 @@ class Automaton:
         beta = 1: no other power of a sum over paths has finitely many states.
         """
         return cls(space, chains.hmm(space, log_initial, log_transition, log_emission))
+
+    @classmethod
+    def weighted(
+        cls,
+        space: TokenSpace,
+        log_initial: Float[Tensor, "S"],
+        log_weight: Float[Tensor, "A S1 S2"],
+        log_end: Float[Tensor, "S3"] | None = None,
+    ) -> Automaton:
+        """log of initial^T M[y_0] ... M[y_{n-1}] end: any weighted automaton, by its matrices.
+
+        Only transitions of finite weight are kept: where each token leads from a state to one
+        other at most, a deterministic machine; else each pair of states that some token joins is a
+        hidden state, and an exact solution needs beta = 1, as for :meth:`hmm`.
+
+        Args:
+            log_weight: (A, S, S); entry (a, i, j) is paid for token a from state i to state j,
+                ``-inf`` where it does not lead there.
+            log_end: of the last state; None for 0.
+
+        Raises:
+            ValueError: tables of other shapes, or too many pairs of states.
+        """
+        return cls(space, weighted(space, log_initial, log_weight, log_end))
 
     @classmethod
     def modular(

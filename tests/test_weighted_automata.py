@@ -1,0 +1,133 @@
+"""Automata by their matrices, against products of matrices."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from automaton_cases import lse, random_law
+
+import rl_ebm
+from rl_ebm.automata import store
+from rl_ebm.policies import AutomatonPolicy
+from rl_ebm.rewards import Automaton, matrices
+
+SPACES = [rl_ebm.TokenSpace(3, 4), rl_ebm.TokenSpace(3, 4, eos_id=1), rl_ebm.TokenSpace(3, 1)]
+
+
+def tables(seed, a, s, zeros):
+    g = torch.Generator().manual_seed(seed)
+    initial, weight, end = (torch.randn(n, generator=g).double() for n in ((s,), (a, s, s), (s,)))
+    for x in (initial, weight, end):
+        x[torch.rand(x.shape, generator=g) < zeros] = -math.inf
+    return initial, weight, end
+
+
+def by_matrices(tokens, initial, weight, end):
+    x = initial.exp()
+    for token in tokens:
+        x = x @ weight[token].exp()
+    total = float(x @ end.exp())
+    return math.log(total) if total > 0 else -math.inf
+
+
+@pytest.mark.parametrize("space", SPACES, ids=str)
+@pytest.mark.parametrize("zeros", [0.0, 0.3, 0.8])
+@pytest.mark.parametrize("s", [1, 2, 4])
+def test_products_of_matrices(space, zeros, s):
+    for seed in range(5):
+        initial, weight, end = tables(seed, 3, s, zeros)
+        reward = Automaton.weighted(space, initial, weight, end)
+        tokens, lengths = space.sequences()
+        ids = torch.zeros_like(lengths)
+        want = [
+            by_matrices(y[:n], initial, weight, end)
+            for y, n in zip(tokens.tolist(), lengths.tolist(), strict=True)
+        ]
+        assert reward(tokens, lengths, ids).tolist() == pytest.approx(want, abs=1e-12)
+        log_z = lse(want)
+        if log_z == -math.inf:
+            continue
+        found = rl_ebm.solve(rl_ebm.EBM(space, reward))
+        assert found.mode == "exact-automaton"
+        assert float(found.log_z) == pytest.approx(log_z, abs=1e-10)
+        got = found.log_prob(tokens, lengths)
+        assert got.tolist() == pytest.approx([x - log_z for x in want], abs=1e-10)
+        assert bool(torch.isfinite(found.log_prob(*_rows(found.sample(50)))).all())
+
+
+def _rows(batch):
+    return batch.tokens, batch.lengths
+
+
+def test_with_a_reference_and_in_a_sum():
+    space = SPACES[1]
+    law = random_law(torch.Generator().manual_seed(0), 3, 2, 2, 1, 0.2)
+    reference = AutomatonPolicy(space, law)
+    initial, weight, end = tables(7, 3, 3, 0.2)
+    reward = Automaton.weighted(space, initial, weight, end) + Automaton.counts(space, [2, 2], 0.7)
+    ebm = rl_ebm.EBM(space, reward, reference=reference)
+    tokens, lengths = space.sequences()
+    log_ref = ebm.log_ref(tokens, lengths, torch.zeros_like(lengths)).sum(1).tolist()
+    want = []
+    for y, n, ref in zip(tokens.tolist(), lengths.tolist(), log_ref, strict=True):
+        y = y[:n]
+        pairs = sum(a == b == 2 for a, b in itertools.pairwise(y))
+        want.append(by_matrices(y, initial, weight, end) + 0.7 * pairs + ref)
+    found = rl_ebm.solve(ebm)
+    assert float(found.log_z) == pytest.approx(lse(want), abs=1e-10)
+    report = rl_ebm.verify(found, found)
+    assert report.kl_target_policy == pytest.approx(0.0, abs=1e-12)
+    assert report.bellman_residual_max == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_form_is_chosen():
+    space = SPACES[0]
+    # Each token leads from each state to one other: no hidden part, and any beta.
+    weight = torch.full((3, 4, 4), -math.inf).double()
+    for a in range(3):
+        for i in range(4):
+            weight[a, i, (i + a) % 4] = 0.1 * a + i
+    initial = torch.tensor([-math.inf, 0.4, -math.inf, -math.inf]).double()
+    reward = Automaton.weighted(space, initial, weight)
+    assert reward.machine.num_hidden == 1
+    assert rl_ebm.solve(rl_ebm.EBM(space, reward, 0.3)).mode == "exact-automaton"
+    # One token more that may lead elsewhere: only the pairs that are joined count.
+    weight[0, 0, 3] = 0.0
+    reward = Automaton.weighted(space, initial, weight)
+    assert reward.machine.num_hidden == int((~torch.isneginf(weight)).any(0).sum()) < 16
+    # And without a weight for the end it is 0.
+    tokens, lengths = space.sequences()
+    got = reward(tokens, lengths, torch.zeros_like(lengths)).tolist()
+    end = torch.zeros(4).double()
+    assert got == pytest.approx([by_matrices(y, initial, weight, end) for y in tokens.tolist()])
+
+
+def test_wrong_tables(monkeypatch):
+    space = SPACES[0]
+    initial, weight, end = tables(0, 3, 2, 0.0)
+    with pytest.raises(ValueError, match=r"log_weight has shape \(2, 2, 2\), expected \(3, 2, 2\)"):
+        Automaton.weighted(space, initial, weight[:2], end)
+    with pytest.raises(ValueError, match="log_end has shape"):
+        Automaton.weighted(space, initial, weight, end[:1])
+    with pytest.raises(ValueError, match=r"NaN or \+inf|nan"):
+        Automaton.weighted(space, initial, weight * math.nan, end)
+    monkeypatch.setattr(matrices, "MAX_PAIRS", 3)
+    with pytest.raises(ValueError, match="join 4 pairs of states, at most 3"):
+        Automaton.weighted(space, initial, weight, end)
+
+
+def test_an_older_file_has_no_weight_of_the_end():
+    machine = Automaton.weighted(SPACES[0], *tables(1, 3, 2, 0.0)).machine
+    tensors = store.to_tensors(machine, "reward")
+    assert torch.equal(store.from_tensors(tensors, "reward").log_end, machine.log_end)
+    del tensors["reward.log_end"]
+    assert torch.equal(store.from_tensors(tensors, "reward").log_end, torch.zeros(4).double())
+
+
+def test_a_policy_has_no_weight_of_the_end():
+    law = random_law(torch.Generator().manual_seed(0), 3, 1, 2, 1, 0.0)
+    with pytest.raises(ValueError, match="final weights of a policy must be 0"):
+        AutomatonPolicy(SPACES[0], law.__class__(**{**vars(law), "log_end": law.log_end - 1.0}))
