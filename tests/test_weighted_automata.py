@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from automaton_cases import lse, random_law
+from automaton_cases import lse, random_law, random_machine
 
 import rl_ebm
 from rl_ebm.automata import store
@@ -130,4 +131,52 @@ def test_an_older_file_has_no_weight_of_the_end():
 def test_a_policy_has_no_weight_of_the_end():
     law = random_law(torch.Generator().manual_seed(0), 3, 1, 2, 1, 0.0)
     with pytest.raises(ValueError, match="final weights of a policy must be 0"):
-        AutomatonPolicy(SPACES[0], law.__class__(**{**vars(law), "log_end": law.log_end - 1.0}))
+        AutomatonPolicy(SPACES[0], replace(law, log_end=law.log_end - 1.0))
+
+
+@pytest.mark.parametrize("space", SPACES, ids=str)
+def test_a_sum_of_two(space):
+    parts = [tables(seed, 3, s, 0.1) for seed, s in ((3, 2), (4, 3))]
+    reward = sum(Automaton.weighted(space, *part) for part in parts)
+    tokens, lengths = space.sequences()
+    want = [
+        sum(by_matrices(y[:n], *part) for part in parts)
+        for y, n in zip(tokens.tolist(), lengths.tolist(), strict=True)
+    ]
+    assert reward(tokens, lengths, torch.zeros_like(lengths)).tolist() == pytest.approx(want)
+    assert float(rl_ebm.solve(rl_ebm.EBM(space, reward)).log_z) == pytest.approx(lse(want))
+
+
+@pytest.mark.parametrize("s", [1, 2, 4])
+def test_tables_without_zeros_forbid_nothing(s):
+    initial, weight, end = tables(0, 3, s, 0.0)
+    reward = Automaton.weighted(SPACES[1], initial, weight, end)
+    assert not reward.forbids
+    assert not rl_ebm.solve(rl_ebm.EBM(SPACES[1], reward)).forbids
+    end[0] = -math.inf
+    assert Automaton.weighted(SPACES[1], initial, weight, end).forbids
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.1, 0.3])
+def test_what_forbids_nothing_says_so_only_then(zeros):
+    space, said = rl_ebm.TokenSpace(2, 4), []
+    tokens, lengths = space.sequences()
+    for seed in range(60):
+        g = torch.Generator().manual_seed(seed)
+        machine = random_machine(g, 2, 1 + seed % 2, 1 + seed % 4, 1, zeros)
+        if zeros:  # zeros of the deterministic part are seen at once
+            machine = replace(
+                machine,
+                log_weight=torch.zeros_like(machine.log_weight),
+                final=torch.zeros_like(machine.final),
+                log_end=torch.zeros_like(machine.log_end),
+            )
+        reward = Automaton(space, machine)
+        some = bool(torch.isneginf(reward(tokens, lengths, torch.zeros_like(lengths))).any())
+        assert reward.forbids or not some
+        said.append((reward.forbids, some))
+    assert (False, False) in said
+    if zeros == 0:
+        assert set(said) == {(False, False)}
+    else:
+        assert (True, True) in said

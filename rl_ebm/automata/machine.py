@@ -69,6 +69,21 @@ class Machine:
         return max(self.start.shape[0], self.log_initial.shape[0])
 
     @property
+    def forbids(self) -> bool:
+        """Whether some response may have the weight 0; never False where one has.
+
+        None has where no weight of the deterministic part is 0, and the hidden part can go on with
+        every token from every state.
+        """
+        if any(bool(torch.isneginf(x).any()) for x in (self.log_weight, self.final, self.log_end)):
+            return True
+        before = [~torch.isneginf(x) for x in (self.log_initial, self.log_transition)]
+        speaks = ~torch.isneginf(self.log_emission)
+        if bool(speaks.all()):
+            return any(not bool(x.any(1).all()) for x in before)
+        return any(bool((x.float() @ speaks.float() == 0).any()) for x in before)
+
+    @property
     def device(self) -> torch.device:
         return self.log_weight.device
 

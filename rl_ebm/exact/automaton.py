@@ -72,8 +72,7 @@ class AutomatonSolution:
     @property
     def forbids(self) -> bool:
         """Whether some action has q* = -inf where the space allows it, or may have."""
-        parts = (self.values.machine.log_weight, self.values.machine.log_emission)
-        return self.forbids_responses or any(bool(torch.isneginf(x).any()) for x in parts)
+        return self.forbids_responses or self.values.machine.forbids
 
     @property
     def forbids_responses(self) -> bool:

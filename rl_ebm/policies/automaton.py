@@ -72,9 +72,8 @@ class AutomatonPolicy:
 
     @property
     def forbids(self) -> bool:
-        """Whether some token has probability 0 in some state."""
-        parts = (self.machine.log_weight, self.machine.log_emission)
-        return any(bool(torch.isneginf(x).any()) for x in parts)
+        """Whether some token may have probability 0 in some state."""
+        return self.machine.forbids
 
     def to(self, device: torch.device | str) -> AutomatonPolicy:
         moved = AutomatonPolicy.__new__(AutomatonPolicy)

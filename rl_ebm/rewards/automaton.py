@@ -47,7 +47,7 @@ class Automaton:
         for x in (*weights, machine.log_initial):
             check_values(x, "a weight of the machine")
         self.space, self.machine = space, minimise(machine)
-        self.forbids = any(bool(torch.isneginf(x).any()) for x in weights)
+        self.forbids = self.machine.forbids
 
     # Constructors -----------------------------------------------------------------------------
 
