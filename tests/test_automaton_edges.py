@@ -104,6 +104,14 @@ def test_weights_that_no_reward_has_are_refused(part, value):
         Automaton(SPACE, deterministic(torch.zeros(1, 3).long(), **parts))
 
 
+@pytest.mark.parametrize("part", range(4))
+def test_hidden_weights_that_no_reward_has_are_refused(part):
+    parts = [torch.zeros(shape) for shape in ((2,), (2, 2), (2, 3), (2,))]
+    parts[part][..., 0] = math.nan
+    with pytest.raises(ValueError, match="a weight of the machine is"):
+        Automaton(SPACE, hidden(*parts))
+
+
 def test_a_reward_may_start_otherwise_for_each_prompt():
     g = torch.Generator().manual_seed(0)
     next_ = torch.randint(3, (3, 3), generator=g)

@@ -180,3 +180,28 @@ def test_what_forbids_nothing_says_so_only_then(zeros):
         assert set(said) == {(False, False)}
     else:
         assert (True, True) in said
+
+
+def test_one_pair_of_states():
+    space = SPACES[1]
+    initial, weight, end = tables(5, 3, 2, 0.0)
+    weight[:, 0, 1] = weight[:, 1] = -math.inf
+    reward = Automaton.weighted(space, initial, weight, end)
+    assert reward.machine.num_hidden == 1
+    tokens, lengths = space.sequences()
+    want = [
+        by_matrices(y[:n], initial, weight, end)
+        for y, n in zip(tokens.tolist(), lengths.tolist(), strict=True)
+    ]
+    assert reward(tokens, lengths, torch.zeros_like(lengths)).tolist() == pytest.approx(want)
+
+
+def test_a_solution_forbids_what_its_reference_forbids():
+    space = SPACES[0]
+    reward = Automaton.counts(space, [1])
+    for zero, forbids in ((0.0, True), (0.3, False)):
+        row = torch.tensor([[zero, 0.6, 0.4 - zero]]).double().log()
+        machine = rl_ebm.automata.deterministic(torch.zeros(1, 3).long(), row)
+        reference = AutomatonPolicy(space, machine)
+        assert reference.forbids == forbids
+        assert rl_ebm.solve(rl_ebm.EBM(space, reward, reference=reference)).forbids == forbids
