@@ -122,8 +122,8 @@ def _verify_prompt(
         js=bounded((halves[0] + halves[1]) / 2, math.log(2), confidence),
         entropy_target=certain(known.entropy, confidence)
         if known is not None and known.entropy is not None
-        else _positive(sample_interval(star.entropy, confidence)),
-        entropy_policy=_positive(sample_interval(mine.entropy, confidence)),
+        else entropy_interval(star, confidence),
+        entropy_policy=entropy_interval(mine, confidence),
         expected_reward_target=certain(known.expected_reward, confidence)
         if known is not None and known.expected_reward is not None
         else sample_interval(reward_star, confidence),
@@ -183,6 +183,14 @@ def bounded(x: Float[Tensor, "n"], most: float, confidence: float) -> Interval:
     low = float(betting_lower(log_x, alpha / 2).exp())
     high = float(betting_upper(log_x, math.log(most), alpha / 2).exp())
     return Interval(mean, min(low, mean), max(min(high, most), mean), confidence, "finite-sample")
+
+
+def entropy_interval(visits: Visits, confidence: float) -> Interval:
+    """Of a law's entropy: no state has more than log A, so the sum of a response is bounded."""
+    most = visits.space.num_decisions * math.log(visits.space.vocab_size)
+    if most == 0:
+        return certain(0.0, confidence)
+    return bounded(visits.entropy.clamp(0.0, most), most, confidence)
 
 
 def certain(x: float, confidence: float) -> Interval:

@@ -276,3 +276,22 @@ def test_states_that_the_reference_never_reaches_do_not_count():
     visits.walk(Plain(logits), 2**28)
     possible = own.tokens[:, 0] != 2
     assert visits.reached.tolist() == torch.where(possible, 4.0, 1.0).tolist()
+
+
+@pytest.mark.parametrize("eos", [None, 0])
+def test_entropies_are_bounded_and_so_are_their_intervals(eos):
+    space = rl_ebm.TokenSpace(3, 6, eos)
+    found = rl_ebm.solve(rl_ebm.EBM(space, Automaton.counts(space, [1, 2])))
+    report = verify_sampled(Plain(torch.zeros(6, 3, 3).double()), found, 40, 0.9)
+    interval = report.entropy_policy
+    assert interval.kind == "finite-sample"
+    most = (6 - (eos is not None)) * math.log(3)
+    assert interval.low <= interval.estimate <= interval.high <= most + 1e-9
+    if eos is None:
+        assert interval.estimate == pytest.approx(most)
+        # Nothing but all samples at the upper end: what is left below is of the order of 1 / n.
+        assert most * (1 - 2 * math.log(20) / 40) < interval.low < most
+    one = rl_ebm.TokenSpace(3, 1, 0)
+    found = rl_ebm.solve(rl_ebm.EBM(one, Automaton.counts(one, [1])))
+    report = verify_sampled(found, found, 5)
+    assert report.entropy_policy.low == report.entropy_policy.high == 0
