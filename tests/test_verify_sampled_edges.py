@@ -97,7 +97,9 @@ def test_nothing_of_whole_sequences_is_asked_of_a_reference(monkeypatch):
     machine = rl_ebm.automata.deterministic(torch.zeros(1, 3).long(), law)
     policy = AutomatonPolicy(SPACE, machine)
     policy.logits_are_values = True
-    assert verify_sampled(policy, found, 20).bellman_residual_max is not None
+    # One count of the phrase is off by its pay where the response ends.
+    residual = verify_sampled(policy, found, 200).bellman_residual_max
+    assert 0.9 < residual.estimate < math.inf
 
 
 @pytest.mark.parametrize("eos", [None, 0, 2])
