@@ -22,6 +22,7 @@ from benchmarks.peers.files import Results, assemble, read_rows
 from benchmarks.peers.policies import PrefixPolicy
 from benchmarks.peers.processes import Run, start
 from benchmarks.peers.report import picture, remarks, settings, table
+from benchmarks.peers.trial import fastest
 from benchmarks.peers.watch import TimeUp, Watch, grid
 from benchmarks.peers.with_sb3 import flat_observations
 from rl_ebm import solve, verify
@@ -51,8 +52,19 @@ def contender(**changes) -> Contender:
 def row(name="a", seed=0, seconds=1.0, updates=10, calls=100, kl=1.0, **more):
     figures = {"kl_policy_target": kl, "kl_target_policy": kl, "tv": 0.5}
     run = {"task": "random", "contender": name, "version": "v 1", "parameters": 5, "limit": 60.0}
-    at_look = {"seed": seed, "seconds": seconds, "updates": updates, "reward_calls": calls}
-    return run | at_look | figures | more
+    at_look = {
+        "seed": seed,
+        "threads": 1,
+        "seconds": seconds,
+        "updates": updates,
+        "reward_calls": calls,
+    }
+    return run | {"threads": 1} | at_look | figures | more
+
+
+def look_of(whole):
+    """What a worker writes of a row."""
+    return {k: whole[k] for k in ("seconds", "updates", "reward_calls", *watch_module.FIGURES)}
 
 
 def run_of(kls, name="a", seed=0):
@@ -170,7 +182,7 @@ def test_the_report():
     text = table(rows, [a, b, c], {"c": "not installed: pip install '.[peers-c]'"}, 180.0)
     lines = text.splitlines()
     assert "| KL after 60 s | KL after 180 s |" in lines[0]
-    expected = "| a | a table | 5 | p* | 0.005 | 0.005 | 2 | 3 | 200 | 300 | 10 | 1 |"
+    expected = "| a | a table | 5 | 1 | p* | 0.005 | 0.005 | 2 | 3 | 200 | 300 | 10 | 1 |"
     assert lines[2] == expected
     assert "another" in lines[3]
     assert lines[3].count("cannot") == 4
@@ -197,19 +209,22 @@ def test_several_runs_have_an_interval():
 
 def test_results_are_kept_and_not_repeated(tmp_path):
     results = Results(tmp_path, "random")
+    run = Run("a", Problem("random"), 0, 60.0, 4, 2)
+    assert results.threads("a") is None
     results.note("a", "not installed")
     assert results.last("a") == "a: not installed"
-    look = {k: v for k, v in row().items() if k in ("seconds", "updates", "reward_calls")}
-    look |= {"kl_policy_target": 0.5, "kl_target_policy": 0.5, "tv": 0.1}
-    results.add("a", 0, 60.0, {"version": "v 1", "parameters": 5, "rows": [look]})
+    look = look_of(row(kl=0.5))
+    results.add(run, 60.0, {"version": "v 1", "parameters": 5, "rows": [look]})
     again = Results(tmp_path, "random")
     assert again.rows == results.rows == read_rows(tmp_path / "random.csv")
     assert again.has("a", 0, 60.0)
     assert not again.has("a", 1, 60.0)
     assert not again.has("a", 0, 30.0)
+    assert again.threads("a") == 2
     assert again.notes == {}
-    again.add("a", 0, 30.0, {"version": "v 1", "parameters": 5, "rows": [look]})
+    again.add(replace(run, threads=1), 30.0, {"version": "v 1", "parameters": 5, "rows": [look]})
     assert not again.has("a", 0, 60.0), "another limit takes its place"
+    assert again.threads("a") == 1
     again.write("a table", picture(again.rows, [contender()], "random"))
     (tmp_path / "why.md").write_text("## Why\n\nbecause\n")
     text = assemble(tmp_path, [contender()], "results/")
@@ -244,6 +259,36 @@ def test_who_is_not_installed_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("benchmarks.peers.__main__.start", no_worker)
     main(Options(tasks=("random",), contenders=("a peer",), out=tmp_path, threads=1))
     assert "a peer: not installed: pip install '.[peers-none]'" in capsys.readouterr().out
+
+
+def test_a_trial_decides_how_many_threads(tmp_path, monkeypatch):
+    updates, started = {1: 20, 2: 50}, []
+
+    def worker(run, interpreter):
+        started.append(run)
+        assert interpreter == sys.executable
+        rows = run_of([1.0, 0.5])
+        rows[1]["updates"] = rows[0]["updates"] + updates[run.threads]
+        return {"version": "v 1", "parameters": 5, "rows": [look_of(r) for r in rows]}
+
+    monkeypatch.setattr("benchmarks.peers.trial.start", worker)
+    monkeypatch.setattr("benchmarks.peers.__main__.start", worker)
+    name, problem = "rl-ebm soft-q", Problem("random")
+    run = Run(name, problem, 0, 180.0, 50, 2)
+    assert fastest(run, sys.executable) == 2
+    assert [(r.threads, r.seconds, r.looks) for r in started] == [(1, 5.0, 2), (2, 5.0, 2)]
+    updates[1] = 60
+    assert fastest(run, sys.executable) == 1
+    started.clear()
+    assert fastest(replace(run, threads=1), sys.executable) == 1
+    assert fastest(replace(run, contender="gfnx DB (its MLP)"), sys.executable) == 2
+    assert not started, "nothing to try"
+
+    main(Options(tasks=("random",), contenders=(name,), out=tmp_path, seeds=2))
+    assert [(r.seed, r.threads) for r in started] == [(0, 1), (0, 2), (0, 1), (1, 1)], "one trial"
+    assert {r["threads"] for r in read_rows(tmp_path / "random.csv")} == {1}
+    monkeypatch.setattr("benchmarks.peers.trial.start", lambda *_: "failed: no such")
+    assert fastest(run, sys.executable) == "failed: no such"
 
 
 def test_an_interpreter_that_does_not_start_is_no_crash(tmp_path):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from benchmarks.peers.entries import find
 from benchmarks.peers.files import Results, assemble
 from benchmarks.peers.processes import Run, start
 from benchmarks.peers.report import picture, remarks, table
+from benchmarks.peers.trial import fastest
 from rl_ebm.bench import Problem
 from rl_ebm.envs import TASKS
 from rl_ebm.names import nearest
@@ -54,7 +55,7 @@ class Options:
     looks: int = 50
     """about how many verifications of each run"""
     threads: int = 2
-    """processor cores of each run"""
+    """most threads of a run: it has these or one, whichever makes more updates in a trial"""
     python: tuple[str, ...] = ()
     """NAME=PATH: the interpreter that has a library"""
     quick: bool = False
@@ -97,6 +98,20 @@ def machine(threads: int) -> str:
     return line
 
 
+def measure(run: Run, results: Results, interpreter: str, limit: float) -> None:
+    """One run into the results: with the threads of its earlier seeds, or those of a trial."""
+    threads = results.threads(run.contender) or fastest(run, interpreter)
+    if isinstance(threads, str):
+        results.note(run.contender, threads)
+        return
+    run = replace(run, threads=threads)
+    found = start(run, interpreter)
+    if isinstance(found, str):
+        results.note(run.contender, found)
+    else:
+        results.add(run, limit, found)
+
+
 def main(options: Options) -> None:
     """All runs, one after the other, and the tables.
 
@@ -117,11 +132,7 @@ def main(options: Options) -> None:
                     continue
                 interpreter = options.interpreters.get(contender.package, sys.executable)
                 run = Run(contender.name, problem, seed, seconds, looks, options.threads)
-                found = start(run, interpreter)
-                if isinstance(found, str):
-                    results.note(contender.name, found)
-                else:
-                    results.add(contender.name, seed, limit, found)
+                measure(run, results, interpreter, limit)
                 print(f"{problem.label}, seed {seed}: {results.last(contender.name)}", flush=True)
         if not results.rows:
             continue

@@ -31,6 +31,7 @@ class Contender:
             trains for ever, with ``watch(policy, updates, reward_calls)`` between updates; the
             watch ends it.
         limit: seconds that this one is given, where it is less than the others have.
+        spreads: whether the library spreads its work over all cores and has no switch for it.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Contender:
     fixed_point: str
     train: Callable[[EBM, int, Watch], None]
     limit: float | None = None
+    spreads: bool = False
 
     @property
     def ends_at_target(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.peers.contender import Contender
+from benchmarks.peers.processes import Run
 from benchmarks.peers.report import INTRO, settings
 from benchmarks.peers.watch import Rows
 from rl_ebm.bench import write_rows
@@ -19,7 +20,7 @@ NOTES = "not_run.json"
 WHY = "why.md"
 """written by hand: who wins, and why"""
 TEXTS = ("task", "contender", "version")
-WHOLE = ("seed", "parameters", "updates", "reward_calls")
+WHOLE = ("seed", "threads", "parameters", "updates", "reward_calls")
 
 
 def read_rows(path: Path) -> Rows:
@@ -58,8 +59,13 @@ class Results:
             for row in self.rows
         )
 
-    def add(self, contender: str, seed: int, limit: float, found: dict[str, Any]) -> None:
+    def threads(self, contender: str) -> int | None:
+        """On how many threads its last run was; None where there is none."""
+        return next((r["threads"] for r in self.rows[::-1] if r["contender"] == contender), None)
+
+    def add(self, run: Run, limit: float, found: dict[str, Any]) -> None:
         """The rows of a run, in place of those of the same contender and seed; written at once."""
+        contender, seed = run.contender, run.seed
         self.rows = [r for r in self.rows if (r["contender"], r["seed"]) != (contender, seed)]
         fixed = {
             "task": self.task,
@@ -67,6 +73,7 @@ class Results:
             "version": found["version"],
             "parameters": found["parameters"],
             "seed": seed,
+            "threads": run.threads,
             "limit": limit,
         }
         self.rows += [fixed | row for row in found["rows"]]

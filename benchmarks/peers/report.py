@@ -13,9 +13,10 @@ from benchmarks.peers.watch import Rows
 LEVELS = (0.1, 0.01)
 INTRO = """# Our methods and other libraries
 
-The same EBMs, the same machine, the same number of threads, one process after the other, each
-method with the settings that its own library recommends. Every policy is verified by the same code:
-the exact KL(policy, target), in nats, over all sequences. The stopwatch stands still meanwhile.
+The same EBMs, the same machine, the same cores, one process after the other, each method with the
+settings that its own library recommends and with one thread or all, whichever made more updates in
+a trial (column "threads"). Every policy is verified by the same code: the exact
+KL(policy, target), in nats, over all sequences. The stopwatch stands still meanwhile.
 Imports are not counted; compilation is, and the column "first update" shows it.
 
     pip install '.[peers-sb3]'          # and peers-torchgfn, peers-gfnx, peers-trl: each may have
@@ -39,6 +40,7 @@ def table(rows: Rows, contenders: Sequence[Contender], notes: dict[str, str], li
         "method",
         "network",
         "weights",
+        "threads",
         "fixed point",
         f"KL after {limit / 3:.0f} s",
         f"KL after {limit:.0f} s",
@@ -56,6 +58,7 @@ def table(rows: Rows, contenders: Sequence[Contender], notes: dict[str, str], li
             contender.name,
             contender.network,
             f"{runs[0][0]['parameters']:,}",
+            ", ".join(str(t) for t in sorted({run[0]["threads"] for run in runs})),
             "p*" if contender.ends_at_target else "another",
             figure([at(run, limit / 3) for run in runs]),
             figure([at(run, limit) for run in runs]),

@@ -138,6 +138,7 @@ def contender(settings: Settings) -> Contender:
         source=f"its repository's `baselines/configs/{settings.source}`",
         fixed_point=TARGET,
         train=trainer(settings),
+        spreads=True,
     )
 
 

@@ -48,7 +48,7 @@ class Options:
 
 
 def limit_threads(threads: int, by_cores: bool) -> None:
-    """So many threads; where the library has no switch for it (XLA), so many cores."""
+    """So many threads; where the library has no switch for it, so many cores."""
     torch.set_num_threads(threads)
     if by_cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
@@ -59,7 +59,7 @@ def main(options: Options) -> int:
     if not contender.installed:
         print(contender.how_to_install, file=sys.stderr)
         return NOT_INSTALLED
-    limit_threads(options.threads, by_cores=contender.package == "gfnx")
+    limit_threads(options.threads, by_cores=contender.spreads)
     ebm, _ = Problem(options.task, options.beta).make()
     watch = Watch(solve(ebm), contender.seconds(options.seconds), options.looks)
     torch.manual_seed(options.seed)
