@@ -1,6 +1,6 @@
 """One table of speed, every figure a ratio of two things measured in the same run.
 
-    python -m benchmarks.speed             # about 3 minutes on 2 cores
+    python -m benchmarks.speed             # about 4 minutes on 2 cores
     python -m benchmarks.speed --quick     # small sizes: only to see that it works
 
 Writes ``benchmarks/results/speed_DEVICE.md``. Times are medians over repetitions, after a
@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,32 @@ def training_rows(options: Options) -> list[Row]:
     return rows
 
 
+def thread_rows(options: Options) -> list[Row]:
+    """The same steps on one thread and on all."""
+    threads = torch.get_num_threads()
+    if options.device != "cpu" or threads == 1:
+        return []
+    rows = []
+    for name in FOUR:
+        step = stepper(name, AGENTS[name], options, compiled=False)
+
+        def on(count: int, step: Callable[[], None] = step) -> None:
+            torch.set_num_threads(count)
+            step()
+
+        x, y, ratio = compare(partial(on, 1), partial(on, threads), options)
+        rows.append(
+            Row(
+                f"`{name}`, 10 training steps, on one thread against {threads}",
+                f"{10 / x:.1f} steps/s",
+                f"{10 / y:.1f} steps/s",
+                f"{1 / ratio:.2f} x the speed",
+            )
+        )
+    torch.set_num_threads(threads)
+    return rows
+
+
 def stepper(name: str, entry: Any, options: Options, compiled: bool) -> Callable[[], None]:
     """Ten steps of an agent: sample, score, update."""
     ebm = make_task("random").to(options.device)
@@ -210,7 +237,7 @@ def main(options: Options) -> None:
     if options.device == "cpu":
         torch.set_num_threads(2)
     rows = []
-    for measure in (solve_rows, sampling_row, verifier_row, training_rows):
+    for measure in (solve_rows, sampling_row, verifier_row, training_rows, thread_rows):
         found = measure(options)
         rows += found if isinstance(found, list) else [found]
         print(rows[-1], file=sys.stderr, flush=True)
