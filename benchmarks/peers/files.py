@@ -60,8 +60,8 @@ class Results:
         )
 
     def threads(self, contender: str) -> int | None:
-        """On how many threads its last run was; None where there is none."""
-        return next((r["threads"] for r in self.rows[::-1] if r["contender"] == contender), None)
+        """On how many threads its runs were; None where there is none."""
+        return next((r["threads"] for r in self.rows if r["contender"] == contender), None)
 
     def add(self, run: Run, limit: float, found: dict[str, Any]) -> None:
         """The rows of a run, in place of those of the same contender and seed; written at once."""
