@@ -59,7 +59,7 @@ def row(name="a", seed=0, seconds=1.0, updates=10, calls=100, kl=1.0, **more):
         "updates": updates,
         "reward_calls": calls,
     }
-    return run | {"threads": 1} | at_look | figures | more
+    return run | at_look | figures | more
 
 
 def look_of(whole):
@@ -118,6 +118,7 @@ def test_the_grid_ends_at_the_limit_and_has_its_third():
     assert 60.0 in times
     assert 0.5 < times[0] < 1.0
     assert len(times) <= 60
+    assert max(np.diff([0.0, *times])) <= 180.0 / 25 + 1e-9
 
 
 def test_a_policy_of_prefixes_is_the_policy_of_their_logits():
@@ -297,6 +298,10 @@ def test_an_interpreter_that_does_not_start_is_no_crash(tmp_path):
 
 
 def test_wrong_flags_are_told():
+    with pytest.raises(ValueError, match="--threads must be >= 1, got 0"):
+        Options(threads=0)
+    with pytest.raises(ValueError, match="--seeds must be >= 1, got 0"):
+        Options(seeds=0)
     with pytest.raises(ValueError, match="NAME=PATH"):
         Options(python=("torchgfn",))
     with pytest.raises(ValueError, match=r"no task 'randon'.*random"):

@@ -65,6 +65,9 @@ class Options:
     interpreters: dict[str, str] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("threads", "seeds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be >= 1, got {getattr(self, name)}")
         for pair in self.python:
             name, equals, path = pair.partition("=")
             if not equals:
