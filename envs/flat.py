@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import numpy as np
@@ -14,6 +14,13 @@ from numpy.typing import NDArray
 from rl_ebm.envs.observation import Observation
 
 FlatArray = NDArray[np.float32]
+
+if TYPE_CHECKING:
+    _VectorWrapper = gymnasium.vector.VectorObservationWrapper[
+        FlatArray, Any, Observation, NDArray[Any]
+    ]
+else:  # before Gymnasium 1.4 it takes no type arguments
+    _VectorWrapper = gymnasium.vector.VectorObservationWrapper
 
 
 class OneHot:
@@ -87,9 +94,7 @@ class FlatObservation(
         return masks
 
 
-class FlatVectorObservation(
-    gymnasium.vector.VectorObservationWrapper[FlatArray, Any, Observation, NDArray[Any]]
-):
+class FlatVectorObservation(_VectorWrapper):
     """:class:`FlatObservation` for a :class:`rl_ebm.envs.TokenVectorEnv`: (num_envs, D).
 
     Args:
