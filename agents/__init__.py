@@ -7,6 +7,9 @@ An agent has a ``policy``, ``sample() -> Batch | None`` (the responses that it w
 
 from __future__ import annotations
 
+if __name__ == "agents":
+    raise ImportError("import rl_ebm.agents: by its bare name it would be a second copy of it")
+
 from collections.abc import Callable
 from itertools import product
 from typing import Any, NamedTuple, Protocol, runtime_checkable

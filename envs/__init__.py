@@ -3,6 +3,9 @@
 Importing this package registers ``rl_ebm/TokenMDP-v0``.
 """
 
+if __name__ == "envs":
+    raise ImportError("import rl_ebm.envs: by its bare name it would be a second copy of it")
+
 from rl_ebm.envs.flat import FlatObservation, FlatVectorObservation
 from rl_ebm.envs.registration import ENV_ID, register
 from rl_ebm.envs.tasks import TASKS, Task, make_task

@@ -7,11 +7,33 @@ policy, report = rl_ebm.train(ebm, agent="soft-q", seconds=60)
 """
 
 import os
-from importlib.metadata import version
+from pathlib import Path
 
 # While they wait, torch's OpenMP threads spin: beside any other process a training step here
 # is then tens of times slower. Read when torch is loaded; a value of the user's stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _find_folder(name: str) -> None:
+    """Let ``rl_ebm.agents`` and ``rl_ebm.envs`` be found where nothing links to them.
+
+    Both stand beside this folder in a checkout and are linked into it. A copy without symbolic
+    links (Windows, a zip) has a small file in their place, or nothing.
+    """
+    here = Path(__file__).parent
+    if (here / name).is_dir():
+        return
+    if not (here.parent / name / "__init__.py").is_file():
+        raise ImportError(
+            f"{here} has no folder {name}, and none stands beside it: install rl-ebm again, from "
+            "a whole copy of its repository"
+        )
+    if str(here.parent) not in __path__:
+        __path__.append(str(here.parent))
+
+
+_find_folder("agents")
+_find_folder("envs")
 
 from rl_ebm import agents, envs, policies, rewards
 from rl_ebm.certificates import Certificate, certify
@@ -27,8 +49,9 @@ from rl_ebm.tokens import Batch, TokenSpace
 from rl_ebm.train import resume, train
 from rl_ebm.training import TrainConfig
 from rl_ebm.verify import verify
+from rl_ebm.version import VERSION
 
-__version__ = version("rl-ebm")
+__version__ = VERSION
 
 __all__ = [
     "EBM",

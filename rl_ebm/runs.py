@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from rl_ebm.policies import (
 from rl_ebm.policies.scoring import device_of
 from rl_ebm.rewards import Automaton, Reward, Table
 from rl_ebm.tokens import TokenSpace
+from rl_ebm.version import VERSION
 
 CONFIG = "config.json"
 POLICY = "policy.safetensors"
@@ -202,7 +202,7 @@ def write_config(run: Path, config: dict[str, Any], ebm: EBM) -> None:
         tensors |= to_tensors(ebm.reference.machine, "reference")
     if tensors:
         save_tensors(run / SCORES, tensors)
-    write_text(run / CONFIG, json.dumps({"version": version("rl-ebm")} | config, indent=1) + "\n")
+    write_text(run / CONFIG, json.dumps({"version": VERSION} | config, indent=1) + "\n")
 
 
 def read_config(run: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ ROOT = Path(rl_ebm.__file__).parent
 
 # From the bottom up. A name ending in "." is a package: a room for all modules below it.
 LAYERS = (
-    ("tokens", "tiles", "names", "intervals", "estimates"),
+    ("tokens", "tiles", "names", "intervals", "estimates", "version"),
     ("prefix_tree", "soft_bellman", "backbone", "automata.", "mean_bounds"),
     ("divergences", "bounds", "state_errors"),
     ("rewards.", "policies."),
@@ -73,12 +73,14 @@ MAX_LINES = 400
 
 def read_modules() -> dict[str, Path]:
     """Module names without ``rl_ebm.``, the package itself being ''."""
+    # agents/ and envs/ are links in ROOT, or stand beside it where links are not kept.
+    roots = [ROOT, *(Path(room.__file__).parent for room in (rl_ebm.agents, rl_ebm.envs))]
     found = {}
-    for folder, _, names in os.walk(ROOT, followlinks=True):
-        for name in names:
-            if name.endswith(".py"):
-                path = Path(folder) / name
-                parts = path.relative_to(ROOT).with_suffix("").parts
+    for root in roots:
+        above = () if root == ROOT else (root.name,)
+        for path in (Path(at) / name for at, _, names in os.walk(root) for name in names):
+            if path.suffix == ".py":
+                parts = (*above, *path.relative_to(root).with_suffix("").parts)
                 parts = parts[:-1] if parts[-1] == "__init__" else parts
                 found[".".join(parts)] = path
     return found
