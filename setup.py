@@ -29,16 +29,17 @@ def index_page(text: str, repository: str | None, release: str) -> str:
     """
 
     def absolute(match: re.Match[str]) -> str:
-        bang, label, path = match.groups()
+        bang, words, path = match.groups()
         if re.match(r"[a-z]+:", path):
             return match[0]
         if repository is None:
-            named = path.startswith("#") or path in label
-            return f"{'Picture: ' if bang else ''}{label}{'' if named else f' (`{path}`)'}"
+            named = path.startswith("#") or path in words
+            return f"{'Picture: ' if bang else ''}{words}{'' if named else f' (`{path}`)'}"
         at = f"{repository}/{'raw' if bang else 'blob'}/{release}/"
-        return f"{bang}[{label}]({at}{'README.md' if path.startswith('#') else ''}{path})"
+        return f"{bang}[{words}]({at}{'README.md' if path.startswith('#') else ''}{path})"
 
-    return re.sub(r"(!?)\[([^]\[]*)\]\(([^)\s]+)\)", absolute, text)
+    label = r"((?:[^]\[]|\[[^]\[]*\])*)"  # which may have brackets of its own
+    return re.sub(rf"(!?)\[{label}\]\(([^)\s]+)\)", absolute, text)
 
 
 if __name__ == "__main__":
