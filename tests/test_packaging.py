@@ -134,6 +134,19 @@ def test_every_link_of_the_readme_leads_to_a_file():
             assert (ROOT / target).exists(), target
 
 
+@pytest.mark.parametrize("folder", ["README.md", "rl_ebm", "benchmarks"])
+def test_what_is_told_to_install_can_be(folder):
+    """It is on no index: a checkout, or an address."""
+    at = ROOT / folder
+    files = [at] if at.is_file() else [p for p in at.rglob("*") if p.suffix in (".py", ".md")]
+    told = [t for p in files for t in re.findall(r"pip install [^`\n]*", p.read_text("utf-8"))]
+    for line in told:
+        assert "rl-ebm" not in line.split(" in a checkout")[0] or "@ git+" in line, line
+        for extra in re.findall(r"\[([a-z0-9-]+)\]'", line):
+            assert extra in PROJECT["optional-dependencies"], line
+    assert told
+
+
 def test_the_classifiers_name_the_pythons_that_are_tested():
     said = {c.rsplit(" ", 1)[1] for c in PROJECT["classifiers"] if "Python :: 3." in c}
     tested = re.findall(r"\d\.\d\d", (ROOT / ".github/workflows/ci.yml").read_text())

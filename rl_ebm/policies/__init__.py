@@ -53,7 +53,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if find_spec("transformers") is None:
         raise ImportError(
-            "rl_ebm.policies.HuggingFace needs the extra hf: pip install 'rl-ebm[hf]'"
+            "rl_ebm.policies.HuggingFace needs the extra hf: pip install '.[hf]' in a checkout "
+            "of rl-ebm"
         )
     from rl_ebm.policies.hf import HuggingFace
 
