@@ -11,7 +11,7 @@ import tomllib
 import venv
 from email import message_from_string
 from pathlib import Path
-from shutil import make_archive
+from shutil import make_archive, which
 from zipfile import ZipFile
 
 import pytest
@@ -206,6 +206,28 @@ def test_the_tests_of_a_source_distribution_run(tmp_path):
     quick = ["tests/test_layers.py", "tests/test_tokens.py", "tests/test_envs_flat.py"]
     said = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *quick, at=unpacked)
     assert re.search(r"\d+ passed", said)
+
+
+@pytest.mark.skipif(which("make") is None, reason="needs make")
+def test_make_lays_the_links_again_where_a_file_has_come_or_gone(tmp_path):
+    tree = copy_tree(tmp_path / "tree", "links")
+
+    def commands() -> str:
+        make = ["make", "-n", "install", f"VENV={tmp_path}/env"]
+        return subprocess.run(make, cwd=tree, capture_output=True, text=True, check=True).stdout
+
+    assert "editable_mode=strict" in commands()
+    (stamp,) = re.findall(r"touch (.*)", commands())
+    Path(stamp).parent.mkdir()
+    Path(stamp).touch()
+    assert "pip" not in commands()
+    (tree / "agents/soft_q.py").write_text("# an edit is seen through its link\n")
+    assert "pip" not in commands()
+    (tree / "agents/new.py").write_text("")
+    assert "pip install" in commands()
+    (tree / "agents/new.py").unlink()
+    (tree / "rl_ebm/exact/solve.py").unlink()
+    assert "pip install" in commands()
 
 
 @pytest.fixture(scope="module")
