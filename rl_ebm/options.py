@@ -143,7 +143,8 @@ class Train:
     eval_every: float = 5.0
     """seconds between two exact verifications, at least; never more than a tenth of the time"""
     checkpoint_every: float = 5.0
-    """seconds between two checkpoints"""
+    """seconds between two checkpoints, at least; longer where saving a large network would take
+    more than a tenth of the time"""
     target: Target = field(default_factory=Target)
     network: TransformerConfig = field(default_factory=TransformerConfig)
 

@@ -12,18 +12,15 @@ from torch import Tensor
 
 from rl_ebm.agents import AGENTS
 from rl_ebm.backbone import TransformerConfig
-from rl_ebm.checkpoint import RunError
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import Solution, TooLargeError, find_machines, solve
+from rl_ebm.files import CONFIG, STATE, RunError, own_files
 from rl_ebm.names import nearest
 from rl_ebm.policies import Policy, Trainable, Transformer
 from rl_ebm.report_sampled import AnyReport
 from rl_ebm.rewards import Reward, Table
 from rl_ebm.runs import (
-    CONFIG,
-    FILES,
     OWN,
-    STATE,
     check_asked,
     damage_told,
     describe_ebm,
@@ -33,7 +30,6 @@ from rl_ebm.runs import (
     rebuild_ebm,
     write_config,
 )
-from rl_ebm.tensorboard import EVENTS
 from rl_ebm.training import TrainConfig, Trainer
 
 SOLVED_UNASKED = 2**20
@@ -168,7 +164,7 @@ def resume(
         trainer = _trainer(ebm, description, run, progress, policy)
     trainer.resume()
     if trainer.finished and trainer.complete:
-        trainer.save_policy()
+        trainer.restore_policy()
         return trainer.agent.policy, None, False
     if extended:
         write_config(run, {k: v for k, v in description.items() if k != "version"}, ebm)
@@ -226,21 +222,18 @@ def check_free(run: Path, overwrite: bool) -> None:
     """
     if run.exists() and not run.is_dir():
         raise RunError(f"{run} is a file: give a folder for the run")
-    if any((run / name).exists() for name in (CONFIG, STATE)):
+    files = own_files(run)
+    if any(run / name in files for name in (CONFIG, STATE)):
         if not overwrite:
             raise RunError(
                 f"{run} holds a run already: go on with it (--resume {run}), delete it "
                 "(--overwrite), or choose another folder"
             )
-    elif files := _files(run):
+    elif files:
         raise RunError(f"{files[0]} is of no run, and would be lost: choose another folder")
 
 
 def clear(run: Path) -> None:
     """Delete the files of a run, and no others."""
-    for path in _files(run):
+    for path in own_files(run):
         path.unlink()
-
-
-def _files(run: Path) -> list[Path]:
-    return [p for p in [*(run / name for name in FILES), *run.glob(EVENTS)] if p.exists()]
