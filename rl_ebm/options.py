@@ -284,3 +284,14 @@ def device_of_flag(name: str | None) -> torch.device:
             "use --device cpu"
         )
     return torch.device(name)
+
+
+def generator_of_flag(seed: int, device: torch.device) -> torch.Generator:
+    """The generator of ``--seed``.
+
+    Raises:
+        ValueError: no seed.
+    """
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed must be in [0, 2**63), got {seed}")
+    return torch.Generator(device).manual_seed(seed)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ from rl_ebm.policies import (
 from rl_ebm.policies.scoring import device_of
 from rl_ebm.rewards import Automaton, Reward, Table
 from rl_ebm.run_config import read_config
-from rl_ebm.tensor_files import load_tensors, save_tensors
+from rl_ebm.tensor_files import holds, load_tensors, save_tensors
 from rl_ebm.tokens import TokenSpace
 
 __all__ = [
@@ -51,6 +51,8 @@ __all__ = [
     "check_asked", "cut_back", "damage_told", "decode", "describe_ebm", "load", "load_weights",
     "make_policy", "own_policy", "read_config", "rebuild_ebm", "write_config",
 ]  # fmt: skip
+
+Own = TypeVar("Own", bound=torch.nn.Module)
 
 OWN = {"kind": "custom"}
 """what stands in a configuration for a policy that was passed in"""
@@ -238,7 +240,7 @@ def write_config(run: Path, config: dict[str, Any], ebm: EBM) -> None:
         tensors |= to_tensors(ebm.reward_model.machine, "reward")
     if isinstance(ebm.reference, AutomatonPolicy):
         tensors |= to_tensors(ebm.reference.machine, "reference")
-    if tensors:
+    if tensors and not holds(run / SCORES, tensors):
         save_tensors(run / SCORES, tensors)
     write_text(run / CONFIG, json.dumps({"version": version("rl-ebm")} | config, indent=1) + "\n")
 
@@ -268,6 +270,23 @@ def scores_told(run: Path) -> Iterator[None]:
         raise RunError(f"{path} is damaged: {error}") from None
 
 
+@overload
+def load(
+    run: str | Path,
+    reward: Tensor | Callable[..., Any] | Reward | None = None,
+    reference: Policy | None = None,
+    device: torch.device | str = "cpu",
+    policy: None = None,
+) -> tuple[Tabular | Transformer, EBM]: ...
+@overload
+def load(
+    run: str | Path,
+    reward: Tensor | Callable[..., Any] | Reward | None = None,
+    reference: Policy | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    policy: Own,
+) -> tuple[Own, EBM]: ...
 def load(
     run: str | Path,
     reward: Tensor | Callable[..., Any] | Reward | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rl_ebm.backbone import TransformerConfig
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import Solution, TooLargeError, find_machines, solve
 from rl_ebm.files import CONFIG, STATE, RunError, own_files
+from rl_ebm.lock import only_one
 from rl_ebm.names import nearest
 from rl_ebm.policies import Policy, Trainable, Transformer
 from rl_ebm.report_sampled import AnyReport
@@ -115,14 +117,21 @@ def train(
         },
         "train": {"seed": seed, "compile": compile, **asdict(config)},
     }
-    if run is not None:
-        check_free(run, overwrite)
-    trainer = _trainer(ebm, description, run, progress, policy)
-    if run is not None:
-        # Only now: what cannot begin deletes nothing.
-        clear(run)
-        write_config(run, description, ebm)
-    report = trainer.train()
+    with ExitStack() as held:
+        if run is not None:
+            check_free(run, overwrite)
+            if existed := run.exists():
+                held.enter_context(only_one(run))
+        trainer = _trainer(ebm, description, run, progress, policy)
+        if run is not None:
+            # Only now: what cannot begin deletes nothing, and makes no folder.
+            if not existed:
+                run.mkdir(parents=True, exist_ok=True)
+                held.enter_context(only_one(run))
+            check_free(run, overwrite)  # another process may have been faster
+            clear(run)
+            write_config(run, description, ebm)
+        report = trainer.train()
     return trainer.agent.policy, report
 
 
@@ -138,6 +147,8 @@ def resume(
     policy: torch.nn.Module | None = None,
 ) -> tuple[Trainable, AnyReport | None, bool]:
     """Go on with a run, exactly where its last checkpoint was.
+
+    One process at a time trains into a folder: another gets a RunError.
 
     Args:
         out: the run directory.
@@ -155,20 +166,21 @@ def resume(
     """
     run = Path(out)
     description = read_config(run)
-    extended = steps is not None or seconds is not None
-    with damage_told(run / CONFIG):
-        check_asked(description, policy, run, "resume")
-        ebm = rebuild_ebm(description["ebm"], run, reward, reference).to(device)
+    with only_one(run):
+        extended = steps is not None or seconds is not None
+        with damage_told(run / CONFIG):
+            check_asked(description, policy, run, "resume")
+            ebm = rebuild_ebm(description["ebm"], run, reward, reference).to(device)
+            if extended:
+                description["train"] |= {"steps": steps, "seconds": seconds}
+            trainer = _trainer(ebm, description, run, progress, policy)
+        trainer.resume()
+        if trainer.finished and trainer.complete:
+            trainer.restore_policy()
+            return trainer.agent.policy, None, False
         if extended:
-            description["train"] |= {"steps": steps, "seconds": seconds}
-        trainer = _trainer(ebm, description, run, progress, policy)
-    trainer.resume()
-    if trainer.finished and trainer.complete:
-        trainer.restore_policy()
-        return trainer.agent.policy, None, False
-    if extended:
-        write_config(run, {k: v for k, v in description.items() if k != "version"}, ebm)
-    return trainer.agent.policy, trainer.train(), True
+            write_config(run, {k: v for k, v in description.items() if k != "version"}, ebm)
+        return trainer.agent.policy, trainer.train(), True
 
 
 def _trainer(

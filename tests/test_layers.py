@@ -44,6 +44,7 @@ LAYERS = (
     ("",),  # rl_ebm itself, the public face
     ("references",),
     ("flags", "options"),
+    ("exits",),
     ("cli",),
     ("__main__",),
 )
