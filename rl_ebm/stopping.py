@@ -17,8 +17,8 @@ _DEFAULT = (signal.SIG_DFL, signal.default_int_handler)
 class Terminated(SystemExit):
     """SIGTERM has asked the process to end; 143 is its exit code."""
 
-    def __init__(self) -> None:
-        super().__init__(128 + signal.SIGTERM)
+    def __init__(self, code: int = 128 + signal.SIGTERM) -> None:
+        super().__init__(code)
 
 
 class Asked:
