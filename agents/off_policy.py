@@ -23,7 +23,7 @@ from rl_ebm.agents.learner import (
     draw_prompts,
     immediate_log_weights,
 )
-from rl_ebm.agents.replay import Replay
+from rl_ebm.agents.replay import Replay, check_rows
 from rl_ebm.ebm import EBM
 from rl_ebm.policies.scoring import Policy, Trainable, sample
 from rl_ebm.policies.tabular import Uniform
@@ -149,6 +149,8 @@ class OffPolicyAgent(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.learner.load_state_dict(state["learner"])
         self.replay.load_state_dict(state["replay"])
+        kept = torch.arange(len(self.replay), device=self.ebm.device)
+        check_rows(self.replay.rows.take(kept), self.ebm.space, self.ebm.num_prompts)
         with torch.no_grad():
             for parameter, value in zip(self.extra, state["extra"], strict=True):
                 parameter.copy_(value)

@@ -7,7 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl_ebm.tokens import Batch
+from rl_ebm.tokens import Batch, TokenSpace
+
+
+def check_rows(batch: Batch, space: TokenSpace, num_prompts: int) -> None:
+    """Check responses that come from a file.
+
+    Raises:
+        ValueError: what no response of an EBM is.
+    """
+    columns = (batch.tokens, batch.lengths, batch.prompt_ids)
+    if any(x.dtype != torch.int64 for x in columns) or not batch.rewards().is_floating_point():
+        raise ValueError("kept responses are not integers, with rewards that are floats")
+    if not batch.prompt_ids.shape == batch.rewards().shape == (len(batch),):
+        raise ValueError("kept responses have not one prompt and one reward each")
+    space.check(batch.tokens, batch.lengths)
+    ids = batch.prompt_ids
+    if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < num_prompts):
+        raise ValueError(f"prompt_ids of kept responses must be in [0, {num_prompts})")
 
 
 class Replay:
@@ -52,6 +69,17 @@ class Replay:
         return {"columns": columns, "size": self.size, "next": self.next}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Rows of :meth:`state_dict`.
+
+        Raises:
+            ValueError: more rows than there is room for, or columns of several lengths.
+        """
+        size, lengths = state["size"], {len(column) for column in state["columns"]}
+        if lengths != {size} or size > self.capacity or not 0 <= state["next"] < self.capacity:
+            raise ValueError(
+                f"{size} replayed rows, columns of {sorted(lengths)} rows, the next at "
+                f"{state['next']}: the replay has room for {self.capacity}"
+            )
         self.size, self.next = state["size"], state["next"]
         for kept, column in zip(_columns(self.rows), state["columns"], strict=True):
             kept[: self.size] = column

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from rl_ebm.agents.imitation import ImitationAgent, ImitationOptions
 from rl_ebm.agents.learner import token_values
+from rl_ebm.agents.replay import check_rows
 from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.tokens import Batch
@@ -132,3 +133,5 @@ class SampledTeacherAgent(ImitationAgent):
         super().load_state_dict(state)
         columns = state["chains"]
         self.chains = None if columns is None else Batch(*columns)
+        if self.chains is not None:
+            check_rows(self.chains, self.ebm.space, self.ebm.num_prompts)

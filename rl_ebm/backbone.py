@@ -17,10 +17,18 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rl_ebm.memory import check_fits
+from rl_ebm.names import count_text
 from rl_ebm.tiles import Tile
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q, k, v), each (..., H, L, D / H), to the context, of the shape of q."""
+
+
+MAX_LAYERS = 10_000
+"""more take minutes to be made, however narrow they are"""
+_MODULES = 2**15
+"""bytes that the modules of one block take beside their weights, about"""
 
 
 @dataclass(frozen=True)
@@ -39,10 +47,34 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         for name in ("layers", "heads", "dim", "hidden"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        if self.layers > MAX_LAYERS:
+            raise ValueError(f"layers must be at most {MAX_LAYERS}, got {self.layers}")
         if self.dim % self.heads:
             raise ValueError(f"heads must divide dim, got dim={self.dim}, heads={self.heads}")
+
+
+def num_parameters(config: TransformerConfig, num_ids: int, length: int) -> int:
+    """Weights and biases of a :class:`Backbone`."""
+    d, h = config.dim, config.hidden
+    block = 4 * d + (3 * d * d + 3 * d) + (d * d + d) + (d * h + h) + (h * d + d)
+    return (num_ids + length) * d + config.layers * block
+
+
+def check_sizes(config: TransformerConfig, num_ids: int, length: int) -> None:
+    """Check that a backbone fits into memory, before anything is made.
+
+    Raises:
+        ValueError: it does not.
+    """
+    count = num_parameters(config, num_ids, length)
+    check_fits(
+        4 * count + _MODULES * config.layers,
+        f"a network of {count_text(count)} parameters (layers={config.layers}, dim={config.dim}, "
+        f"hidden={config.hidden}, {num_ids:,} token ids, {length:,} positions)",
+        "make it smaller",
+    )
 
 
 class Block(nn.Module):
@@ -78,6 +110,7 @@ class Backbone(nn.Module):
 
     def __init__(self, num_ids: int, num_positions: int, config: TransformerConfig) -> None:
         super().__init__()
+        check_sizes(config, num_ids, num_positions)
         self.token = nn.Embedding(num_ids, config.dim)
         self.position = nn.Embedding(num_positions, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))

@@ -12,8 +12,9 @@ import json
 import signal
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from io import StringIO
 from multiprocessing import get_context
@@ -21,17 +22,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from rl_ebm.agents import AGENTS
 from rl_ebm.backbone import TransformerConfig
-from rl_ebm.checkpoint import RunError, load_state, write_text
+from rl_ebm.checkpoint import outline
 from rl_ebm.ebm import EBM
 from rl_ebm.envs import TASKS, make_task
+from rl_ebm.files import RunError, check_folder, write_text
+from rl_ebm.lock import only_one
+from rl_ebm.metrics import read_rows
 from rl_ebm.names import nearest
 from rl_ebm.policies import Uniform
 from rl_ebm.rewards import Table, read_table
 from rl_ebm.runs import CONFIG, METRICS, SCORES, STATE, describe_ebm, read_config
+from rl_ebm.stopping import Terminated, sigterm_raises
+from rl_ebm.tensor_files import holds
 from rl_ebm.train import resume, train
 from rl_ebm.training import MAX_EVALUATED, NonFiniteError, TrainConfig
 
@@ -214,21 +219,22 @@ def finished(job: Job) -> bool:
         )
     if not (job.run / STATE).exists():
         return False
-    return bool(load_state(job.run / STATE, "cpu").get("complete"))
+    return outline(job.run / STATE).get("complete") is True
 
 
 def _same_scores(run: Path, ebm: EBM) -> bool:
     """Whether the table that a run was trained on, where it was one, is the one there is now."""
     if not (run / SCORES).exists() or not isinstance(ebm.reward_model, Table):
         return True
-    return torch.equal(load_file(run / SCORES)["scores"], ebm.reward_model.scores)
+    return holds(run / SCORES, {"scores": ebm.reward_model.scores})
 
 
 def rows_of(job: Job) -> Rows:
     """What a run's metrics say of each exact verification."""
     found = []
-    with open(job.run / METRICS, newline="") as file:
-        for row in csv.DictReader(file):
+    path = job.run / METRICS
+    try:
+        for row in read_rows(path)[1]:
             if not row.get("exact/kl_target_policy"):
                 continue
             exact = {key: float(row[f"exact/{key}"]) for key in EXACT}
@@ -248,6 +254,12 @@ def rows_of(job: Job) -> Rows:
                     "kl_reference": kl_reference,
                 }
             )
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing: delete {job.run} to run it again") from None
+    except (KeyError, ValueError) as error:
+        if isinstance(error, RunError):
+            raise
+        raise RunError(f"{path} is damaged ({error}): delete {job.run} to run it again") from None
     return found
 
 
@@ -274,11 +286,28 @@ def run(plan: Plan, out: Path, workers: int = 2) -> tuple[Rows, list[str]]:
             )
     out.mkdir(parents=True, exist_ok=True)
     todo = jobs(plan, out)
+    with only_one(out), sigterm_raises():
+        check_folders(out, [job.run for job in todo])
+        return _run_all(plan, out, todo, workers)
+
+
+def check_folders(out: Path, runs: Sequence[Path]) -> None:
+    """Check that no folder between a benchmark's and its runs leads out of it.
+
+    Raises:
+        RunError: one does.
+    """
+    for run in runs:
+        for folder in reversed([run, *(p for p in run.parents if p.is_relative_to(out))][:-1]):
+            check_folder(folder)
+
+
+def _run_all(plan: Plan, out: Path, todo: list[Job], workers: int) -> tuple[Rows, list[str]]:
     write_text(out / "plan.json", json.dumps(asdict(plan), indent=1) + "\n")
     found: dict[int, Rows] = {}
     failed: dict[int, str] = {}
     waiting = list(range(len(todo)))
-    with ProcessPoolExecutor(workers, get_context("spawn"), _begin) as processes:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _begin) as processes, _ends(processes):
         running: dict[Future[Rows], int] = {}
         while waiting or running:
             while waiting and len(running) < workers:
@@ -296,6 +325,17 @@ def run(plan: Plan, out: Path, workers: int = 2) -> tuple[Rows, list[str]]:
                 _say(todo[i], found.get(i, []), len(found) + len(failed), len(todo))
     rows = [row for k in sorted(found) for row in found[k]]
     return rows, [failed[k] for k in sorted(failed)]
+
+
+@contextmanager
+def _ends(processes: ProcessPoolExecutor) -> Iterator[None]:
+    """Let the workers end, with a checkpoint each, where this process is asked to."""
+    try:
+        yield
+    except Terminated:
+        for process in list((processes._processes or {}).values()):
+            process.terminate()
+        raise
 
 
 def read_options(path: Path | None) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -21,10 +20,12 @@ from rl_ebm.bench import Plan, Problem, read_options
 from rl_ebm.bench import run as bench
 from rl_ebm.bench_report import write_report
 from rl_ebm.certificates import Certificate, certify
-from rl_ebm.checkpoint import write_text
 from rl_ebm.diagnose import diagnose
+from rl_ebm.ebm import EBM
 from rl_ebm.estimates import Interval
 from rl_ebm.exact import TooLargeError, solve, summarise
+from rl_ebm.exits import exit_code
+from rl_ebm.files import write_text
 from rl_ebm.names import count_text, nearest
 from rl_ebm.options import (
     Agents,
@@ -36,9 +37,10 @@ from rl_ebm.options import (
     Train,
     Verify,
     device_of_flag,
+    generator_of_flag,
     train_flags,
 )
-from rl_ebm.policies import log_prob, sample
+from rl_ebm.policies import Policy, log_prob, sample
 from rl_ebm.report_sampled import AnyReport
 from rl_ebm.runs import CERTIFICATE, REPORT, decode, load, read_config
 from rl_ebm.train import resume, train
@@ -121,8 +123,8 @@ def run_verify(args: Sequence[str]) -> int:
     if a.reward_max is not None and not math.isfinite(a.reward_max):
         raise ValueError(f"--reward-max must be finite, got {a.reward_max}")
     device = device_of_flag(a.device)
+    generator = generator_of_flag(a.seed, device)
     policy, ebm = load(a.run, device=device)
-    generator = torch.Generator(device).manual_seed(a.seed)
     report: AnyReport | Certificate
     try:
         report = verify(policy, solve(ebm), a.memory, a.samples, a.confidence, generator)
@@ -259,27 +261,41 @@ def run_sample(args: Sequence[str]) -> int:
     a = flags.parse(Sample, args, "rl-ebm sample", _ABOUT["sample"])
     if a.n < 1:
         raise ValueError(f"-n must be >= 1, got {a.n}")
+    if a.n >= 2**63:
+        raise ValueError(f"-n must be below 2**63, got {a.n}")
     device = device_of_flag(a.device)
+    generator = generator_of_flag(a.seed, device)
     policy, ebm = load(a.run, device=device)
     source = read_config(a.run)["ebm"]
-    generator = torch.Generator(device).manual_seed(a.seed)
-    prompt_ids = torch.arange(a.n, device=device) % ebm.num_prompts
-    model: Any = policy
-    batch = ebm.score(sample(model, ebm.space, a.n, generator, prompt_ids))
-    with torch.no_grad():
-        log_pi = log_prob(model, ebm.space, batch.tokens, batch.lengths, prompt_ids)
-    assert batch.reward is not None
     columns = ["sequence", "log_pi", "score"]
     print("\t".join(columns if ebm.prompts is None else ["prompt", *columns]))
-    for row in range(a.n):
+    # As many at a time as their logits take a quarter of a gigabyte.
+    most = max(1, min(4096, 2**26 // (ebm.space.max_length * ebm.space.vocab_size)))
+    for first in range(0, a.n, most):
+        rows = torch.arange(first, min(first + most, a.n), device=device)
+        _print_samples(policy, ebm, source, generator, rows % ebm.num_prompts)
+    return 0
+
+
+def _print_samples(
+    policy: Policy,
+    ebm: EBM,
+    source: dict[str, Any],
+    generator: torch.Generator,
+    prompt_ids: torch.Tensor,
+) -> None:
+    batch = ebm.score(sample(policy, ebm.space, len(prompt_ids), generator, prompt_ids))
+    with torch.no_grad():
+        log_pi = log_prob(policy, ebm.space, batch.tokens, batch.lengths, prompt_ids)
+    reward = batch.rewards()
+    for row in range(len(batch)):
         tokens = batch.tokens[row, : int(batch.lengths[row])].tolist()
         cells = [
-            decode(source, tokens), f"{float(log_pi[row]):.5f}", f"{float(batch.reward[row]):.6g}"
+            decode(source, tokens), f"{float(log_pi[row]):.5f}", f"{float(reward[row]):.6g}"
         ]  # fmt: skip
         if ebm.prompts is not None:
             cells.insert(0, " ".join(map(str, ebm.prompts[int(prompt_ids[row])])))
         print("\t".join(cells))
-    return 0
 
 
 def run_agents(args: Sequence[str]) -> int:
@@ -336,7 +352,11 @@ def _say_trained(run: Path, report: AnyReport | None) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command; the exit code: 0, 1 (``verify --max-kl`` exceeded), 2 (wrong input)."""
-    args = sys.argv[1:] if args is None else list(args)
+    given = sys.argv[1:] if args is None else list(args)
+    return exit_code(lambda: _run(given))
+
+
+def _run(args: Sequence[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print(help_text())
         return 0
@@ -346,22 +366,4 @@ def main(args: Sequence[str] | None = None) -> int:
     command, rest = args[0], args[1:]
     if command not in COMMANDS:
         return flags.fail(f"there is no command {command!r}{nearest(command, COMMANDS)}")
-    try:
-        return COMMANDS[command](rest)
-    except SystemExit as stop:  # help was printed
-        return int(stop.code or 0)
-    except KeyboardInterrupt:
-        flags.fail("stopped; a run goes on with rl-ebm train --resume RUN")
-        return 130
-    except BrokenPipeError:  # whoever reads our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
-    except OSError as error:
-        return flags.fail(f"{error.strerror or error}: {error.filename or 'file system'}")
-    except (ValueError, TypeError, MemoryError, torch.cuda.OutOfMemoryError) as error:
-        return flags.fail(str(error) or "not enough memory")
-    except RuntimeError as error:
-        # What torch's allocators say when a size is too large for the machine.
-        if "allocate" not in str(error) and "too large" not in str(error):
-            raise
-        return flags.fail(f"not enough memory for these sizes ({str(error).splitlines()[0]})")
+    return COMMANDS[command](rest)

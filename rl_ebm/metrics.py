@@ -4,10 +4,35 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from io import StringIO
+from io import StringIO, TextIOWrapper
 from pathlib import Path
 
-from rl_ebm.checkpoint import write_text
+from rl_ebm.files import RunError, gone, open_existing, write_text
+
+
+def read_rows(path: Path, most: int | None = None) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and rows of a CSV file, those at the front where only some are wanted.
+
+    Raises:
+        RunError: it is no table, or no regular file.
+        FileNotFoundError: it is not there.
+    """
+    rows: list[dict[str, str]] = []
+    try:
+        with TextIOWrapper(open_existing(path), encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            columns = list(reader.fieldnames or [])
+            for row in reader if most != 0 else ():
+                if None in row or None in row.values():
+                    raise RunError(f"{path} is damaged: line {reader.line_num} is no row of it")
+                rows.append(row)
+                if len(rows) == most:
+                    break
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is damaged ({error})") from None
+    if len(set(columns)) < len(columns):
+        raise RunError(f"{path} is damaged: a column is there twice")
+    return columns, rows
 
 
 class MetricsFile:
@@ -17,6 +42,9 @@ class MetricsFile:
         path: the file; made where it is missing.
         keep: rows of an existing file that stay; what follows them is cut off, a line that was
             cut short by a crash included.
+
+    Raises:
+        RunError: the file is damaged, or no regular one.
     """
 
     def __init__(self, path: Path, keep: int = 0) -> None:
@@ -25,32 +53,37 @@ class MetricsFile:
         self.rows = 0
         rows: list[dict[str, str]] = []
         if keep and path.exists():
-            with open(path, newline="") as file:
-                reader = csv.DictReader(file)
-                rows = [row for row, _ in zip(reader, range(keep), strict=False)]
-                self.columns = list(reader.fieldnames or [])
+            self.columns, rows = read_rows(path, keep)
         self._rewrite(rows)
 
     def write(self, row: Mapping[str, float | int]) -> None:
         """Append one row; columns that it does not have stay empty."""
         new = [name for name in row if name not in self.columns]
         if new:
-            self.file.flush()
-            with open(self.path, newline="") as file:
-                rows = list(csv.DictReader(file))
+            self.close()
+            try:
+                rows = read_rows(self.path)[1]
+            except FileNotFoundError:
+                raise gone(self.path.parent) from None
             self.columns += new
-            self.file.close()
             self._rewrite(rows)
         csv.DictWriter(self.file, self.columns, restval="").writerow(row)
         self.rows += 1
 
     def flush(self) -> int:
         """Send what was written on its way to the disk; the number of rows."""
-        self.file.flush()
+        try:
+            self.file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
         return self.rows
 
     def close(self) -> None:
-        self.file.close()
+        """Flush and close."""
+        try:
+            self.file.close()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def _rewrite(self, rows: Sequence[Mapping[str, str]]) -> None:
         text = StringIO(newline="")
@@ -60,4 +93,5 @@ class MetricsFile:
         writer.writerows(rows)
         write_text(self.path, text.getvalue())
         self.rows = len(rows)
-        self.file = open(self.path, "a", newline="")  # noqa: SIM115 - closed by close()
+        opened = open_existing(self.path, "ab", alone=True)
+        self.file = TextIOWrapper(opened, encoding="utf-8", newline="")

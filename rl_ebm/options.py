@@ -143,7 +143,8 @@ class Train:
     eval_every: float = 5.0
     """seconds between two exact verifications, at least; never more than a tenth of the time"""
     checkpoint_every: float = 5.0
-    """seconds between two checkpoints"""
+    """seconds between two checkpoints, at least; longer where saving a large network would take
+    more than a tenth of the time"""
     target: Target = field(default_factory=Target)
     network: TransformerConfig = field(default_factory=TransformerConfig)
 
@@ -283,3 +284,14 @@ def device_of_flag(name: str | None) -> torch.device:
             "use --device cpu"
         )
     return torch.device(name)
+
+
+def generator_of_flag(seed: int, device: torch.device) -> torch.Generator:
+    """The generator of ``--seed``.
+
+    Raises:
+        ValueError: no seed.
+    """
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed must be in [0, 2**63), got {seed}")
+    return torch.Generator(device).manual_seed(seed)

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from rl_ebm.automata import from_tensors, to_tensors
 from rl_ebm.backbone import TransformerConfig
-from rl_ebm.checkpoint import RunError, load_tensors, save_tensors, write_text
 from rl_ebm.ebm import EBM
 from rl_ebm.envs.tasks import make_task
+from rl_ebm.files import (
+    CERTIFICATE,
+    CONFIG,
+    EVENTS,
+    METRICS,
+    POLICY,
+    REPORT,
+    SCORES,
+    STATE,
+    RunError,
+    another_policy,
+    cut,
+    own_files,
+    write_text,
+)
 from rl_ebm.policies import (
     AutomatonPolicy,
     Policy,
@@ -27,25 +41,47 @@ from rl_ebm.policies import (
 )
 from rl_ebm.policies.scoring import device_of
 from rl_ebm.rewards import Automaton, Reward, Table
+from rl_ebm.run_config import read_config
+from rl_ebm.tensor_files import holds, load_tensors, save_tensors
 from rl_ebm.tokens import TokenSpace
 from rl_ebm.version import VERSION
 
-CONFIG = "config.json"
-POLICY = "policy.safetensors"
-STATE = "state.pt"
-SCORES = "task.safetensors"
-REPORT = "report.json"
-CERTIFICATE = "certificate.json"
-METRICS = "metrics.csv"
-FILES = (CONFIG, POLICY, STATE, SCORES, REPORT, CERTIFICATE, METRICS)
+__all__ = [
+    "CERTIFICATE", "CONFIG", "METRICS", "OWN", "POLICY", "REPORT", "SCORES", "STATE", "RunError",
+    "check_asked", "cut_back", "damage_told", "decode", "describe_ebm", "load", "load_weights",
+    "make_policy", "own_policy", "read_config", "rebuild_ebm", "write_config",
+]  # fmt: skip
+
+Own = TypeVar("Own", bound=torch.nn.Module)
+
 OWN = {"kind": "custom"}
 """what stands in a configuration for a policy that was passed in"""
 
 
-def forget_reports(run: Path) -> None:
-    """Delete what verification said of a policy that goes on learning."""
-    for name in (REPORT, CERTIFICATE):
+def cut_back(run: Path, events: Mapping[str, int]) -> None:
+    """Delete or cut what was written after a checkpoint, and what was said of its policy.
+
+    Args:
+        events: sizes of the event files at the checkpoint; others were begun after it.
+
+    Raises:
+        RunError: one of the run's files is no regular file; nothing has been touched.
+    """
+    own_files(run)
+    for name in (REPORT, CERTIFICATE):  # of a policy that goes on learning
         (run / name).unlink(missing_ok=True)
+    remove_parts(run)
+    for path in run.glob(EVENTS):
+        if path.name in events:
+            cut(path, events[path.name])
+        else:
+            path.unlink()
+
+
+def remove_parts(run: Path) -> None:
+    """Delete what writes that were cut short have left."""
+    for part in run.glob("*.part"):
+        part.unlink()
 
 
 def describe_ebm(ebm: EBM, source: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -105,8 +141,10 @@ def rebuild_ebm(
     if config["reference"] == "uniform":
         reference = Uniform(space)
     elif config["reference"] == "automaton":
-        machine = from_tensors(load_tensors(run / SCORES), "reference")
-        reference = AutomatonPolicy(space, machine, prompts if machine.num_prompts > 1 else None)
+        with scores_told(run):
+            machine = from_tensors(load_tensors(run / SCORES), "reference")
+            given = prompts if machine.num_prompts > 1 else None
+            reference = AutomatonPolicy(space, machine, given)
     if isinstance(kind, dict):
         return make_task(
             kind["task"],
@@ -118,13 +156,15 @@ def rebuild_ebm(
             task_seed=kind["task_seed"],
         )
     if kind == "table":
-        tensors = load_tensors(run / SCORES)
-        if "scores" not in tensors or tensors["scores"].ndim != 2:
-            raise RunError(f"{run / SCORES} holds no scores: it is damaged")
-        scores = tensors["scores"]
-        reward = scores if prompts is not None else scores[0]
+        with scores_told(run):
+            scores = load_tensors(run / SCORES)["scores"]
+            if scores.shape != (len([[]] if prompts is None else prompts), space.num_sequences):
+                raise ValueError(f"its scores, {tuple(scores.shape)}, are not one a response")
+            reward = Table(scores).bind(space, prompts)
     elif kind == "automaton":
-        reward = Automaton(space, from_tensors(load_tensors(run / SCORES), "reward"))
+        with scores_told(run):
+            machine = from_tensors(load_tensors(run / SCORES), "reward")
+            reward = Automaton(space, machine).bind(space, prompts)
     elif reward is None:
         raise RunError(
             f"{run} was trained on a Python reward: pass it again, load(run, reward=...)"
@@ -200,27 +240,9 @@ def write_config(run: Path, config: dict[str, Any], ebm: EBM) -> None:
         tensors |= to_tensors(ebm.reward_model.machine, "reward")
     if isinstance(ebm.reference, AutomatonPolicy):
         tensors |= to_tensors(ebm.reference.machine, "reference")
-    if tensors:
+    if tensors and not holds(run / SCORES, tensors):
         save_tensors(run / SCORES, tensors)
     write_text(run / CONFIG, json.dumps({"version": VERSION} | config, indent=1) + "\n")
-
-
-def read_config(run: Path) -> dict[str, Any]:
-    """The configuration of a run.
-
-    Raises:
-        RunError: no run there, or a damaged one.
-    """
-    try:
-        config: Any = json.loads((run / CONFIG).read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise RunError(f"{run} holds no run: there is no {CONFIG} in it") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{run / CONFIG} is damaged ({error})") from None
-    parts = ("ebm", "policy", "agent", "train")
-    if not isinstance(config, dict) or any(part not in config for part in parts):
-        raise RunError(f"{run / CONFIG} is not the configuration of an rl-ebm run")
-    return config
 
 
 @contextmanager
@@ -230,10 +252,41 @@ def damage_told(path: Path) -> Iterator[None]:
         yield
     except RunError:
         raise
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         raise RunError(f"{path} is damaged ({error!r})") from None
 
 
+@contextmanager
+def scores_told(run: Path) -> Iterator[None]:
+    """Errors of a table or automaton that cannot have been written, as a sentence."""
+    path = run / SCORES
+    try:
+        yield
+    except RunError:
+        raise
+    except KeyError as error:
+        raise RunError(f"{path} is damaged: it holds no {error}") from None
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        raise RunError(f"{path} is damaged: {error}") from None
+
+
+@overload
+def load(
+    run: str | Path,
+    reward: Tensor | Callable[..., Any] | Reward | None = None,
+    reference: Policy | None = None,
+    device: torch.device | str = "cpu",
+    policy: None = None,
+) -> tuple[Tabular | Transformer, EBM]: ...
+@overload
+def load(
+    run: str | Path,
+    reward: Tensor | Callable[..., Any] | Reward | None = None,
+    reference: Policy | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    policy: Own,
+) -> tuple[Own, EBM]: ...
 def load(
     run: str | Path,
     reward: Tensor | Callable[..., Any] | Reward | None = None,
@@ -254,8 +307,11 @@ def load(
     Raises:
         RunError: no run, a damaged one, or something that has to be given.
     """
+    if not isinstance(run, (str, Path)):
+        raise TypeError(f"run must be the path of a run directory, got {type(run).__name__}")
     run = Path(run)
     config = read_config(run)
+    own_files(run)
     with damage_told(run / CONFIG):
         ebm = rebuild_ebm(config["ebm"], run, reward, reference).to(device)
         values = bool(config["agent"]["logits_are_values"])
@@ -265,7 +321,8 @@ def load(
             if policy is None
             else own_policy(policy, ebm, values)
         )
-    load_weights(loaded, load_tensors(run / POLICY), run / POLICY)
+    shapes = {name: tuple(x.shape) for name, x in loaded.state_dict().items()}
+    load_weights(loaded, load_tensors(run / POLICY, shapes), run / POLICY)
     return loaded, ebm
 
 
@@ -277,5 +334,5 @@ def load_weights(policy: Trainable, weights: dict[str, Tensor], source: Path) ->
     """
     try:
         policy.load_state_dict(weights)
-    except RuntimeError:
-        raise RunError(f"{source} holds the weights of another policy than {CONFIG} says") from None
+    except (RuntimeError, AttributeError, TypeError, ValueError):
+        raise RunError(another_policy(source)) from None

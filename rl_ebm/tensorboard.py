@@ -3,16 +3,63 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rl_ebm.files import EVENTS, create
 from rl_ebm.report_sampled import AnyReport
 from rl_ebm.verify import State
 
-EVENTS = "events.out.tfevents.*"
+
+class EventFile:
+    """An event file, written by this process itself.
+
+    TensorBoard's own writer opens its file by its name, whatever stands there, and dies of a full
+    disk or a deleted folder in a thread of its own.
+
+    Args:
+        run: the run directory.
+    """
+
+    def __init__(self, run: Path) -> None:
+        from tensorboard.compat.proto import event_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.run = run
+        # The last part cannot be known before, so nothing can lie in wait under this name.
+        name = (
+            f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
+        )
+        self.path = run / EVENTS.replace("*", name)
+        self.file = create(self.path)
+        self.records = RecordWriter(self.file)
+        self.add_event(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self.flush()
+
+    def get_logdir(self) -> str:
+        return str(self.run)
+
+    def add_event(self, event: Any) -> None:
+        self._told(lambda: self.records.write(event.SerializeToString()))
+
+    def flush(self) -> None:
+        self._told(self.records.flush)
+
+    def close(self) -> None:
+        self._told(self.records.close)
+
+    def _told(self, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
 
 class Board:
@@ -26,12 +73,34 @@ class Board:
 
     def __init__(self, run: Path, resume_at: int | None = None) -> None:
         # Imported here: it takes a second, and reading a run does not need it.
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import FileWriter, SummaryWriter
+
+        class OwnFile(FileWriter):
+            def __init__(self) -> None:
+                self.event_writer = EventFile(run)
+
+        class Writer(SummaryWriter):
+            file_writer: Any
+            all_writers: Any
+
+            def _get_file_writer(self) -> Any:
+                if self.file_writer is None:
+                    self.file_writer = OwnFile()
+                    self.all_writers = {str(run): self.file_writer}
+                return self.file_writer
 
         self.run = run
-        self.writer: Any = SummaryWriter(
-            str(run), purge_step=None if resume_at is None else resume_at + 1
-        )
+        self.writer: Any = Writer(str(run))
+        if resume_at is not None:
+            self._purge(resume_at + 1)
+
+    def _purge(self, step: int) -> None:
+        """Make TensorBoard forget what it has seen from a step on."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        files = self.writer.file_writer
+        files.add_event(Event(step=step, file_version="brain.Event:2"))
+        files.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
     def config(self, config: Mapping[str, Any]) -> None:
         text = json.dumps(config, indent=1)
@@ -40,6 +109,7 @@ class Board:
     def scalars(self, values: Mapping[str, float], tokens: int) -> None:
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, tokens)
+        self.writer.flush()
 
     def states(self, depths: list[State], tokens: int) -> None:
         """Histograms of per-state logit errors by depth, and the picture of both logits."""

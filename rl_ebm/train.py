@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,16 @@ from torch import Tensor
 
 from rl_ebm.agents import AGENTS
 from rl_ebm.backbone import TransformerConfig
-from rl_ebm.checkpoint import RunError
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import Solution, TooLargeError, find_machines, solve
+from rl_ebm.files import CONFIG, STATE, RunError, own_files
+from rl_ebm.lock import only_one
 from rl_ebm.names import nearest
 from rl_ebm.policies import Policy, Trainable, Transformer
 from rl_ebm.report_sampled import AnyReport
 from rl_ebm.rewards import Reward, Table
 from rl_ebm.runs import (
-    CONFIG,
-    FILES,
     OWN,
-    STATE,
     check_asked,
     damage_told,
     describe_ebm,
@@ -33,7 +32,6 @@ from rl_ebm.runs import (
     rebuild_ebm,
     write_config,
 )
-from rl_ebm.tensorboard import EVENTS
 from rl_ebm.training import TrainConfig, Trainer
 
 SOLVED_UNASKED = 2**20
@@ -119,14 +117,21 @@ def train(
         },
         "train": {"seed": seed, "compile": compile, **asdict(config)},
     }
-    if run is not None:
-        check_free(run, overwrite)
-    trainer = _trainer(ebm, description, run, progress, policy)
-    if run is not None:
-        # Only now: what cannot begin deletes nothing.
-        clear(run)
-        write_config(run, description, ebm)
-    report = trainer.train()
+    with ExitStack() as held:
+        if run is not None:
+            check_free(run, overwrite)
+            if existed := run.exists():
+                held.enter_context(only_one(run))
+        trainer = _trainer(ebm, description, run, progress, policy)
+        if run is not None:
+            # Only now: what cannot begin deletes nothing, and makes no folder.
+            if not existed:
+                run.mkdir(parents=True, exist_ok=True)
+                held.enter_context(only_one(run))
+            check_free(run, overwrite)  # another process may have been faster
+            clear(run)
+            write_config(run, description, ebm)
+        report = trainer.train()
     return trainer.agent.policy, report
 
 
@@ -142,6 +147,8 @@ def resume(
     policy: torch.nn.Module | None = None,
 ) -> tuple[Trainable, AnyReport | None, bool]:
     """Go on with a run, exactly where its last checkpoint was.
+
+    One process at a time trains into a folder: another gets a RunError.
 
     Args:
         out: the run directory.
@@ -159,20 +166,21 @@ def resume(
     """
     run = Path(out)
     description = read_config(run)
-    extended = steps is not None or seconds is not None
-    with damage_told(run / CONFIG):
-        check_asked(description, policy, run, "resume")
-        ebm = rebuild_ebm(description["ebm"], run, reward, reference).to(device)
+    with only_one(run):
+        extended = steps is not None or seconds is not None
+        with damage_told(run / CONFIG):
+            check_asked(description, policy, run, "resume")
+            ebm = rebuild_ebm(description["ebm"], run, reward, reference).to(device)
+            if extended:
+                description["train"] |= {"steps": steps, "seconds": seconds}
+            trainer = _trainer(ebm, description, run, progress, policy)
+        trainer.resume()
+        if trainer.finished and trainer.complete:
+            trainer.restore_policy()
+            return trainer.agent.policy, None, False
         if extended:
-            description["train"] |= {"steps": steps, "seconds": seconds}
-        trainer = _trainer(ebm, description, run, progress, policy)
-    trainer.resume()
-    if trainer.finished and trainer.complete:
-        trainer.save_policy()
-        return trainer.agent.policy, None, False
-    if extended:
-        write_config(run, {k: v for k, v in description.items() if k != "version"}, ebm)
-    return trainer.agent.policy, trainer.train(), True
+            write_config(run, {k: v for k, v in description.items() if k != "version"}, ebm)
+        return trainer.agent.policy, trainer.train(), True
 
 
 def _trainer(
@@ -226,21 +234,18 @@ def check_free(run: Path, overwrite: bool) -> None:
     """
     if run.exists() and not run.is_dir():
         raise RunError(f"{run} is a file: give a folder for the run")
-    if any((run / name).exists() for name in (CONFIG, STATE)):
+    files = own_files(run)
+    if any(run / name in files for name in (CONFIG, STATE)):
         if not overwrite:
             raise RunError(
                 f"{run} holds a run already: go on with it (--resume {run}), delete it "
                 "(--overwrite), or choose another folder"
             )
-    elif files := _files(run):
+    elif files:
         raise RunError(f"{files[0]} is of no run, and would be lost: choose another folder")
 
 
 def clear(run: Path) -> None:
     """Delete the files of a run, and no others."""
-    for path in _files(run):
+    for path in own_files(run):
         path.unlink()
-
-
-def _files(run: Path) -> list[Path]:
-    return [p for p in [*(run / name for name in FILES), *run.glob(EVENTS)] if p.exists()]

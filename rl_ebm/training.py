@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,24 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rl_ebm.agents import Agent
-from rl_ebm.checkpoint import RunError, load_state, save_state, save_tensors, write_text
+from rl_ebm.checkpoint import load_state, save_state
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import LISTED, Solution
+from rl_ebm.files import METRICS, POLICY, REPORT, STATE, RunError, own_files, write_text
 from rl_ebm.metrics import MetricsFile
+from rl_ebm.pace import Pace
 from rl_ebm.report_sampled import AnyReport
-from rl_ebm.runs import METRICS, POLICY, REPORT, STATE, forget_reports, load_weights
-from rl_ebm.tensorboard import EVENTS, Board
+from rl_ebm.runs import cut_back, load_weights, remove_parts
+from rl_ebm.saved_state import check_state
+from rl_ebm.stopping import Asked, stops_between_steps
+from rl_ebm.tensor_files import holds, save_tensors
+from rl_ebm.tensorboard import Board
 from rl_ebm.verify import logit_errors, verify
 
 MAX_EVALUATED = 2**17
 """more states than this are listed only when asked to: it would take longer than training"""
+SMALL = 2**20
+"""parameters below which a checkpoint, of up to 16 MB, is never put off"""
 SAMPLES = 100  # responses of target and policy each, along which it is verified then
 
 
@@ -43,7 +50,8 @@ class TrainConfig:
     eval_every: float | int = 5.0
     """seconds between two exact verifications, at least; never more than a tenth of the time"""
     checkpoint_every: float | int = 5.0
-    """seconds between two checkpoints"""
+    """seconds between two checkpoints, at least; longer where saving a large network would take
+    more than a tenth of the time"""
 
     def __post_init__(self) -> None:
         if self.steps is None and self.seconds is None:
@@ -130,22 +138,33 @@ class Trainer:
         Raises:
             NonFiniteError: a loss or gradient became NaN or infinite; the last good checkpoint
                 stays.
-            OSError: the files could not be written.
+            OSError, RunError: the files could not be written.
+            KeyboardInterrupt, Terminated: Ctrl-C or SIGTERM, after a checkpoint of what was done.
         """
-        self._open()
+        try:
+            self._open()
+            if self.run is None:
+                return self._train(Asked())
+            with stops_between_steps() as asked:
+                return self._train(asked)
+        finally:
+            self._close()
+
+    def _train(self, asked: Asked) -> AnyReport | None:
         started, before = time.monotonic(), self.seconds
-        checkpointed = time.monotonic()
         logged_step, logged_time, logged_tokens = self.step, started, int(self.tokens)
         # A run that goes on was looked at where it stopped.
         evaluated, evaluation = (-math.inf if self.saved_step is None else started), 0.0
         self.complete = False
         looked = self.step if self.saved_step is not None else -1
-        if self.saved_step is None:
-            self.save()
+        small = sum(p.numel() for p in self.agent.policy.parameters()) < SMALL
+        # Before an optimiser has stepped it has no moments: a third of what is saved later.
+        took = self.save() if self.saved_step is None else 0.0
+        pace = Pace(self.config.checkpoint_every, started, (took, 3 * took), small)
         bar = self._bar()
         metrics: dict[str, Tensor] = {}
         try:
-            while not self.finished:
+            while not self.finished and not asked:
                 now = time.monotonic()
                 due = now - evaluated >= max(self.config.eval_every, 9 * evaluation)
                 if self.evaluates and due and self.step != looked:
@@ -162,9 +181,11 @@ class Trainer:
                     self._log(metrics, speed, (self.step - logged_step))
                     logged_step, logged_time, logged_tokens = self.step, now, tokens
                     self._show(bar, metrics)
-                if now - checkpointed >= self.config.checkpoint_every:
-                    self.save()
-                    checkpointed = time.monotonic()
+                if pace.due(now):
+                    pace.did(now, now + self.save())
+            if asked and not self.finished:
+                self.save()
+                return self.report
             if self.evaluates:
                 self._evaluate(pictures=True)
                 self._show(bar, metrics)
@@ -177,7 +198,6 @@ class Trainer:
             self.save()
         finally:
             bar.close()
-            self._close()
         return self.report
 
     def _update(self) -> dict[str, Tensor]:
@@ -291,7 +311,7 @@ class Trainer:
             "tokens": int(self.tokens),
             "reward_calls": self.reward_calls,
             "complete": self.complete,
-            "kind": self._kind(),
+            "kind": self.kind(),
             "policy": self.agent.policy.state_dict(),
             "agent": self.agent.state_dict(),
             "generator": self.generator.get_state(),
@@ -299,21 +319,25 @@ class Trainer:
             "event_sizes": {} if self.board is None else self.board.positions(),
         }
 
-    def save(self) -> None:
-        """Write a checkpoint, then the policy's weights derived from it."""
+    def save(self) -> float:
+        """Write a checkpoint, then the policy's weights derived from it; the seconds it took."""
         if self.run is None:
-            return
+            return 0.0
+        began = time.monotonic()
         self.check_finite()
         save_state(self.run / STATE, self.state_dict())
         self.saved_step = self.step
-        self.save_policy()
+        save_tensors(self.run / POLICY, self.agent.policy.state_dict())
+        return time.monotonic() - began
 
-    def save_policy(self) -> None:
+    def restore_policy(self) -> None:
         """Write the policy's weights, where they are not those in the file already."""
         assert self.run is not None
-        save_tensors(self.run / POLICY, self.agent.policy.state_dict())
+        remove_parts(self.run)
+        if not holds(self.run / POLICY, weights := self.agent.policy.state_dict()):
+            save_tensors(self.run / POLICY, weights)
 
-    def _kind(self) -> str:
+    def kind(self) -> str:
         """Which agent and policy a checkpoint is of."""
         shapes = [tuple(p.shape) for p in self.agent.policy.parameters()]
         return f"{type(self.agent).__name__} {shapes}"
@@ -325,24 +349,21 @@ class Trainer:
             RunError: a damaged or foreign checkpoint.
         """
         assert self.run is not None
+        own_files(self.run)  # checked before anything is read or written
         path = self.run / STATE
         if not path.exists():
             return
-        state = load_state(path, self.ebm.device)
-        _check_state(path, state)
-        if state["kind"] != self._kind():
-            raise RunError(
-                f"{path} does not fit the run's configuration: it is of another agent or network"
-            )
         try:
+            state = load_state(path, self.ebm.device, partial(check_state, run=self))
             load_weights(self.agent.policy, state["policy"], path)
             self.agent.load_state_dict(state["agent"])
             # A generator's state lives on the CPU, whatever its device.
             self.generator.set_state(state["generator"].cpu())
-        except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
-            if isinstance(error, RunError):
-                raise
-            raise RunError(f"{path} does not fit the run's configuration ({error!r})") from None
+        except RunError:
+            raise
+        except (KeyError, TypeError, RuntimeError, ValueError, AttributeError, IndexError) as error:
+            reason = str(error) or repr(error)
+            raise RunError(f"{path} does not fit the run's configuration: {reason}") from None
         self.step, self.seconds = state["step"], float(state["seconds"])
         self.tokens.fill_(state["tokens"])
         self.reward_calls, self.complete = state["reward_calls"], state["complete"]
@@ -353,14 +374,7 @@ class Trainer:
         """Open the logs, cut back to the checkpoint."""
         if self.run is None:
             return
-        forget_reports(self.run)
-        for part in self.run.glob("*.part"):
-            part.unlink()  # of a write that was cut short
-        for path in self.run.glob(EVENTS):
-            if path.name in self.kept_events:
-                os.truncate(path, self.kept_events[path.name])
-            else:
-                path.unlink()  # begun after the checkpoint
+        cut_back(self.run, self.kept_events)
         self.metrics_file = MetricsFile(self.run / METRICS, self.kept_rows)
         resumed = self.saved_step is not None
         self.board = Board(self.run, int(self.tokens) if resumed else None)
@@ -372,29 +386,3 @@ class Trainer:
             self.board.close()
         if self.metrics_file is not None:
             self.metrics_file.close()
-
-
-_STATE = {
-    "step": int,
-    "seconds": (int, float),
-    "tokens": int,
-    "reward_calls": int,
-    "complete": bool,
-    "kind": str,
-    "policy": dict,
-    "agent": dict,
-    "generator": Tensor,
-    "metrics_rows": int,
-    "event_sizes": dict,
-}
-
-
-def _check_state(path: Path, state: Mapping[str, Any]) -> None:
-    for name, kind in _STATE.items():
-        value: Any = state.get(name)
-        negative = isinstance(value, (int, float)) and value < 0
-        if not isinstance(value, kind) or negative:  # type: ignore[arg-type]
-            raise RunError(f"{path} is damaged or no checkpoint of rl-ebm: its {name} is missing")
-    sizes = state["event_sizes"].items()
-    if not all(isinstance(name, str) and isinstance(size, int) for name, size in sizes):
-        raise RunError(f"{path} is damaged or no checkpoint of rl-ebm: its event_sizes are wrong")

@@ -20,8 +20,10 @@ ROOT = Path(rl_ebm.__file__).parent
 
 # From the bottom up. A name ending in "." is a package: a room for all modules below it.
 LAYERS = (
-    ("tokens", "tiles", "names", "intervals", "estimates", "version"),
-    ("prefix_tree", "soft_bellman", "backbone", "automata.", "mean_bounds"),
+    ("tokens", "tiles", "names", "intervals", "estimates", "pace", "stopping", "version"),
+    ("memory",),
+    ("files",),
+    ("lock", "tensor_files", "prefix_tree", "soft_bellman", "backbone", "automata.", "mean_bounds"),
     ("divergences", "bounds", "state_errors"),
     ("rewards.", "policies."),
     ("ebm",),
@@ -33,7 +35,8 @@ LAYERS = (
     ("verify_sampled",),
     ("verify",),
     ("checkpoint", "plots"),
-    ("metrics", "tensorboard", "runs"),
+    ("saved_state", "metrics", "tensorboard", "run_config"),
+    ("runs",),
     ("training",),
     ("train", "diagnose"),
     ("bench",),
@@ -41,6 +44,7 @@ LAYERS = (
     ("",),  # rl_ebm itself, the public face
     ("references",),
     ("flags", "options"),
+    ("exits",),
     ("cli",),
     ("__main__",),
 )

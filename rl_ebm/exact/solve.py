@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TypeVar
 
 import torch
@@ -16,6 +15,7 @@ from rl_ebm.exact.automaton import AutomatonSolution
 from rl_ebm.exact.backup import backup_leaves
 from rl_ebm.exact.base import Solution
 from rl_ebm.exact.solution import TreeSolution
+from rl_ebm.memory import free_bytes
 from rl_ebm.names import bytes_text, count_text
 from rl_ebm.policies.walk import walk
 from rl_ebm.rewards.base import check_values
@@ -232,14 +232,7 @@ def check_memory(ebm: EBM, memory: int | None = None) -> None:
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:  # not Linux: count all of the memory
-        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+    return free_bytes()
 
 
 def _hide(progress: bool | None) -> bool | None:

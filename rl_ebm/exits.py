@@ -1,0 +1,82 @@
+"""How a command ends: every error is one sentence and an exit code, also those of its output."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+
+import torch
+
+from rl_ebm.flags import fail
+from rl_ebm.names import bytes_text
+from rl_ebm.stopping import Terminated
+
+# What Python and torch say when a size is too large for the machine.
+_SIZES = re.compile("alloc|too large|overflow|out of memory", re.IGNORECASE)
+_STOPPED = "stopped; a run goes on with rl-ebm train --resume RUN"
+
+
+def exit_code(command: Callable[[], int]) -> int:
+    """Run a command; its own exit code, or 2 for wrong input, 130 and 143 where it was stopped,
+    141 where nobody reads its output any more.
+    """
+    try:
+        code = _told(command)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a full disk or a closed pipe can still be told
+        return code
+    except BrokenPipeError:  # whoever reads our output has seen enough
+        _be_silent()
+        return 141
+    except OSError as error:
+        _be_silent()
+        return fail(f"{error.strerror or error}: standard output")
+
+
+def out_of_memory(text: str) -> str:
+    """A sentence in the place of what an allocator says."""
+    asked = re.search(r"tried to allocate (\d+) bytes", text)
+    once = f": {bytes_text(int(asked[1]))} at once" if asked else ""
+    return f"not enough memory for these sizes{once}; make them smaller"
+
+
+def _told(command: Callable[[], int]) -> int:
+    try:
+        return command()
+    except Terminated as stop:
+        fail(_STOPPED)
+        return int(stop.code or 0)
+    except SystemExit as stop:  # help was printed
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        fail(_STOPPED)
+        return 130
+    except OSError as error:
+        if error.filename is None:
+            raise  # of standard output
+        return fail(f"{error.strerror or error}: {error.filename}")
+    except MemoryError as error:
+        return fail(str(error) or out_of_memory(""))
+    except torch.OutOfMemoryError as error:
+        return fail(out_of_memory(str(error)))
+    except (ValueError, TypeError) as error:
+        return fail(str(error))
+    except (RuntimeError, OverflowError) as error:
+        if not _SIZES.search(str(error)):
+            raise
+        return fail(out_of_memory(str(error)))
+
+
+def _be_silent() -> None:
+    """Let what is still to be printed vanish: nobody can read it."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(ValueError, AttributeError):  # closed, or none
+            try:
+                stream.flush()
+            except OSError:
+                os.dup2(null, stream.fileno())
+    os.close(null)

@@ -1,0 +1,54 @@
+"""How much memory this machine has left, asked before anything large is made."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rl_ebm.names import bytes_text
+
+_GROUP = Path("/sys/fs/cgroup")
+
+
+def free_bytes() -> int:
+    """Bytes of main memory that can still be taken: the machine's, or the container's if less."""
+    return min(_machine(), _container())
+
+
+def check_fits(need: int, what: str, advice: str) -> None:
+    """Check that something fits into the memory that is free.
+
+    Args:
+        need: bytes that it takes, at least.
+        what: the subject of the sentence, ``a network of these sizes`` say.
+        advice: what to do where it does not fit.
+
+    Raises:
+        ValueError: it does not; nothing has been taken.
+    """
+    free = free_bytes()
+    if need > free:
+        raise ValueError(
+            f"not enough memory: {what} needs {bytes_text(need)} and {bytes_text(free)} are free; "
+            f"{advice}"
+        )
+
+
+def _machine() -> int:
+    try:
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:  # not Linux: count all of the memory
+        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+
+
+def _container() -> int:
+    """What the control group leaves, version 2; a large number where it sets no limit."""
+    try:
+        most, used = ((_GROUP / f"memory.{x}").read_text().strip() for x in ("max", "current"))
+    except OSError:
+        return 2**63
+    return 2**63 if most == "max" else max(0, int(most) - int(used))

@@ -1,0 +1,167 @@
+"""Whether the outline of a checkpoint is that of the run that it is to go on with.
+
+Everything is compared with what the run has made anew from its configuration: the same names, the
+same kinds of values, the same shapes. Only what grows with training has room: moments of an
+optimiser that has not stepped yet, rows of a replay that is empty yet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rl_ebm.checkpoint import Stored
+from rl_ebm.files import STATE, RunError
+
+_ADAM = {"step", "exp_avg", "exp_avg_sq"}
+
+
+class MisfitError(ValueError):
+    """What of a checkpoint is not as the run has it."""
+
+
+_STATE = {
+    "step": int,
+    "seconds": (int, float),
+    "tokens": int,
+    "reward_calls": int,
+    "complete": bool,
+    "kind": str,
+    "policy": dict,
+    "agent": dict,
+    "generator": Stored,
+    "metrics_rows": int,
+    "event_sizes": dict,
+}
+
+
+def check_state(saved: dict[str, Any], run: Any) -> None:
+    """Check a whole checkpoint.
+
+    Args:
+        saved: the checkpoint, with a :class:`Stored` in the place of each tensor.
+        run: the Trainer that is to go on with it, before its first step.
+
+    Raises:
+        RunError: it is damaged, or of another run.
+    """
+    try:
+        _check_parts(saved, run.generator.get_state())
+        if saved["kind"] != run.kind():
+            raise MisfitError("it is of another agent or network")
+        _check_like(saved["policy"], dict(run.agent.policy.state_dict()), "policy", None)
+        optimizer = getattr(run.agent.learner, "optimizer", None)
+        _check_like(saved["agent"], dict(run.agent.state_dict()), "agent", optimizer)
+    except MisfitError as error:
+        raise RunError(
+            f"{run.run / STATE} is damaged or does not fit the run's configuration: {error}"
+        ) from None
+
+
+def _check_parts(saved: Mapping[str, Any], generator: Tensor) -> None:
+    for name, kind in _STATE.items():
+        value: Any = saved.get(name)
+        number = isinstance(value, (int, float)) and kind is not bool
+        wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)  # type: ignore[arg-type]
+        if wrong or (number and not 0 <= value < 2**62):
+            raise MisfitError(f"its {name} is missing")
+    sizes = saved["event_sizes"].items()
+    if not all(isinstance(n, str) and type(size) is int and size >= 0 for n, size in sizes):
+        raise MisfitError("its event_sizes are wrong")
+    _check_tensor(saved["generator"], generator, tuple(generator.shape), "generator")
+
+
+def _check_like(saved: Any, fresh: Any, path: str, optimizer: Any) -> None:
+    if isinstance(fresh, dict) and fresh:
+        _check_dict(saved, fresh, path, optimizer)
+    elif isinstance(fresh, (list, tuple)) and fresh:
+        if not isinstance(saved, (list, tuple)) or len(saved) != len(fresh):
+            raise MisfitError(f"{path} is no list of {len(fresh)}")
+        for i, (x, y) in enumerate(zip(saved, fresh, strict=True)):
+            _check_like(x, y, f"{path}[{i}]", optimizer)
+    elif isinstance(fresh, Tensor):
+        rows = saved.shape[:1] if isinstance(saved, Stored) and fresh.shape[:1] == (0,) else ()
+        _check_tensor(saved, fresh, (*rows, *fresh.shape[len(rows) :]), path)
+    elif isinstance(fresh, (dict, list, tuple)):  # empty: what it will hold is not known
+        if type(saved) is not type(fresh):
+            raise MisfitError(f"{path} is of the wrong kind")
+    elif fresh is not None and not _same_kind(saved, fresh):
+        raise MisfitError(f"{path} is of the wrong kind")
+
+
+def _check_dict(saved: Any, fresh: dict[Any, Any], path: str, optimizer: Any) -> None:
+    if not isinstance(saved, dict) or saved.keys() != fresh.keys():
+        others = set(map(str, saved)) ^ set(map(str, fresh)) if isinstance(saved, dict) else {"all"}
+        raise MisfitError(f"of {path} these are missing or too many: {', '.join(sorted(others))}")
+    if fresh.keys() == {"state", "param_groups"}:
+        _check_optimizer(saved, fresh, path, optimizer)
+        return
+    for name, value in fresh.items():
+        _check_like(saved[name], value, f"{path}.{name}", optimizer)
+
+
+def _check_tensor(saved: Any, like: Tensor, shape: tuple[int, ...], path: str) -> None:
+    if not isinstance(saved, Stored) or saved.dtype != like.dtype or saved.shape != shape:
+        what = f"{saved.dtype} {saved.shape}" if isinstance(saved, Stored) else "no tensor"
+        raise MisfitError(f"{path} is {what}, expected {like.dtype} {tuple(shape)}")
+
+
+def _same_kind(saved: Any, fresh: Any) -> bool:
+    if isinstance(fresh, bool) or isinstance(saved, bool) or not isinstance(fresh, (int, float)):
+        return type(saved) is type(fresh)
+    if isinstance(fresh, int):
+        return isinstance(saved, int) and abs(saved) < 2**63
+    return isinstance(saved, (int, float))
+
+
+# Optimisers ---------------------------------------------------------------------------------------
+
+
+def _check_optimizer(
+    saved: dict[str, Any], fresh: dict[str, Any], path: str, optimizer: Any
+) -> None:
+    groups = saved["param_groups"]
+    if not isinstance(groups, list) or len(groups) != len(fresh["param_groups"]):
+        raise MisfitError(f"{path}.param_groups is no list of {len(fresh['param_groups'])}")
+    for i, (x, y) in enumerate(zip(groups, fresh["param_groups"], strict=True)):
+        _check_group(x, y, f"{path}.param_groups[{i}]")
+    if not isinstance(saved["state"], dict):
+        raise MisfitError(f"{path}.state is of the wrong kind")
+    numbers = [number for group in fresh["param_groups"] for number in group["params"]]
+    groups = [] if optimizer is None else optimizer.param_groups
+    parameters = [p for group in groups for p in group["params"]]
+    known = len(parameters) == len(numbers)
+    for number, moments in saved["state"].items():
+        where = f"{path}.state[{number!r}]"
+        if number not in numbers or not isinstance(moments, dict):
+            raise MisfitError(f"{where} belongs to no parameter")
+        if isinstance(optimizer, torch.optim.Adam) and moments.keys() != _ADAM:
+            raise MisfitError(f"{where} has {sorted(map(str, moments))}, expected {sorted(_ADAM)}")
+        if known:
+            _check_moments(moments, parameters[numbers.index(number)], where)
+
+
+def _check_group(saved: Any, fresh: dict[str, Any], path: str) -> None:
+    """Only the learning rate moves; what another version of torch adds or lacks may differ."""
+    if not isinstance(saved, dict) or saved.get("params") != fresh["params"]:
+        raise MisfitError(f"{path} has other parameters")
+    lr = saved.get("lr")
+    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 <= lr < math.inf:
+        raise MisfitError(f"{path} has no learning rate")
+    for name in fresh.keys() - {"params", "lr"}:
+        if name in saved and (isinstance(saved[name], Stored) or saved[name] != fresh[name]):
+            raise MisfitError(f"{path} has another {name}")
+
+
+def _check_moments(moments: dict[Any, Any], parameter: Tensor, path: str) -> None:
+    for name, value in moments.items():
+        if name == "step":
+            _check_tensor(value, torch.zeros(()), (), f"{path}.step")
+        elif isinstance(value, Stored):
+            _check_tensor(value, parameter, tuple(parameter.shape), f"{path}.{name}")
+        elif name in _ADAM:
+            raise MisfitError(f"{path}.{name} is no tensor")
