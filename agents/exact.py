@@ -11,7 +11,7 @@ infinite data. What an agent that samples can at best reach.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rl_ebm import divergences
 from rl_ebm.agents.learner import Learner, check_rates
+from rl_ebm.agents.option_types import check_types
 from rl_ebm.ebm import EBM
 from rl_ebm.names import count_text
 from rl_ebm.policies.scoring import Policy, Trainable, tree_q_values
@@ -30,7 +31,7 @@ from rl_ebm.tokens import Batch, TokenSpace
 class ExactConfig:
     """Options of the agent ``exact``."""
 
-    direction: str = "forward"
+    direction: Literal["forward", "reverse"] = "forward"
     """"forward" minimises KL(target, policy), "reverse" KL(policy, target)"""
     lr: float | int = 1e-2
     """peak learning rate of Adam"""
@@ -38,9 +39,8 @@ class ExactConfig:
     """gradients are clipped to this norm"""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_rates(self.lr, self.max_grad_norm)
-        if self.direction not in ("forward", "reverse"):
-            raise ValueError(f"direction must be 'forward' or 'reverse', got {self.direction!r}")
 
 
 def exact_loss(

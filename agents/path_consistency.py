@@ -87,7 +87,7 @@ def path_consistency_loss(
     k = place - place[:, None]  # j - i
     weight = torch.where(k > 0, float(lam) ** k.clamp(min=0).to(v.dtype), 0.0)
     if longest is not None:
-        weight = weight.masked_fill(k > longest, 0.0)
+        weight = weight.masked_fill(k > min(longest, steps), 0.0)
     real = (place <= lengths[:, None]).to(v.dtype)
     weight = weight * real[:, None, :]  # j is at most the end, and i before it
     squares = (h[:, :, None] - h[:, None, :]).square()

@@ -37,8 +37,8 @@ class PPOConfig(PenaltyOptions):
         super().__post_init__()
         if not 0 < self.clip < 1:
             raise ValueError(f"clip must be in (0, 1), got {self.clip}")
-        if self.epochs < 1:
-            raise ValueError(f"epochs must be >= 1, got {self.epochs}")
+        if not 1 <= self.epochs <= 1000:
+            raise ValueError(f"epochs must be >= 1 and at most 1000, got {self.epochs}")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ class PPOAgent(OnPolicyAgent):
     @property
     def epochs(self) -> int:
         """Gradient steps on each batch."""
-        return int(self.config.epochs)
+        epochs: int = self.config.epochs
+        return epochs
 
     def loss(
         self,

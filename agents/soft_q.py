@@ -85,6 +85,7 @@ def n_step_returns(
 ) -> Float[Tensor, "B T"]:
     """G_t of the module's docstring; 0 past the end. Arguments as :func:`lambda_returns`."""
     steps = r.shape[1]
+    n = min(n, steps)  # no response goes on longer
     real = length_mask(lengths, steps)
     v, soft = v.masked_fill(~real, 0.0), (r - log_pi).masked_fill(~real, 0.0)
     zeros = r.new_zeros(len(r), n)  # past the end nothing is paid and V is 0

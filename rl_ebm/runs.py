@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rl_ebm.agents import AgentEntry, entry_of_run, make_options
 from rl_ebm.automata import from_tensors, to_tensors
 from rl_ebm.backbone import TransformerConfig
 from rl_ebm.checkpoint import RunError, load_tensors, save_tensors, write_text
@@ -221,6 +222,22 @@ def read_config(run: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or any(part not in config for part in parts):
         raise RunError(f"{run / CONFIG} is not the configuration of an rl-ebm run")
     return config
+
+
+def agent_of_run(config: dict[str, Any]) -> tuple[AgentEntry, Any]:
+    """The agent of a run, and its options.
+
+    Raises:
+        RunError: an agent that this process does not know, or options that it does not have.
+    """
+    agent = config["agent"]
+    if not isinstance(agent, dict) or "name" not in agent or "options" not in agent:
+        raise RunError(f"{CONFIG} names no agent and options: it is damaged")
+    try:
+        entry = entry_of_run(agent["name"])
+        return entry, make_options(agent["name"], entry, agent["options"])
+    except ValueError as error:
+        raise RunError(str(error)) from None
 
 
 @contextmanager
