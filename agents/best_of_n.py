@@ -10,7 +10,6 @@ arXiv 2312.06585) the step is repeated on its own result, and ends at the best r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -20,11 +19,12 @@ from torch.nn import functional as F
 
 from rl_ebm.agents.imitation import ImitationAgent, ImitationOptions
 from rl_ebm.agents.learner import draw_prompts
+from rl_ebm.agents.option_types import checked_options
 from rl_ebm.fixed_points import FixedPoint, Problem, best_of_n, best_response
 from rl_ebm.tokens import Batch
 
 
-@dataclass(frozen=True)
+@checked_options
 class BestOfNConfig(ImitationOptions):
     """Options of the agent ``best-of-n``."""
 

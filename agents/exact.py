@@ -10,7 +10,6 @@ infinite data. What an agent that samples can at best reach.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from rl_ebm import divergences
 from rl_ebm.agents.learner import Learner, check_rates
-from rl_ebm.agents.option_types import check_types
+from rl_ebm.agents.option_types import checked_options
 from rl_ebm.ebm import EBM
 from rl_ebm.names import count_text
 from rl_ebm.policies.scoring import Policy, Trainable, tree_q_values
@@ -27,7 +26,7 @@ from rl_ebm.soft_bellman import log_policy
 from rl_ebm.tokens import Batch, TokenSpace
 
 
-@dataclass(frozen=True)
+@checked_options
 class ExactConfig:
     """Options of the agent ``exact``."""
 
@@ -39,7 +38,6 @@ class ExactConfig:
     """gradients are clipped to this norm"""
 
     def __post_init__(self) -> None:
-        check_types(self)
         check_rates(self.lr, self.max_grad_norm)
 
 

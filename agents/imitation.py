@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from rl_ebm.agents.account import Behaviour
 from rl_ebm.agents.learner import Learner, check_batch_size, check_rates, draw_prompts
-from rl_ebm.agents.option_types import check_types
+from rl_ebm.agents.option_types import checked_options
 from rl_ebm.ebm import EBM
 from rl_ebm.policies.scoring import Policy, Trainable, q_values, sample
 from rl_ebm.policies.tabular import Uniform
@@ -19,7 +18,7 @@ from rl_ebm.soft_bellman import log_policy, sequence_log_prob
 from rl_ebm.tokens import Batch
 
 
-@dataclass(frozen=True)
+@checked_options
 class ImitationOptions:
     """Options of every agent that imitates responses."""
 
@@ -31,7 +30,6 @@ class ImitationOptions:
     """gradients are clipped to this norm"""
 
     def __post_init__(self) -> None:
-        check_types(self)
         check_rates(self.lr, self.max_grad_norm)
         check_batch_size("batch_size", self.batch_size)
 

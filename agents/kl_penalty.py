@@ -12,7 +12,6 @@ the loss (its own gradient counts, not that of the draws): what each ends at is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -21,12 +20,13 @@ from torch import Tensor
 
 from rl_ebm.agents.learner import group_ids
 from rl_ebm.agents.on_policy import OnPolicyOptions, trained_on
+from rl_ebm.agents.option_types import checked_options
 from rl_ebm.divergences import KL_TERMS
 from rl_ebm.fixed_points import FixedPoint, Penalty, Problem, penalised, penalised_in_groups
 from rl_ebm.tokens import length_mask
 
 
-@dataclass(frozen=True)
+@checked_options
 class PenaltyOptions(OnPolicyOptions):
     """Options of every policy gradient."""
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -31,6 +30,7 @@ from torch.nn import functional as F
 from rl_ebm.agents.kl_penalty import centred
 from rl_ebm.agents.learner import group_ids, log_mean_exp
 from rl_ebm.agents.on_policy import OnPolicyAgent, OnPolicyOptions, trained_on
+from rl_ebm.agents.option_types import checked_options
 from rl_ebm.ebm import EBM
 from rl_ebm.fixed_points import FixedPoint, Problem, target
 from rl_ebm.policies.scoring import Policy, Trainable
@@ -48,7 +48,7 @@ SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
 """f'(exp u) of each divergence"""
 
 
-@dataclass(frozen=True)
+@checked_options
 class MatchingConfig(OnPolicyOptions):
     """Options of the agent ``dpg``."""
 

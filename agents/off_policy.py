@@ -8,7 +8,6 @@ How responses were drawn, by temperature or by epsilon, is never part of a log p
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from rl_ebm.agents.learner import (
     draw_prompts,
     immediate_log_weights,
 )
-from rl_ebm.agents.option_types import check_types
+from rl_ebm.agents.option_types import checked_options
 from rl_ebm.agents.replay import Replay
 from rl_ebm.ebm import EBM
 from rl_ebm.fixed_points import FixedPoint, Problem, forbids, law_of, stand_ins, target
@@ -33,7 +32,7 @@ from rl_ebm.policies.tabular import Uniform
 from rl_ebm.tokens import Batch
 
 
-@dataclass(frozen=True)
+@checked_options
 class OffPolicyOptions:
     """Options of every agent that learns from anybody's responses."""
 
@@ -59,7 +58,6 @@ class OffPolicyOptions:
     """log-weight trained on in the place of -inf, nats"""
 
     def __post_init__(self) -> None:
-        check_types(self)
         check_rates(self.lr, self.max_grad_norm)
         check_batch_size("batch_size", self.batch_size)
         for name in ("explore", "epsilon", "anneal"):

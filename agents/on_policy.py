@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from rl_ebm.agents.learner import (
     log_ref_and_gain,
     token_values,
 )
-from rl_ebm.agents.option_types import check_types
+from rl_ebm.agents.option_types import checked_options
 from rl_ebm.ebm import EBM
 from rl_ebm.fixed_points import Problem, forbids, law_of, stand_ins
 from rl_ebm.policies.scoring import Policy, Trainable, q_values, sample
@@ -32,7 +32,7 @@ GROUP = 8
 """responses to a prompt in a step, at least, where no size of the groups is given"""
 
 
-@dataclass(frozen=True)
+@checked_options
 class OnPolicyOptions:
     """Options of every agent that learns from its policy's own responses."""
 
@@ -49,7 +49,6 @@ class OnPolicyOptions:
     """log-weight trained on in the place of -inf, nats"""
 
     def __post_init__(self) -> None:
-        check_types(self)
         check_rates(self.lr, self.max_grad_norm)
         check_group_size(self.group_size, self.batch_size)
         check_batch_size("batch_size", self.batch_size)

@@ -13,7 +13,6 @@ teacher's: with the exact solution as the teacher, at the EBM.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 from rl_ebm import divergences
 from rl_ebm.agents.account import Behaviour
 from rl_ebm.agents.imitation import ImitationAgent, ImitationOptions, given
+from rl_ebm.agents.option_types import checked_options
 from rl_ebm.policies.scoring import Policy, q_values, sample
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.tokens import Batch, length_mask
@@ -34,7 +34,7 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@dataclass(frozen=True)
+@checked_options
 class OnPolicyDistillationConfig(ImitationOptions):
     """Options of the agent ``on-policy-distillation``."""
 

@@ -17,20 +17,19 @@ arXiv 2209.12782, Eq. 8) has these weights, with the flow log F(s) = V(s); detai
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from rl_ebm.agents.learner import token_values
 from rl_ebm.agents.off_policy import OffPolicyAgent, OffPolicyOptions
+from rl_ebm.agents.option_types import checked_options
 from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import log_policy, soft_value
 from rl_ebm.tokens import Batch, length_mask
 
 
-@dataclass(frozen=True)
+@checked_options
 class PathConsistencyConfig(OffPolicyOptions):
     """Options of the agents ``path-consistency``, ``subtb`` and ``detailed-balance``."""
 
@@ -47,7 +46,7 @@ class PathConsistencyConfig(OffPolicyOptions):
             raise ValueError(f"longest must be >= 1, or None for no limit, got {self.longest}")
 
 
-@dataclass(frozen=True)
+@checked_options
 class SubTBConfig(PathConsistencyConfig):
     """Options of the agent ``subtb``."""
 
@@ -55,7 +54,7 @@ class SubTBConfig(PathConsistencyConfig):
     """weight of a sub-trajectory by its length k: lam^k"""
 
 
-@dataclass(frozen=True)
+@checked_options
 class DetailedBalanceConfig(PathConsistencyConfig):
     """Options of the agent ``detailed-balance``."""
 

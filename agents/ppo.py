@@ -12,7 +12,6 @@ step on a batch is the plain policy gradient, so that a fixed point is one of th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -21,10 +20,11 @@ from torch import Tensor
 
 from rl_ebm.agents.kl_penalty import PenaltyOptions, advantages, kl_terms, token_weights
 from rl_ebm.agents.on_policy import OnPolicyAgent
+from rl_ebm.agents.option_types import checked_options
 from rl_ebm.tokens import Batch
 
 
-@dataclass(frozen=True)
+@checked_options
 class PPOConfig(PenaltyOptions):
     """Options of the agents ``ppo`` and ``grpo``."""
 
@@ -41,7 +41,7 @@ class PPOConfig(PenaltyOptions):
             raise ValueError(f"epochs must be >= 1 and at most 1000, got {self.epochs}")
 
 
-@dataclass(frozen=True)
+@checked_options
 class GRPOConfig(PPOConfig):
     """Options of the agent ``grpo``."""
 

@@ -19,7 +19,6 @@ With proposals of the policy ``sir`` is reweighted wake-sleep (Bornschein and Be
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from rl_ebm.agents.imitation import ImitationAgent, ImitationOptions
 from rl_ebm.agents.learner import check_group_size, draw_groups, group_ids, token_values
+from rl_ebm.agents.option_types import checked_options
 from rl_ebm.agents.replay import columns
 from rl_ebm.fixed_points import FixedPoint, Problem, resampled_law, target
 from rl_ebm.policies.scoring import q_values
@@ -38,7 +38,7 @@ GROUP = 8
 """proposals to a prompt in a step, at least, where no size of the groups is given"""
 
 
-@dataclass(frozen=True)
+@checked_options
 class SampledTeacherConfig(ImitationOptions):
     """Options of the agent ``sampled-teacher``."""
 

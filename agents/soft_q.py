@@ -16,7 +16,6 @@ form of path consistency (Nachum et al. 2017, arXiv 1702.08892, Eq. 15), and the
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,13 +24,14 @@ from torch import Tensor
 
 from rl_ebm.agents.learner import token_values
 from rl_ebm.agents.off_policy import OffPolicyAgent, OffPolicyOptions
+from rl_ebm.agents.option_types import checked_options
 from rl_ebm.ebm import EBM
 from rl_ebm.policies.scoring import Policy, Trainable, q_values
 from rl_ebm.soft_bellman import gather_tokens, log_policy, soft_value
 from rl_ebm.tokens import Batch, length_mask
 
 
-@dataclass(frozen=True)
+@checked_options
 class SoftQConfig(OffPolicyOptions):
     """Options of the agent ``soft-q``."""
 

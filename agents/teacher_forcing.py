@@ -8,14 +8,13 @@ p* for the exact solution.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from rl_ebm.agents.account import Behaviour
 from rl_ebm.agents.imitation import ImitationAgent, ImitationOptions, given
+from rl_ebm.agents.option_types import checked_options
 from rl_ebm.policies.scoring import Policy
 
 
-@dataclass(frozen=True)
+@checked_options
 class TeacherForcingConfig(ImitationOptions):
     """Options of the agent ``teacher-forcing``."""
 

@@ -13,7 +13,6 @@ language models.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from rl_ebm.agents.learner import check_group_size, draw_groups, group_ids
 from rl_ebm.agents.off_policy import OffPolicyAgent, OffPolicyOptions
+from rl_ebm.agents.option_types import checked_options
 from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import log_policy, sequence_log_prob
 from rl_ebm.tokens import Batch
@@ -30,7 +30,7 @@ GROUP = 4
 """responses to a prompt in a step, at least, where they share a log Z and no size is given"""
 
 
-@dataclass(frozen=True)
+@checked_options
 class TrajectoryBalanceConfig(OffPolicyOptions):
     """Options of the agents ``trajectory-balance`` and ``vargrad``."""
 
@@ -55,7 +55,7 @@ class TrajectoryBalanceConfig(OffPolicyOptions):
             )
 
 
-@dataclass(frozen=True)
+@checked_options
 class VarGradConfig(TrajectoryBalanceConfig):
     """Options of the agent ``vargrad``."""
 

@@ -73,19 +73,21 @@ def group_advantages(
 ) -> Float[Tensor, "N"]:
     """Expected (g(y) - mean) / std of a response in a group with size - 1 others from a law.
 
-    Sums over every multiset of others: C(N + size - 2, size - 1) of them.
+    Sums over every multiset of the others' values: C(V + size - 2, size - 1) of V values.
     """
-    others = multisets(len(g), size - 1)
-    log_p = torch.where(others > 0, others * log_law, 0.0).sum(1)
+    values, place = g.unique(return_inverse=True)
+    p = torch.zeros_like(values).index_add(0, place, log_law.exp())
+    others = multisets(len(values), size - 1)
+    log_p = torch.where(others > 0, others * p.log(), 0.0).sum(1)
     log_p = log_p + math.lgamma(size) - torch.lgamma(others + 1).sum(1)
-    total, square = others @ g, others @ g.square()
+    total, square = others @ values, others @ values.square()
     found = []
-    for value in g:
+    for value in values:
         mean = (total + value) / size
         variance = ((square + value.square()) / size - mean.square()).clamp(min=0.0)
         std = (variance * size / (size - 1)).sqrt()
         found.append((log_p.exp() * (value - mean) / (std + epsilon)).sum())
-    return torch.stack(found)
+    return torch.stack(found)[place]
 
 
 def group_fixed_point(
@@ -108,7 +110,9 @@ def group_fixed_point(
     Raises:
         RuntimeError: the iteration does not settle.
     """
-    g, law = problem.g_responses, problem.start_law
+    law = problem.start_law
+    # What is never drawn adds no value of its own.
+    g = torch.where(problem.allowed, problem.g_responses, problem.g_responses[problem.allowed][0])
     for _ in range(iterations):
         case = problem.with_returns(group_advantages(law, g, size) / problem.beta)
         new = (
@@ -138,7 +142,7 @@ def penalised_in_groups(problem: Problem, penalty: Penalty, size: int, own: bool
         # In the reward the EBM has equal returns in every group; in the loss the best response
         # is above the mean of every group, as in large ones.
         return penalised(problem, penalty)
-    n = int(problem.allowed.sum())
+    n = len(problem.g_responses[problem.allowed].unique())
     if penalty.place == "reward" or math.comb(n + size - 2, size - 1) * n > MOST:
         return FixedPoint(None, None, f"not computed for groups of {size}", sampler=True)
     try:
