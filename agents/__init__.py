@@ -2,7 +2,9 @@
 
 An agent has a ``policy``, ``sample() -> Batch | None`` (the responses that it wants next),
 ``update(batch, progress) -> metrics`` (one gradient step on scored responses) and
-``state_dict`` / ``load_state_dict``. It touches no environment, file, clock or writer.
+``state_dict`` / ``load_state_dict``. It touches no environment, file, clock or writer. What it
+converges to stands in its entry: of responses, groups and proposals without end, but for a size
+that is given, and with the exact solution as its teacher.
 """
 
 from __future__ import annotations
@@ -10,19 +12,19 @@ from __future__ import annotations
 if __name__ == "agents":
     raise ImportError("import rl_ebm.agents: by its bare name it would be a second copy of it")
 
-from collections.abc import Callable
 from itertools import product
-from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from torch import Tensor
-
+from rl_ebm.agents.account import Behaviour, behaviour, learned_log_z
 from rl_ebm.agents.best_of_n import BestOfNAgent, BestOfNConfig
 from rl_ebm.agents.best_of_n import fixed_point as best_of_n_fixed_point
 from rl_ebm.agents.exact import ExactAgent, ExactConfig
 from rl_ebm.agents.kl_penalty import fixed_point as penalised_fixed_point
 from rl_ebm.agents.matching import SLOPES, MatchingAgent, MatchingConfig
+from rl_ebm.agents.matching import fixed_point as matching_fixed_point
 from rl_ebm.agents.monte_carlo import MonteCarloAgent, MonteCarloConfig
 from rl_ebm.agents.monte_carlo import fixed_point as monte_carlo_fixed_point
+from rl_ebm.agents.names import meant
+from rl_ebm.agents.off_policy import fixed_point as off_policy_fixed_point
 from rl_ebm.agents.on_policy_distillation import (
     OnPolicyDistillationAgent,
     OnPolicyDistillationConfig,
@@ -37,7 +39,17 @@ from rl_ebm.agents.path_consistency import (
 )
 from rl_ebm.agents.policy_gradient import PolicyGradientAgent, PolicyGradientConfig
 from rl_ebm.agents.ppo import GRPOAgent, GRPOConfig, PPOAgent, PPOConfig
+from rl_ebm.agents.registry import (
+    AGENTS,
+    Agent,
+    AgentEntry,
+    entry_of,
+    entry_of_run,
+    make_options,
+    register,
+)
 from rl_ebm.agents.sampled_teacher import SampledTeacherAgent, SampledTeacherConfig
+from rl_ebm.agents.sampled_teacher import fixed_point as sampled_teacher_fixed_point
 from rl_ebm.agents.soft_q import SoftQAgent, SoftQConfig
 from rl_ebm.agents.teacher_forcing import TeacherForcingAgent, TeacherForcingConfig
 from rl_ebm.agents.trajectory_balance import (
@@ -46,44 +58,7 @@ from rl_ebm.agents.trajectory_balance import (
     VarGradAgent,
     VarGradConfig,
 )
-from rl_ebm.fixed_points import FixedPoint, Problem, target
-from rl_ebm.policies import Trainable
-from rl_ebm.tokens import Batch
-
-
-@runtime_checkable
-class Agent(Protocol):
-    """What the training loop needs of an agent."""
-
-    policy: Trainable
-    logits_are_values: bool
-    learner: Any
-
-    def sample(self) -> Batch | None: ...
-
-    def update(self, batch: Any, progress: float = 0.0) -> dict[str, Tensor]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class AgentEntry(NamedTuple):
-    """An agent by name: its class, its options, what it does, where it is from.
-
-    ``fixed_point(config, problem)`` is what its expected gradient converges to, and
-    ``variants`` are the options by which that differs: ``rl-ebm audit`` lists them.
-    """
-
-    agent: Any
-    config: Any
-    summary: str
-    paper: str
-    needs_teacher: bool = False
-    needs_reward: bool = True
-    fixed_point: Callable[[Any, Problem], FixedPoint] = target
-    variants: tuple[dict[str, str], ...] = ({},)
-
+from rl_ebm.fixed_points import target
 
 PENALTIES = tuple(
     {"kl_estimator": k, "kl_in": place, "kl_level": level, "advantage": advantage}
@@ -93,42 +68,48 @@ PENALTIES = tuple(
 )
 """options of a policy gradient that move its fixed point"""
 
-AGENTS = {
+BUILT_IN = {
     "soft-q": AgentEntry(
         SoftQAgent,
         SoftQConfig,
         "soft Q-learning on sequences: logits regress on soft lambda- or n-step returns",
         "Haarnoja et al. 2017, arXiv 1702.08165",
+        fixed_point=off_policy_fixed_point,
     ),
     "path-consistency": AgentEntry(
         PathConsistencyAgent,
         PathConsistencyConfig,
         "path consistency (PCL): squared soft Bellman residuals of all sub-trajectories",
         "Nachum et al. 2017, arXiv 1702.08892",
+        fixed_point=off_policy_fixed_point,
     ),
     "subtb": AgentEntry(
         SubTBAgent,
         SubTBConfig,
         "sub-trajectory balance, weights lambda^length, with V = logsumexp q as the flow",
         "Madan et al. 2023, arXiv 2209.12782",
+        fixed_point=off_policy_fixed_point,
     ),
     "detailed-balance": AgentEntry(
         DetailedBalanceAgent,
         DetailedBalanceConfig,
         "detailed balance with V = logsumexp q: the squared one-step soft Bellman residual",
         "Bengio et al. 2023, arXiv 2111.09266",
+        fixed_point=off_policy_fixed_point,
     ),
     "trajectory-balance": AgentEntry(
         TrajectoryBalanceAgent,
         TrajectoryBalanceConfig,
         "trajectory balance with a learned log Z for each prompt",
         "Malkin et al. 2022, arXiv 2201.13259",
+        fixed_point=off_policy_fixed_point,
     ),
     "vargrad": AgentEntry(
         VarGradAgent,
         VarGradConfig,
         "variance of the log-ratio over a batch: trajectory balance with the batch's log Z",
         "Richter et al. 2020, arXiv 2010.10436",
+        fixed_point=off_policy_fixed_point,
     ),
     "monte-carlo": AgentEntry(
         MonteCarloAgent,
@@ -166,6 +147,7 @@ AGENTS = {
         MatchingConfig,
         "distribution matching (DPG, GDC, f-DPG): an f-divergence by policy gradient",
         "Go et al. 2023, arXiv 2302.08215",
+        fixed_point=matching_fixed_point,
         variants=tuple({"divergence": name} for name in SLOPES),
     ),
     "best-of-n": AgentEntry(
@@ -181,6 +163,7 @@ AGENTS = {
         SampledTeacherConfig,
         "teacher forcing on samples made without a solution: resampled proposals, or MCMC",
         "Bornschein and Bengio 2015, arXiv 1406.2751",
+        fixed_point=sampled_teacher_fixed_point,
         variants=({"method": "sir"}, {"method": "mcmc"}),
     ),
     "on-policy-distillation": AgentEntry(
@@ -190,6 +173,7 @@ AGENTS = {
         "Agarwal et al. 2024, arXiv 2306.13649",
         needs_teacher=True,
         needs_reward=False,
+        fixed_point=target,
         variants=tuple({"divergence": name} for name in ("forward", "reverse", "js")),
     ),
     "teacher-forcing": AgentEntry(
@@ -199,6 +183,7 @@ AGENTS = {
         "Blondel et al. 2025, arXiv 2512.15605, Prop. 2",
         needs_teacher=True,
         needs_reward=False,
+        fixed_point=target,
     ),
     "exact": AgentEntry(
         ExactAgent,
@@ -207,13 +192,17 @@ AGENTS = {
         "Blondel et al. 2025, arXiv 2512.15605, Eq. (2)",
         needs_teacher=True,
         needs_reward=False,
+        fixed_point=target,
     ),
 }
+
+AGENTS.update(BUILT_IN)
 
 __all__ = [
     "AGENTS",
     "Agent",
     "AgentEntry",
+    "Behaviour",
     "BestOfNAgent",
     "BestOfNConfig",
     "DetailedBalanceAgent",
@@ -246,4 +235,11 @@ __all__ = [
     "TrajectoryBalanceConfig",
     "VarGradAgent",
     "VarGradConfig",
+    "behaviour",
+    "entry_of",
+    "entry_of_run",
+    "learned_log_z",
+    "make_options",
+    "meant",
+    "register",
 ]

@@ -10,21 +10,21 @@ arXiv 2312.06585) the step is repeated on its own result, and ends at the best r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
 from rl_ebm.agents.imitation import ImitationAgent, ImitationOptions
 from rl_ebm.agents.learner import draw_prompts
+from rl_ebm.agents.option_types import checked_options
 from rl_ebm.fixed_points import FixedPoint, Problem, best_of_n, best_response
 from rl_ebm.tokens import Batch
 
 
-@dataclass(frozen=True)
+@checked_options
 class BestOfNConfig(ImitationOptions):
     """Options of the agent ``best-of-n``."""
 
@@ -37,8 +37,6 @@ class BestOfNConfig(ImitationOptions):
         super().__post_init__()
         if not 1 <= self.n <= self.batch_size:
             raise ValueError(f"n must be in [1, batch_size={self.batch_size}], got {self.n}")
-        if self.source not in ("reference", "policy"):
-            raise ValueError(f"source must be 'reference' or 'policy', got {self.source!r}")
 
 
 def best_of_groups(reward: Float[Tensor, "B"], n: int) -> Int64[Tensor, "G"]:
@@ -71,3 +69,7 @@ class BestOfNAgent(ImitationAgent):
         """The best of every group of n rows."""
         rows = best_of_groups(batch.rewards(), self.config.n)
         return batch.take(rows)
+
+    def counts(self, batch: Batch) -> Bool[Tensor, "B"] | None:
+        """A group that has impossible responses alone has no best one."""
+        return ~torch.isneginf(batch.rewards())

@@ -10,8 +10,7 @@ infinite data. What an agent that samples can at best reach.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from rl_ebm import divergences
 from rl_ebm.agents.learner import Learner, check_rates
+from rl_ebm.agents.option_types import checked_options
 from rl_ebm.ebm import EBM
 from rl_ebm.names import count_text
 from rl_ebm.policies.scoring import Policy, Trainable, tree_q_values
@@ -26,11 +26,11 @@ from rl_ebm.soft_bellman import log_policy
 from rl_ebm.tokens import Batch, TokenSpace
 
 
-@dataclass(frozen=True)
+@checked_options
 class ExactConfig:
     """Options of the agent ``exact``."""
 
-    direction: str = "forward"
+    direction: Literal["forward", "reverse"] = "forward"
     """"forward" minimises KL(target, policy), "reverse" KL(policy, target)"""
     lr: float | int = 1e-2
     """peak learning rate of Adam"""
@@ -39,8 +39,6 @@ class ExactConfig:
 
     def __post_init__(self) -> None:
         check_rates(self.lr, self.max_grad_norm)
-        if self.direction not in ("forward", "reverse"):
-            raise ValueError(f"direction must be 'forward' or 'reverse', got {self.direction!r}")
 
 
 def exact_loss(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from rl_ebm.agents.account import Behaviour
 from rl_ebm.agents.learner import Learner, check_batch_size, check_rates, draw_prompts
+from rl_ebm.agents.option_types import checked_options
 from rl_ebm.ebm import EBM
 from rl_ebm.policies.scoring import Policy, Trainable, q_values, sample
 from rl_ebm.policies.tabular import Uniform
@@ -17,7 +18,7 @@ from rl_ebm.soft_bellman import log_policy, sequence_log_prob
 from rl_ebm.tokens import Batch
 
 
-@dataclass(frozen=True)
+@checked_options
 class ImitationOptions:
     """Options of every agent that imitates responses."""
 
@@ -34,7 +35,10 @@ class ImitationOptions:
 
 
 def teacher_forcing_loss(
-    q: Float[Tensor, "B T A"], tokens: Int64[Tensor, "B T"], lengths: Int64[Tensor, "B"]
+    q: Float[Tensor, "B T A"],
+    tokens: Int64[Tensor, "B T"],
+    lengths: Int64[Tensor, "B"],
+    counts: Bool[Tensor, "B"] | None = None,
 ) -> Float[Tensor, ""]:
     """-log pi(y|x), summed over the real tokens, mean over the rows; nats.
 
@@ -42,8 +46,12 @@ def teacher_forcing_loss(
         q: masked logits before each token.
         tokens: the responses to imitate.
         lengths: real tokens of each.
+        counts: rows that count; None for all. 0 where none does.
     """
-    return -sequence_log_prob(log_policy(q), tokens, lengths).mean()
+    log_pi = sequence_log_prob(log_policy(q), tokens, lengths)
+    if counts is None:
+        return -log_pi.mean()
+    return -log_pi.masked_fill(~counts, 0.0).sum() / counts.sum().clamp(min=1)
 
 
 class ImitationAgent:
@@ -86,12 +94,20 @@ class ImitationAgent:
         """The responses to imitate, made of those that were drawn; here all of them."""
         return batch
 
+    def counts(self, batch: Batch) -> Bool[Tensor, "B"] | None:
+        """Which of those are imitated; None for all, whatever they pay."""
+        return None
+
     def loss(self, batch: Batch) -> Float[Tensor, ""]:
         """The loss of responses of the source."""
         with torch.no_grad():
             batch = self.chosen(batch)
         q = q_values(self.policy, self.ebm.space, batch.tokens, batch.prompt_ids)
-        return teacher_forcing_loss(q, batch.tokens, batch.lengths)
+        return teacher_forcing_loss(q, batch.tokens, batch.lengths, self.counts(batch))
+
+    def behaviour(self) -> Behaviour | None:
+        """The policy or the reference draws."""
+        return Behaviour() if self.source is self.policy else Behaviour(0.0, reference=1.0)
 
     def update(self, batch: Batch, progress: float = 0.0) -> dict[str, Tensor]:
         """One gradient step on responses of the source."""

@@ -12,20 +12,21 @@ the loss (its own gradient counts, not that of the draws): what each ends at is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.agents.on_policy import OnPolicyOptions
+from rl_ebm.agents.learner import group_ids
+from rl_ebm.agents.on_policy import OnPolicyOptions, trained_on
+from rl_ebm.agents.option_types import checked_options
 from rl_ebm.divergences import KL_TERMS
-from rl_ebm.fixed_points import FixedPoint, Penalty, Problem, penalised
+from rl_ebm.fixed_points import FixedPoint, Penalty, Problem, penalised, penalised_in_groups
 from rl_ebm.tokens import length_mask
 
 
-@dataclass(frozen=True)
+@checked_options
 class PenaltyOptions(OnPolicyOptions):
     """Options of every policy gradient."""
 
@@ -44,18 +45,6 @@ class PenaltyOptions(OnPolicyOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choices = {
-            "kl_estimator": ("k1", "k2", "k3"),
-            "kl_in": ("reward", "loss"),
-            "kl_level": ("token", "sequence"),
-            "advantage": ("none", "group-std"),
-            "baseline": ("leave-one-out", "group-mean", "none"),
-            "reduce_tokens": ("sum", "mean"),
-        }
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         if self.advantage == "group-std" and self.baseline == "none":
             raise ValueError(
                 "baseline='none' cannot be had with advantage='group-std', which takes off the "
@@ -64,7 +53,10 @@ class PenaltyOptions(OnPolicyOptions):
 
 
 def fixed_point(options: PenaltyOptions, problem: Problem) -> FixedPoint:
-    """What the expected gradient converges to from p_ref; of groups without end."""
+    """What the expected gradient converges to from p_ref; of groups without end where none is set.
+
+    Where p_ref forbids something, with the stand-in that is trained on.
+    """
     penalty = Penalty(
         options.kl_estimator,
         options.kl_in,
@@ -73,7 +65,11 @@ def fixed_point(options: PenaltyOptions, problem: Problem) -> FixedPoint:
         mean_tokens=options.reduce_tokens == "mean",
         baseline=options.baseline != "none",
     )
-    return penalised(problem, penalty)
+    problem = trained_on(options, problem)
+    if options.group_size is None:
+        return penalised(problem, penalty)
+    own_too = options.baseline == "group-mean"
+    return penalised_in_groups(problem, penalty, options.group_size, own_too)
 
 
 def kl_terms(
@@ -102,7 +98,10 @@ def centred(
     num_prompts: int = 1,
     baseline: str = "leave-one-out",
 ) -> Float[Tensor, "B"]:
-    """Return less its baseline: the mean return of the (other) responses to the same prompt."""
+    """Return less its baseline: the mean return of the (other) responses of the same group.
+
+    ``prompt_ids`` and ``num_prompts`` are those of groups where these are smaller than prompts.
+    """
     if baseline == "none":
         return returns
     total, count = _group_sums(returns, prompt_ids, num_prompts)
@@ -134,9 +133,10 @@ def advantages(
         beta: reward units per nat; in units of sigma against a penalty of weight beta, an
             advantage is 1 / beta times that in nats.
     """
+    ids, count = group_ids(prompt_ids, num_prompts, options.group_size)
     if options.advantage == "group-std":
-        return standardised(returns, prompt_ids, num_prompts) / beta
-    return centred(returns, prompt_ids, num_prompts, options.baseline)
+        return standardised(returns, ids, count) / beta
+    return centred(returns, ids, count, options.baseline)
 
 
 def token_weights(

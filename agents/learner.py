@@ -44,6 +44,21 @@ def check_batch_size(name: str, value: int) -> None:
         raise ValueError(f"{name} must be at most {2**24}, got {value}: no memory would do")
 
 
+def check_group_size(group_size: int | None, batch_size: int) -> None:
+    """Raise ValueError unless a batch holds a group, and a group two responses."""
+    if batch_size < 2:
+        raise ValueError(
+            f"batch_size must be >= 2, got {batch_size}: responses to a prompt are compared, and "
+            "group_size must be in [2, batch_size]"
+        )
+    if group_size is not None and not 2 <= group_size <= batch_size:
+        raise ValueError(
+            f"group_size must be in [2, batch_size={batch_size}], got {group_size}: each response "
+            "is compared with the others of its group; None makes one group of all responses to "
+            "a prompt in the step"
+        )
+
+
 class Learner:
     """Adam with a schedule and gradient clipping. It never waits for the device.
 
@@ -148,6 +163,44 @@ def draw_prompts(
     order = torch.randperm(num_prompts, generator=generator, device=device)
     chosen = order[: max(1, n // group)]
     return chosen[torch.arange(n, device=device) % len(chosen)]
+
+
+def draw_groups(
+    n: int, num_prompts: int, size: int | None, least: int, generator: torch.Generator
+) -> Int64[Tensor, "m"]:
+    """Prompts for at most n responses that are compared with others to the same prompt.
+
+    Args:
+        size: of the groups: as many whole ones as n holds, one after the other. None for one
+            group of all responses to a prompt.
+        least: responses to a prompt in that case (all n where there are fewer): where not all
+            prompts have so many, some prompts are drawn.
+    """
+    if size is None:
+        return draw_prompts(n, num_prompts, min(least, n), generator)
+    return draw_prompts(n // size, num_prompts, 1, generator).repeat_interleave(size)
+
+
+def group_ids(
+    prompt_ids: Int64[Tensor, "B"], num_prompts: int, size: int | None
+) -> tuple[Int64[Tensor, "B"], int]:
+    """The group of each row, and a number that no group's reaches.
+
+    The rows of a prompt, wherever they stand, are dealt out to groups of ``size``; where they do
+    not divide, groups are larger by some, never smaller unless there are too few for one. None:
+    all rows of a prompt are one group.
+    """
+    if size is None:
+        return prompt_ids, num_prompts
+    rows = torch.arange(len(prompt_ids), device=prompt_ids.device)
+    zero = prompt_ids.new_zeros(num_prompts)
+    count = zero.index_add(0, prompt_ids, torch.ones_like(prompt_ids))
+    order = prompt_ids.argsort(stable=True)
+    # How many rows of the same prompt stand before each.
+    place = torch.empty_like(rows).scatter(0, order, rows) - (count.cumsum(0) - count)[prompt_ids]
+    groups = (count // size).clamp(min=1)
+    first = groups.cumsum(0) - groups
+    return first[prompt_ids] + place % groups[prompt_ids], len(rows) + num_prompts
 
 
 def log_mean_exp(

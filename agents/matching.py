@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -29,9 +28,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rl_ebm.agents.kl_penalty import centred
-from rl_ebm.agents.learner import log_mean_exp
-from rl_ebm.agents.on_policy import OnPolicyAgent, OnPolicyOptions
+from rl_ebm.agents.learner import group_ids, log_mean_exp
+from rl_ebm.agents.on_policy import OnPolicyAgent, OnPolicyOptions, trained_on
+from rl_ebm.agents.option_types import checked_options
 from rl_ebm.ebm import EBM
+from rl_ebm.fixed_points import FixedPoint, Problem, target
 from rl_ebm.policies.scoring import Policy, Trainable
 from rl_ebm.tokens import Batch
 
@@ -47,7 +48,7 @@ SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
 """f'(exp u) of each divergence"""
 
 
-@dataclass(frozen=True)
+@checked_options
 class MatchingConfig(OnPolicyOptions):
     """Options of the agent ``dpg``."""
 
@@ -58,9 +59,6 @@ class MatchingConfig(OnPolicyOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.divergence not in SLOPES:
-            names = ", ".join(SLOPES)
-            raise ValueError(f"divergence must be one of {names}, got {self.divergence!r}")
         if not 0 <= self.z_decay < 1:
             raise ValueError(f"z_decay must be in [0, 1), got {self.z_decay}")
 
@@ -72,6 +70,7 @@ def matching_loss(
     prompt_ids: Int64[Tensor, "B"],
     num_prompts: int = 1,
     divergence: str = "forward-kl",
+    group_size: int | None = None,
 ) -> Float[Tensor, ""]:
     """The surrogate whose gradient is that of D_f(pi, p*), with a leave-one-out baseline.
 
@@ -79,9 +78,16 @@ def matching_loss(
         log_pi: log pi(y|x) of responses drawn from pi, with gradient.
         log_weight: log p_ref(y|x) + R / beta.
         log_z: of each response's prompt.
+        group_size: of the groups that a baseline is of; None for all responses to a prompt.
     """
     slope = SLOPES[divergence](log_pi.detach() - log_weight + log_z)
-    return (centred(slope, prompt_ids, num_prompts) * log_pi).mean()
+    ids, count = group_ids(prompt_ids, num_prompts, group_size)
+    return (centred(slope, ids, count) * log_pi).mean()
+
+
+def fixed_point(config: MatchingConfig, problem: Problem) -> FixedPoint:
+    """The EBM, of every divergence; with the stand-in where p_ref forbids an action."""
+    return target(config, trained_on(config, problem))
 
 
 class MatchingAgent(OnPolicyAgent):
@@ -114,7 +120,8 @@ class MatchingAgent(OnPolicyAgent):
         log_pi_y, log_weight = log_pi.sum(1), gain + log_ref.sum(1)
         self._average(log_weight - log_pi_y.detach(), ids)
         log_z = (self.log_z[0] - self.log_z[1])[ids]
-        return matching_loss(log_pi_y, log_weight, log_z, ids, p, self.config.divergence)
+        cfg = self.config
+        return matching_loss(log_pi_y, log_weight, log_z, ids, p, cfg.divergence, cfg.group_size)
 
     def _average(self, log_ratio: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"]) -> None:
         """Take the batch's mean of exp(log-ratio), prompt by prompt, into that of Z."""
@@ -124,6 +131,11 @@ class MatchingAgent(OnPolicyAgent):
         new = torch.stack([log_mean, torch.zeros_like(log_mean)])
         mixed = torch.logaddexp(self.log_z + log_keep, new + math.log(1 - keep))
         self.log_z = torch.where(log_mean > -math.inf, mixed, self.log_z)
+
+    def learned_log_z(self) -> Float[Tensor, "P"] | None:
+        """log of the moving average of Z; -inf for a prompt that was not seen yet."""
+        total, weight = self.log_z
+        return torch.where(weight > -torch.inf, total - weight, -torch.inf)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"log_z": self.log_z.clone()}

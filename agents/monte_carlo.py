@@ -18,7 +18,7 @@ by its number of alternatives: with one constant the first tokens would drown th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ from torch import Tensor
 
 from rl_ebm.agents.learner import log_mean_exp, token_values
 from rl_ebm.agents.off_policy import OffPolicyAgent, OffPolicyOptions
+from rl_ebm.agents.off_policy import fixed_point as off_policy_fixed_point
+from rl_ebm.agents.option_types import checked_options
 from rl_ebm.ebm import EBM
 from rl_ebm.fixed_points import FixedPoint, Problem
 from rl_ebm.policies.scoring import Policy, Trainable, q_values
@@ -37,7 +39,7 @@ LARGEST = 30.0
 """of an exponent; beyond it exp goes on along its tangent, and still pulls f back"""
 
 
-@dataclass(frozen=True)
+@checked_options
 class MonteCarloConfig(OffPolicyOptions):
     """Options of the agent ``monte-carlo``."""
 
@@ -75,7 +77,7 @@ def monte_carlo_loss(
 
 def fixed_point(config: MonteCarloConfig, problem: Problem) -> FixedPoint:
     """The EBM: of rollouts of the reference, and of no other policy's."""
-    return FixedPoint(problem.log_target, sampler=True)
+    return replace(off_policy_fixed_point(config, problem), sampler=True)
 
 
 class MonteCarloAgent(OffPolicyAgent):

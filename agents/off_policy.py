@@ -8,13 +8,13 @@ How responses were drawn, by temperature or by epsilon, is never part of a log p
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
+from rl_ebm.agents.account import Behaviour, root_values
 from rl_ebm.agents.learner import (
     Learner,
     check_batch_size,
@@ -23,14 +23,16 @@ from rl_ebm.agents.learner import (
     draw_prompts,
     immediate_log_weights,
 )
+from rl_ebm.agents.option_types import checked_options
 from rl_ebm.agents.replay import Replay, check_rows
 from rl_ebm.ebm import EBM
+from rl_ebm.fixed_points import FixedPoint, Problem, forbids, law_of, stand_ins, target
 from rl_ebm.policies.scoring import Policy, Trainable, sample
 from rl_ebm.policies.tabular import Uniform
 from rl_ebm.tokens import Batch
 
 
-@dataclass(frozen=True)
+@checked_options
 class OffPolicyOptions:
     """Options of every agent that learns from anybody's responses."""
 
@@ -67,6 +69,19 @@ class OffPolicyOptions:
             raise ValueError("replay_size and replay_batch must be >= 0")
         if self.replay_batch > 0 and self.replay_size == 0:
             raise ValueError("replay_batch needs replay_size > 0")
+        for name in ("replay_size", "replay_batch"):
+            check_batch_size(name, getattr(self, name) or 1)
+
+
+def fixed_point(options: OffPolicyOptions, problem: Problem) -> FixedPoint:
+    """The EBM, whoever draws; with the stand-in that is trained on where p_ref forbids."""
+    f = options.forbidden_log_weight
+    if f is None or not forbids(problem):
+        return target(options, problem)
+    if options.explore == 1:  # nobody draws what is forbidden: what it gets is left open
+        return FixedPoint(None, degenerate=None, how="not determined")
+    r = [a + b for a, b in zip(problem.log_ref, problem.g, strict=True)]
+    return FixedPoint(law_of(stand_ins(r, problem.space, f), problem.space))
 
 
 class OffPolicyAgent(ABC):
@@ -101,10 +116,18 @@ class OffPolicyAgent(ABC):
     def loss(self, batch: Batch, r: Float[Tensor, "B T"]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of responses, and what to log; r are the log-weights of the tokens."""
 
+    def prompts(self) -> Int64[Tensor, "B"]:
+        """The prompts of the next responses."""
+        return draw_prompts(self.config.batch_size, self.ebm.num_prompts, 1, self.generator)
+
+    def replayed(self) -> Batch:
+        """Responses of earlier steps."""
+        return self.replay.sample(self.config.replay_batch, self.generator)
+
     def sample(self) -> Batch | None:
         """Responses of the policy and of the explorer."""
-        cfg, space, p = self.config, self.ebm.space, self.ebm.num_prompts
-        prompt_ids = draw_prompts(cfg.batch_size, p, 1, self.generator)
+        cfg, space = self.config, self.ebm.space
+        prompt_ids = self.prompts()
         others = round(cfg.explore * len(prompt_ids))
         # Shuffled, so that every prompt gets its share of both.
         order = torch.randperm(len(prompt_ids), generator=self.generator, device=prompt_ids.device)
@@ -124,8 +147,7 @@ class OffPolicyAgent(ABC):
         if self.config.replay_size:
             fresh = batch
             if self.config.replay_batch and len(self.replay):
-                replayed = self.replay.sample(self.config.replay_batch, self.generator)
-                batch = Batch.cat([batch, replayed])
+                batch = Batch.cat([batch, self.replayed()])
             self.replay.add(fresh)
         loss, metrics = self.loss(batch, self.log_weights(batch, progress))
         metrics = {"losses/loss": loss.detach()} | metrics
@@ -138,6 +160,17 @@ class OffPolicyAgent(ABC):
             return r
         scale = min(1.0, progress / float(self.config.anneal))
         return r * scale
+
+    def behaviour(self) -> Behaviour | None:
+        """The policy and the explorer draw."""
+        cfg = self.config
+        return Behaviour(
+            1 - cfg.explore, cfg.explore, temperature=cfg.temperature, epsilon=cfg.epsilon
+        )
+
+    def learned_log_z(self) -> Float[Tensor, "P"] | None:
+        """V at the root, where raw logits are values."""
+        return root_values(self.policy, self.ebm) if self.logits_are_values else None
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -3,36 +3,44 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rl_ebm.agents.account import Behaviour
 from rl_ebm.agents.learner import (
     Learner,
     check_batch_size,
     check_finite_weights,
+    check_group_size,
     check_rates,
-    draw_prompts,
+    draw_groups,
     log_ref_and_gain,
     token_values,
 )
+from rl_ebm.agents.option_types import checked_options
 from rl_ebm.ebm import EBM
+from rl_ebm.fixed_points import Problem, forbids, law_of, stand_ins
 from rl_ebm.policies.scoring import Policy, Trainable, q_values, sample
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.tokens import Batch
 
+GROUP = 8
+"""responses to a prompt in a step, at least, where no size of the groups is given"""
 
-@dataclass(frozen=True)
+
+@checked_options
 class OnPolicyOptions:
     """Options of every agent that learns from its policy's own responses."""
 
     batch_size: int = 4096
     """responses in a step"""
-    group_size: int = 8
-    """responses to each prompt of a step, at least; the baseline is the mean of the others"""
+    group_size: int | None = None
+    """responses that are compared with each other, to one prompt: a step has as many whole groups
+    as fit. None, the best baseline: all responses to a prompt in the step, at least 8"""
     lr: float | int = 1e-2
     """peak learning rate of Adam"""
     max_grad_norm: float | int = 1.0
@@ -42,12 +50,18 @@ class OnPolicyOptions:
 
     def __post_init__(self) -> None:
         check_rates(self.lr, self.max_grad_norm)
-        if not 2 <= self.group_size <= self.batch_size:
-            raise ValueError(
-                f"group_size must be in [2, batch_size={self.batch_size}], got {self.group_size}: "
-                "the baseline of a response is the mean of the others"
-            )
+        check_group_size(self.group_size, self.batch_size)
         check_batch_size("batch_size", self.batch_size)
+
+
+def trained_on(options: OnPolicyOptions, problem: Problem) -> Problem:
+    """The problem that the agents descend: with the stand-in where p_ref forbids an action."""
+    if options.forbidden_log_weight is None or not forbids(problem):
+        return problem
+    log_ref = stand_ins(problem.log_ref, problem.space, options.forbidden_log_weight)
+    r = [a + b for a, b in zip(log_ref, problem.g, strict=True)]
+    law = law_of(r, problem.space)
+    return replace(problem, log_ref=log_ref, log_target=law, limits={})
 
 
 class OnPolicyAgent(ABC):
@@ -96,9 +110,14 @@ class OnPolicyAgent(ABC):
 
     def sample(self) -> Batch | None:
         """Responses of the policy itself, in groups that share a prompt."""
-        n, p = self.config.batch_size, self.ebm.num_prompts
-        prompt_ids = draw_prompts(n, p, self.config.group_size, self.generator)
-        return sample(self.policy, self.ebm.space, n, self.generator, prompt_ids)
+        cfg = self.config
+        p = self.ebm.num_prompts
+        ids = draw_groups(cfg.batch_size, p, cfg.group_size, GROUP, self.generator)
+        return sample(self.policy, self.ebm.space, len(ids), self.generator, ids)
+
+    def behaviour(self) -> Behaviour | None:
+        """The policy draws."""
+        return Behaviour()
 
     def update(self, batch: Batch, progress: float = 0.0) -> dict[str, Tensor]:
         """``epochs`` gradient steps on responses of the current policy, with their rewards."""

@@ -13,7 +13,6 @@ teacher's: with the exact solution as the teacher, at the EBM.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -21,7 +20,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from rl_ebm import divergences
+from rl_ebm.agents.account import Behaviour
 from rl_ebm.agents.imitation import ImitationAgent, ImitationOptions, given
+from rl_ebm.agents.option_types import checked_options
 from rl_ebm.policies.scoring import Policy, q_values, sample
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.tokens import Batch, length_mask
@@ -33,7 +34,7 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@dataclass(frozen=True)
+@checked_options
 class OnPolicyDistillationConfig(ImitationOptions):
     """Options of the agent ``on-policy-distillation``."""
 
@@ -46,9 +47,6 @@ class OnPolicyDistillationConfig(ImitationOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.divergence not in DIVERGENCES:
-            names = ", ".join(DIVERGENCES)
-            raise ValueError(f"divergence must be one of {names}, got {self.divergence!r}")
         if not 0 <= self.on_policy <= 1:
             raise ValueError(f"on_policy must be in [0, 1], got {self.on_policy}")
 
@@ -95,6 +93,10 @@ class OnPolicyDistillationAgent(ImitationAgent):
             if len(some)
         ]
         return parts[0] if len(parts) == 1 else Batch.cat(parts)
+
+    def behaviour(self) -> Behaviour | None:
+        """The policy and the teacher draw."""
+        return Behaviour(self.config.on_policy, teacher=1 - self.config.on_policy)
 
     def loss(self, batch: Batch) -> Float[Tensor, ""]:
         """The divergences at the states of the policy's responses."""

@@ -17,20 +17,19 @@ arXiv 2209.12782, Eq. 8) has these weights, with the flow log F(s) = V(s); detai
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from rl_ebm.agents.learner import token_values
 from rl_ebm.agents.off_policy import OffPolicyAgent, OffPolicyOptions
+from rl_ebm.agents.option_types import checked_options
 from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import log_policy, soft_value
 from rl_ebm.tokens import Batch, length_mask
 
 
-@dataclass(frozen=True)
+@checked_options
 class PathConsistencyConfig(OffPolicyOptions):
     """Options of the agents ``path-consistency``, ``subtb`` and ``detailed-balance``."""
 
@@ -47,7 +46,7 @@ class PathConsistencyConfig(OffPolicyOptions):
             raise ValueError(f"longest must be >= 1, or None for no limit, got {self.longest}")
 
 
-@dataclass(frozen=True)
+@checked_options
 class SubTBConfig(PathConsistencyConfig):
     """Options of the agent ``subtb``."""
 
@@ -55,7 +54,7 @@ class SubTBConfig(PathConsistencyConfig):
     """weight of a sub-trajectory by its length k: lam^k"""
 
 
-@dataclass(frozen=True)
+@checked_options
 class DetailedBalanceConfig(PathConsistencyConfig):
     """Options of the agent ``detailed-balance``."""
 
@@ -87,7 +86,7 @@ def path_consistency_loss(
     k = place - place[:, None]  # j - i
     weight = torch.where(k > 0, float(lam) ** k.clamp(min=0).to(v.dtype), 0.0)
     if longest is not None:
-        weight = weight.masked_fill(k > longest, 0.0)
+        weight = weight.masked_fill(k > min(longest, steps), 0.0)
     real = (place <= lengths[:, None]).to(v.dtype)
     weight = weight * real[:, None, :]  # j is at most the end, and i before it
     squares = (h[:, :, None] - h[:, None, :]).square()

@@ -15,17 +15,16 @@ Kool et al. 2019 (https://openreview.net/forum?id=r1lgTGL5DE); Ahmadian et al. 2
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from rl_ebm.agents.kl_penalty import PenaltyOptions, advantages, kl_terms, token_weights
 from rl_ebm.agents.on_policy import OnPolicyAgent
+from rl_ebm.agents.option_types import checked_options
 from rl_ebm.tokens import Batch
 
 
-@dataclass(frozen=True)
+@checked_options
 class PolicyGradientConfig(PenaltyOptions):
     """Options of the agent ``policy-gradient``."""
 

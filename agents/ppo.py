@@ -12,7 +12,6 @@ step on a batch is the plain policy gradient, so that a fixed point is one of th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -21,10 +20,11 @@ from torch import Tensor
 
 from rl_ebm.agents.kl_penalty import PenaltyOptions, advantages, kl_terms, token_weights
 from rl_ebm.agents.on_policy import OnPolicyAgent
+from rl_ebm.agents.option_types import checked_options
 from rl_ebm.tokens import Batch
 
 
-@dataclass(frozen=True)
+@checked_options
 class PPOConfig(PenaltyOptions):
     """Options of the agents ``ppo`` and ``grpo``."""
 
@@ -37,11 +37,11 @@ class PPOConfig(PenaltyOptions):
         super().__post_init__()
         if not 0 < self.clip < 1:
             raise ValueError(f"clip must be in (0, 1), got {self.clip}")
-        if self.epochs < 1:
-            raise ValueError(f"epochs must be >= 1, got {self.epochs}")
+        if not 1 <= self.epochs <= 1000:
+            raise ValueError(f"epochs must be >= 1 and at most 1000, got {self.epochs}")
 
 
-@dataclass(frozen=True)
+@checked_options
 class GRPOConfig(PPOConfig):
     """Options of the agent ``grpo``."""
 
@@ -87,7 +87,8 @@ class PPOAgent(OnPolicyAgent):
     @property
     def epochs(self) -> int:
         """Gradient steps on each batch."""
-        return int(self.config.epochs)
+        epochs: int = self.config.epochs
+        return epochs
 
     def loss(
         self,

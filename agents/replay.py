@@ -50,23 +50,26 @@ class Replay:
         return self.size
 
     def add(self, batch: Batch) -> None:
-        """Keep a batch, in the place of the oldest rows."""
+        """Keep a batch, in the place of the oldest rows; rows to one prompt side by side."""
         n = min(len(batch), self.capacity)
+        kept = batch.prompt_ids[-n:].argsort(stable=True) + len(batch) - n
+        batch = batch.take(kept)
         places = (torch.arange(n, device=batch.tokens.device) + self.next) % self.capacity
-        for kept, new in zip(_columns(self.rows), _columns(batch), strict=True):
-            kept[places] = new[-n:].to(kept.dtype)
+        for column, new in zip(columns(self.rows), columns(batch), strict=True):
+            column[places] = new.to(column.dtype)
         self.next = (self.next + n) % self.capacity
         self.size = min(self.size + n, self.capacity)
 
-    def sample(self, n: int, generator: torch.Generator) -> Batch:
-        """n rows, uniformly, with replacement."""
+    def sample(self, n: int, generator: torch.Generator, run: int = 1) -> Batch:
+        """n rows, uniformly, with replacement: n // run times so many that stand side by side."""
         device = self.rows.tokens.device
-        places = torch.randint(self.size, (n,), generator=generator, device=device)
-        return Batch(*(column[places] for column in _columns(self.rows)))
+        starts = torch.randint(self.size, (n // run,), generator=generator, device=device)
+        places = (starts[:, None] + torch.arange(run, device=device)).flatten() % self.size
+        return Batch(*(column[places] for column in columns(self.rows)))
 
     def state_dict(self) -> dict[str, Any]:
-        columns = [column[: self.size].clone() for column in _columns(self.rows)]
-        return {"columns": columns, "size": self.size, "next": self.next}
+        kept = [column[: self.size].clone() for column in columns(self.rows)]
+        return {"columns": kept, "size": self.size, "next": self.next}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Rows of :meth:`state_dict`.
@@ -81,9 +84,10 @@ class Replay:
                 f"{state['next']}: the replay has room for {self.capacity}"
             )
         self.size, self.next = state["size"], state["next"]
-        for kept, column in zip(_columns(self.rows), state["columns"], strict=True):
+        for kept, column in zip(columns(self.rows), state["columns"], strict=True):
             kept[: self.size] = column
 
 
-def _columns(batch: Batch) -> list[Tensor]:
+def columns(batch: Batch) -> list[Tensor]:
+    """The four tensors of scored responses, the same memory."""
     return [batch.tokens, batch.lengths, batch.prompt_ids, batch.rewards()]

@@ -16,7 +16,6 @@ form of path consistency (Nachum et al. 2017, arXiv 1702.08892, Eq. 15), and the
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,13 +24,14 @@ from torch import Tensor
 
 from rl_ebm.agents.learner import token_values
 from rl_ebm.agents.off_policy import OffPolicyAgent, OffPolicyOptions
+from rl_ebm.agents.option_types import checked_options
 from rl_ebm.ebm import EBM
 from rl_ebm.policies.scoring import Policy, Trainable, q_values
 from rl_ebm.soft_bellman import gather_tokens, log_policy, soft_value
 from rl_ebm.tokens import Batch, length_mask
 
 
-@dataclass(frozen=True)
+@checked_options
 class SoftQConfig(OffPolicyOptions):
     """Options of the agent ``soft-q``."""
 
@@ -85,6 +85,7 @@ def n_step_returns(
 ) -> Float[Tensor, "B T"]:
     """G_t of the module's docstring; 0 past the end. Arguments as :func:`lambda_returns`."""
     steps = r.shape[1]
+    n = min(n, steps)  # no response goes on longer
     real = length_mask(lengths, steps)
     v, soft = v.masked_fill(~real, 0.0), (r - log_pi).masked_fill(~real, 0.0)
     zeros = r.new_zeros(len(r), n)  # past the end nothing is paid and V is 0

@@ -8,13 +8,13 @@ p* for the exact solution.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from rl_ebm.agents.account import Behaviour
 from rl_ebm.agents.imitation import ImitationAgent, ImitationOptions, given
+from rl_ebm.agents.option_types import checked_options
 from rl_ebm.policies.scoring import Policy
 
 
-@dataclass(frozen=True)
+@checked_options
 class TeacherForcingConfig(ImitationOptions):
     """Options of the agent ``teacher-forcing``."""
 
@@ -27,3 +27,7 @@ class TeacherForcingAgent(ImitationAgent):
     def drawn_from(self, teacher: Policy | None) -> Policy:
         """The teacher."""
         return given(teacher, self.ebm, "teacher-forcing")
+
+    def behaviour(self) -> Behaviour | None:
+        """The teacher draws."""
+        return Behaviour(0.0, teacher=1.0)

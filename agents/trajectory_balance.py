@@ -5,26 +5,32 @@ r"""Trajectory balance: log Z + log pi(y|x) = log p_ref(y|x) + R / beta, squared
 Malkin et al. 2022 (arXiv 2201.13259, Eq. 14) learn log Z(x), one number for each prompt here;
 VarGrad (Richter et al. 2020, arXiv 2010.10436; Zhang et al. 2023, arXiv 2302.05446) puts the
 mean of the batch in its place, prompt by prompt: the loss is then half the variance of the
-log-ratio. Both vanish at the EBM alone, whoever drew the responses (where every one has a
-chance). Hu et al. 2024 (arXiv 2310.04363) for language models.
+log-ratio. A response that is alone with its prompt would be its own mean, and teach nothing: a
+step draws groups, for some of the prompts where there are many. Both vanish at the EBM alone,
+whoever drew the responses (where every one has a chance). Hu et al. 2024 (arXiv 2310.04363) for
+language models.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from rl_ebm.agents.learner import check_group_size, draw_groups, group_ids
 from rl_ebm.agents.off_policy import OffPolicyAgent, OffPolicyOptions
+from rl_ebm.agents.option_types import checked_options
 from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import log_policy, sequence_log_prob
 from rl_ebm.tokens import Batch
 
+GROUP = 4
+"""responses to a prompt in a step, at least, where they share a log Z and no size is given"""
 
-@dataclass(frozen=True)
+
+@checked_options
 class TrajectoryBalanceConfig(OffPolicyOptions):
     """Options of the agents ``trajectory-balance`` and ``vargrad``."""
 
@@ -32,16 +38,24 @@ class TrajectoryBalanceConfig(OffPolicyOptions):
     """log Z of each prompt: a parameter, or the mean over its responses in the batch (VarGrad)"""
     log_z_start: float | int = 0.0
     """what the learned log Z starts from, nats"""
+    group_size: int | None = None
+    """with log_z="batch": responses that share a mean, to one prompt; a step has as many whole
+    groups as fit. None: all responses to a prompt in the step, at least 4"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.log_z not in ("learned", "batch"):
-            raise ValueError(f"log_z must be 'learned' or 'batch', got {self.log_z!r}")
         if not abs(self.log_z_start) < float("inf"):
             raise ValueError(f"log_z_start must be finite, got {self.log_z_start}")
+        if self.log_z == "batch":
+            check_group_size(self.group_size, self.batch_size)
+        elif self.group_size is not None:
+            raise ValueError(
+                "group_size is for log_z='batch': a learned log Z compares no responses with each "
+                "other; leave group_size out"
+            )
 
 
-@dataclass(frozen=True)
+@checked_options
 class VarGradConfig(TrajectoryBalanceConfig):
     """Options of the agent ``vargrad``."""
 
@@ -68,7 +82,10 @@ def batch_log_z(
     prompt_ids: Int64[Tensor, "B"],
     num_prompts: int = 1,
 ) -> Float[Tensor, "B"]:
-    """The log Z that fits the batch best: mean of log-weight - log pi over each prompt's rows."""
+    """The log Z that fits the batch best: mean of log-weight - log pi over each prompt's rows.
+
+    ``prompt_ids`` and ``num_prompts`` are those of groups where these are smaller than prompts.
+    """
     gap = log_weight - log_pi
     total = gap.new_zeros(num_prompts).index_add(0, prompt_ids, gap)
     count = gap.new_zeros(num_prompts).index_add(0, prompt_ids, torch.ones_like(gap))
@@ -86,6 +103,21 @@ class TrajectoryBalanceAgent(OffPolicyAgent):
         self.log_z = torch.nn.Parameter(start.to(self.ebm.device))
         return (self.log_z,) if self.config.log_z == "learned" else ()
 
+    def prompts(self) -> Int64[Tensor, "B"]:
+        """Groups that share a prompt, where the batch's log Z is theirs."""
+        cfg, p = self.config, self.ebm.num_prompts
+        if cfg.log_z == "learned":
+            return super().prompts()
+        return draw_groups(cfg.batch_size, p, cfg.group_size, GROUP, self.generator)
+
+    def replayed(self) -> Batch:
+        """Responses of earlier steps; runs to the same prompt, where the log Z is theirs."""
+        cfg = self.config
+        if cfg.log_z == "learned" or self.ebm.num_prompts == 1:
+            return super().replayed()
+        run = min(cfg.group_size or GROUP, cfg.replay_batch, len(self.replay))
+        return self.replay.sample(cfg.replay_batch, self.generator, run)
+
     def loss(self, batch: Batch, r: Float[Tensor, "B T"]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of responses, and the log Z in it."""
         q = q_values(self.policy, self.ebm.space, batch.tokens, batch.prompt_ids)
@@ -94,9 +126,14 @@ class TrajectoryBalanceAgent(OffPolicyAgent):
         if self.config.log_z == "learned":
             log_z = self.log_z[batch.prompt_ids]
         else:
-            log_z = batch_log_z(log_pi, log_weight, batch.prompt_ids, self.ebm.num_prompts)
+            ids, count = group_ids(batch.prompt_ids, self.ebm.num_prompts, self.config.group_size)
+            log_z = batch_log_z(log_pi, log_weight, ids, count)
         loss = trajectory_balance_loss(log_z, log_pi, log_weight)
         return loss, {"losses/log_z": log_z.detach().mean()}
+
+    def learned_log_z(self) -> Float[Tensor, "P"] | None:
+        """The parameter, where there is one."""
+        return self.log_z.detach() if self.config.log_z == "learned" else None
 
 
 class VarGradAgent(TrajectoryBalanceAgent):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rl_ebm.agents import AGENTS
+from rl_ebm.agents import AGENTS, make_options
 from rl_ebm.divergences import kl, tv
 from rl_ebm.exact import Solution, problems
 from rl_ebm.fixed_points import FixedPoint, Problem
@@ -31,12 +31,13 @@ def audit(solution: Solution) -> list[dict[str, Any]]:
 
     Returns:
         a dict for each: ``objective`` (the agent's name), ``options``, ``degenerate`` (the limit
-        is on the boundary; None where that is not known), ``is_target`` (it is the EBM), ``how`` it
-        was found, ``other_roots`` (further interior laws without a gradient: their total variation
-        from the EBM), ``depends_on_sampler`` (whether it would be another one if the responses were
-        drawn from another policy, the loss as it is), and in nats and reward units ``tv``,
-        ``kl_fixed_point_target``, ``kl_target_fixed_point``, ``expected_reward``,
-        ``kl_reference``: means over the prompts, None where the limit was not computed.
+        is on the boundary), ``is_target`` (it is the EBM), ``how`` it was found ("stated": it is
+        the objective's own claim; "not known": there is none), ``other_roots`` (further interior
+        laws without a gradient: their total variation from the EBM), ``depends_on_sampler``
+        (whether it would be another one if the responses were drawn from another policy, the loss
+        as it is), and in nats and reward units ``tv``, ``kl_fixed_point_target``,
+        ``kl_target_fixed_point``, ``expected_reward``, ``kl_reference``: means over the prompts.
+        None is what is not known, never "no" and never "the EBM".
 
     Raises:
         ValueError: responses of reward -inf that the reference allows.
@@ -45,38 +46,47 @@ def audit(solution: Solution) -> list[dict[str, Any]]:
     found = []
     for name, entry in AGENTS.items():
         for options in entry.variants:
-            config = entry.config(**options)
-            points = [entry.fixed_point(config, case) for case in cases]
+            config = make_options(name, entry, options)
+            points = [entry.limit(config, case) for case in cases]
             found.append(_line(name, options, points, cases))
     return found
 
 
 def _line(
-    name: str, options: dict[str, str], points: list[FixedPoint], cases: list[Problem]
+    name: str, options: dict[str, Any], points: list[FixedPoint], cases: list[Problem]
 ) -> dict[str, Any]:
     measured = [measures(p.log_law, c) for p, c in zip(points, cases, strict=True)]
     known = [m for m in measured if m is not None]
     means = {
         key: fmean(m[key] for m in known) if len(known) == len(cases) else None for key in MEASURES
     }
-    degenerate = any_of([p.degenerate for p in points])
     return {
         "objective": name,
         "options": options,
-        "degenerate": degenerate,
-        # A target so peaked that the best response alone is near it is still another law.
-        "is_target": not degenerate
-        and means["tv"] is not None
-        and all(m["tv"] <= SAME for m in known),
+        "degenerate": any_of([p.degenerate for p in points]),
+        "is_target": is_target(points, cases),
         **means,
-        "how": points[0].how,
+        "how": next((p.how for p in points if p.log_law is None), points[0].how),
         "other_roots": [
             float(tv(root, case.log_target))
             for point, case in zip(points, cases, strict=True)
             for root in point.other_roots
         ],
-        "depends_on_sampler": any(p.sampler for p in points),
+        "depends_on_sampler": any_of([p.sampler for p in points]),
     }
+
+
+def is_target(points: list[FixedPoint], cases: list[Problem]) -> bool | None:
+    """Whether the limits are the EBM, of every prompt; None where that is not known."""
+
+    def other(point: FixedPoint, case: Problem) -> bool | None:
+        # A target so peaked that the best response alone is near it is still another law.
+        if point.degenerate or point.log_law is None:
+            return True if point.degenerate else None
+        return bool(tv(point.log_law, case.log_target) > SAME)
+
+    verdict = any_of([other(p, c) for p, c in zip(points, cases, strict=True)])
+    return None if verdict is None else not verdict
 
 
 def any_of(verdicts: list[bool | None]) -> bool | None:
@@ -107,6 +117,8 @@ def to_text(lines: list[dict[str, Any]]) -> str:
         options = ", ".join(f"{v}" for v in x["options"].values() if v != "none")
         numbers = ["?" if x[k] is None else f"{x[k]:.4g}" for k in MEASURES]
         note = "the EBM" if x["is_target"] else "degenerate" if x["degenerate"] else ""
+        if x["is_target"] and x["how"] == "stated":
+            note = "the EBM, as stated"
         note = note or (x["how"] if x["tv"] is None else "")
         if x["other_roots"]:
             note += f" ({len(x['other_roots'])} other roots)"

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from rl_ebm.agents import AGENTS
+from rl_ebm.agents import AGENTS, entry_of, make_options, meant
 from rl_ebm.backbone import TransformerConfig
 from rl_ebm.checkpoint import outline
 from rl_ebm.ebm import EBM
@@ -109,8 +109,7 @@ class Plan:
                     "is called by its file's name without the ending)"
                 )
         for name in self.agents:
-            if name not in AGENTS:
-                raise ValueError(f"there is no agent {name!r}{nearest(name, AGENTS)}")
+            entry_of(name)
         for problem in self.problems:
             if problem.name not in TASKS and not Path(problem.name).exists():
                 raise ValueError(
@@ -120,7 +119,8 @@ class Plan:
             raise ValueError(f"calls must be >= 1, got {self.calls}")
         for name in self.options:
             if name not in self.agents:
-                raise ValueError(f"options are given for {name!r}, which takes no part")
+                hint = "" if name in AGENTS else meant(name, self.agents)
+                raise ValueError(f"options are given for {name!r}, which takes no part{hint}")
         for name in self.agents:
             size = getattr(self.config(name), "batch_size", 1)
             if size > self.calls:
@@ -131,15 +131,7 @@ class Plan:
 
     def config(self, agent: str) -> Any:
         """The options of an agent."""
-        kind, options = AGENTS[agent].config, self.options.get(agent, {})
-        known = [f.name for f in fields(kind)]
-        for name in options:
-            if name not in known:
-                raise ValueError(f"{agent} has no such option: {name}{nearest(name, known)}")
-        try:
-            return kind(**options)
-        except TypeError as error:
-            raise ValueError(f"an option of {agent} is of the wrong kind: {error}") from None
+        return make_options(agent, entry_of(agent), self.options.get(agent, {}))
 
     def steps(self, agent: str) -> int:
         """Gradient steps that the calls allow: an agent that draws nothing takes as many as one

@@ -12,14 +12,12 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rl_ebm.agents import AGENTS
-from rl_ebm.audit import SAME
+from rl_ebm.agents import entry_of
+from rl_ebm.audit import is_target
 from rl_ebm.bench import Plan, Problem, Rows, last_of
 from rl_ebm.checkpoint import write_text
-from rl_ebm.divergences import tv
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import problems, solve, summarise
-from rl_ebm.fixed_points import target
 from rl_ebm.intervals import interval
 
 FLOOR = 1e-9
@@ -104,25 +102,16 @@ def table(plan: Plan, problem: Problem, rows: Rows) -> str:
 def targets(plan: Plan, problem: Problem) -> dict[str, bool | None]:
     """Whether each agent's objective, with its options, has the EBM as its fixed point.
 
-    None where that is not known: a flow that did not settle, or responses of reward -inf.
+    None where that is not known: an agent without a stated limit, a flow that did not settle, or
+    responses of reward -inf.
     """
     ebm, _ = problem.make()
     solution = solve(ebm)
+    entries = [(a, entry_of(a), plan.config(a)) for a in plan.agents]
     if solution.forbids_responses:
-        return {a: True if AGENTS[a].fixed_point is target else None for a in plan.agents}
+        return {a: entry.ends_at_target(config) for a, entry, config in entries}
     cases = problems(solution)
-    found: dict[str, bool | None] = {}
-    for agent in plan.agents:
-        points = [AGENTS[agent].fixed_point(plan.config(agent), case) for case in cases]
-        laws = [point.log_law for point in points if point.log_law is not None]
-        if any(point.degenerate for point in points):
-            found[agent] = False
-        elif len(laws) < len(points):
-            found[agent] = None
-        else:
-            pairs = zip(laws, cases, strict=True)
-            found[agent] = all(float(tv(law, case.log_target)) <= SAME for law, case in pairs)
-    return found
+    return {a: is_target([e.limit(config, c) for c in cases], cases) for a, e, config in entries}
 
 
 def frontier(ebm: EBM) -> tuple[list[float], list[float]]:

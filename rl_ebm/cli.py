@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rl_ebm import __version__, flags
-from rl_ebm.agents import AGENTS
+from rl_ebm.agents import AGENTS, entry_of
 from rl_ebm.audit import audit, to_json, to_text
 from rl_ebm.bench import Plan, Problem, read_options
 from rl_ebm.bench import run as bench
@@ -53,8 +53,7 @@ def run_train(args: Sequence[str]) -> int:
     if flags.value_of("--resume", args) is not None:
         return _run_resume(args)
     name = flags.value_of("--agent", args) or "soft-q"
-    if name not in AGENTS:
-        raise ValueError(f"there is no agent {name!r}{nearest(name, AGENTS)}")
+    entry_of(name)
     kind = train_flags(name)
     for flag in flags.given(args) - flags.flag_names(kind):
         others = [o for o, e in AGENTS.items() if flag in flags.flag_names(e.config)]

@@ -22,16 +22,32 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rl_ebm.agents import AGENTS, ExactAgent, ExactConfig
-from rl_ebm.checkpoint import load_state
+from rl_ebm.agents import (
+    AgentEntry,
+    Behaviour,
+    ExactAgent,
+    ExactConfig,
+    behaviour,
+    learned_log_z,
+)
+from rl_ebm.checkpoint import RunError, load_state
 from rl_ebm.divergences import kl
 from rl_ebm.ebm import EBM
-from rl_ebm.exact import problems, solve
+from rl_ebm.exact import Solution, problems, solve
 from rl_ebm.fixed_points import Problem
 from rl_ebm.policies import Policy, Tabular, Trainable
 from rl_ebm.policies.scoring import tree_q_values
-from rl_ebm.runs import STATE, decode, load, make_policy, read_config
-from rl_ebm.soft_bellman import log_policy, q_from_r, sequence_log_probs, soft_value
+from rl_ebm.runs import (
+    CONFIG,
+    STATE,
+    agent_of_run,
+    damage_told,
+    decode,
+    load,
+    make_policy,
+    read_config,
+)
+from rl_ebm.soft_bellman import log_policy, q_from_r, sequence_log_probs
 
 RARE = 0.1
 """a response is missing where the policy gives it less than this share of what the target does"""
@@ -58,11 +74,12 @@ class Diagnosis:
         capacity: what the network adds at best; None where the objective is not finite.
         optimisation: the rest; None likewise.
         fit_steps: gradient steps of the fit that measures the capacity.
-        log_z_error: learned log Z less log Z, largest of the prompts; None without one.
+        log_z_error: learned log Z less log Z, largest of the prompts; None for an agent that tells
+            of none.
         missing_mass: p* of the responses that the policy gives less than a tenth of theirs.
         missing: the likeliest of them.
         starved_mass: p* of the responses that the run has drawn less than once, expected under
-            its final policy and its explorer.
+            what draws now; None for an agent that does not tell who draws.
         advice: one sentence.
     """
 
@@ -114,17 +131,24 @@ def diagnose(run: str | Path, seconds: float = 60.0, examples: int = 5) -> Diagn
         examples: how many missing responses to list.
     """
     run = Path(run)
-    policy, ebm = load(run)
     config = read_config(run)
+    with damage_told(run / CONFIG):
+        entry, options = agent_of_run(config)
     name = config["agent"]["name"]
-    entry = AGENTS[name]
-    options = entry.config(**config["agent"]["options"])
+    policy, ebm = load(run)
     solution = solve(ebm)
     cases = problems(solution)
-    points = [entry.fixed_point(options, case) for case in cases]
+    points = [entry.limit(options, case) for case in cases]
     star = torch.stack([case.log_target for case in cases])
     log_pi = laws(policy, ebm)
     total = float(kl(star, log_pi).mean())
+    state = load_state(run / STATE, "cpu") if (run / STATE).exists() else {}
+    # Now: the fit goes on with the policy's weights.
+    agent = _agent(entry, ebm, policy, options, solution, state, run / STATE)
+    log_z_error = _log_z_error(learned_log_z(agent), solution.log_z)
+    starved = _starved(
+        behaviour(agent), policy, ebm, star, cases, int(state.get("reward_calls", 0))
+    )
     objective = capacity = optimisation = None
     steps = 0
     known = [p.log_law for p in points if p.log_law is not None]
@@ -137,7 +161,6 @@ def diagnose(run: str | Path, seconds: float = 60.0, examples: int = 5) -> Diagn
                 best, steps = _fit(config, ebm, cases, fixed, policy, seconds)
             reached = float(kl(star, best).mean())
             capacity, optimisation = reached - objective, total - reached
-    state = load_state(run / STATE, "cpu") if (run / STATE).exists() else {}
     missing, mass = _missing(config["ebm"], ebm, star, log_pi, examples)
     return Diagnosis(
         name,
@@ -146,21 +169,32 @@ def diagnose(run: str | Path, seconds: float = 60.0, examples: int = 5) -> Diagn
         capacity,
         optimisation,
         steps,
-        _log_z_error(policy, ebm, solution.log_z, state, entry.agent.logits_are_values),
+        log_z_error,
         mass,
         missing,
-        _starved(star, log_pi, cases, options, int(state.get("reward_calls", 0))),
+        starved,
         _advice(name, total, objective, capacity, optimisation),
     )
 
 
 @torch.no_grad()
-def laws(policy: Policy, ebm: EBM) -> Float[Tensor, "P N"]:
-    """log pi of every response to every prompt, float64."""
+def laws(
+    policy: Policy, ebm: EBM, temperature: float | int = 1.0, epsilon: float | int = 0.0
+) -> Float[Tensor, "P N"]:
+    """log pi of every response to every prompt, float64; of draws as :func:`policies.sample` has.
+
+    Args:
+        temperature: of the draws.
+        epsilon: chance of each token to be drawn uniformly instead.
+    """
     space = ebm.space
     sizes = [space.num_prefixes(t) for t in range(space.max_length)]
-    q = tree_q_values(policy, space, ebm.num_prompts).double()
-    return sequence_log_probs(list(log_policy(q).split(sizes, dim=1)), space)
+    log_pi = log_policy(tree_q_values(policy, space, ebm.num_prompts).double() / temperature)
+    if epsilon:
+        anything = log_policy(space.state_action_mask(log_pi.device).double().log())
+        keep = math.log1p(-epsilon) if epsilon < 1 else -math.inf
+        log_pi = torch.logaddexp(log_pi + keep, anything + math.log(epsilon))
+    return sequence_log_probs(list(log_pi.split(sizes, dim=1)), space)
 
 
 def policy_of(log_laws: Float[Tensor, "P N"], cases: list[Problem], ebm: EBM) -> Tabular:
@@ -194,20 +228,28 @@ def _fit(
     return min(found, key=lambda law: float(kl(fixed, law).mean())), steps
 
 
-def _log_z_error(
-    policy: Policy, ebm: EBM, log_z: Tensor, state: dict[str, Any], values: bool
-) -> float | None:
-    agent = state.get("agent", {})
-    extra = agent.get("extra") or []
-    if extra:  # a log Z that is learned on its own
-        return float((extra[0].double() - log_z).abs().max())
-    if "log_z" in agent:  # a moving average, and its weight
-        return float((agent["log_z"][0] - agent["log_z"][1] - log_z).abs().max())
-    if not values:
-        return None
-    with torch.no_grad():
-        root = tree_q_values(policy, ebm.space, ebm.num_prompts)[:, 0].double()
-    return float((soft_value(root) - log_z).abs().max())
+def _agent(
+    entry: AgentEntry,
+    ebm: EBM,
+    policy: Trainable,
+    options: Any,
+    solution: Solution,
+    state: dict[str, Any],
+    path: Path,
+) -> Any:
+    """The run's agent as it was at the last checkpoint: it says what it learned, and who draws."""
+    agent = entry.agent(ebm, policy, options, torch.Generator(ebm.device), solution)
+    if "agent" not in state:
+        return agent
+    try:
+        agent.load_state_dict(state["agent"])
+    except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
+        raise RunError(f"{path} does not fit the run's configuration ({error!r})") from None
+    return agent
+
+
+def _log_z_error(learned: Tensor | None, log_z: Tensor) -> float | None:
+    return None if learned is None else float((learned.double() - log_z).abs().max())
 
 
 def _missing(
@@ -228,17 +270,22 @@ def _missing(
 
 
 def _starved(
-    star: Tensor, log_pi: Tensor, cases: list[Problem], options: Any, calls: int
+    who: Behaviour | None,
+    policy: Policy,
+    ebm: EBM,
+    star: Float[Tensor, "P N"],
+    cases: list[Problem],
+    calls: int,
 ) -> float | None:
     """p* of the responses that ``calls`` draws are expected to hold less than once."""
-    if calls == 0:
+    if calls == 0 or who is None:
         return None
-    share = float(getattr(options, "explore", 0.0))
-    if getattr(options, "source", None) == "reference":  # nothing is the policy's own
-        share = 1.0
-    start = [sequence_log_probs(case.start(), case.space) for case in cases]
-    drawn = share * torch.stack(start).exp() + (1 - share) * log_pi.exp()
-    return float(star.exp().masked_fill(calls / len(cases) * drawn >= 1, 0.0).sum(1).mean())
+    own = laws(policy, ebm, who.temperature, who.epsilon).exp()
+    start = torch.stack([case.start_law for case in cases]).exp()
+    drawn = who.policy * own + who.reference * start + who.teacher * star.exp()
+    # Every prompt has its share of the calls.
+    hardly = calls / len(cases) * drawn < 1
+    return float(star.exp().masked_fill(~hardly, 0.0).sum(1).mean())
 
 
 def _advice(

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from rl_ebm.agents import AGENTS
+from rl_ebm.agents import entry_of
 from rl_ebm.backbone import TransformerConfig
 from rl_ebm.ebm import EBM
 from rl_ebm.envs import TASKS, make_task
@@ -259,7 +259,7 @@ class Agents:
 
 def train_flags(agent: str) -> Any:
     """The flags of ``rl-ebm train`` for one agent: its options are flags too."""
-    config = AGENTS[agent].config
+    config = entry_of(agent).config
     return make_dataclass(
         "TrainWithOptions",
         [("options", config, field(default_factory=config))],

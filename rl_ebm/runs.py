@@ -12,6 +12,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor
 
+from rl_ebm.agents import AgentEntry, entry_of_run, make_options
 from rl_ebm.automata import from_tensors, to_tensors
 from rl_ebm.backbone import TransformerConfig
 from rl_ebm.ebm import EBM
@@ -243,6 +244,22 @@ def write_config(run: Path, config: dict[str, Any], ebm: EBM) -> None:
     if tensors and not holds(run / SCORES, tensors):
         save_tensors(run / SCORES, tensors)
     write_text(run / CONFIG, json.dumps({"version": VERSION} | config, indent=1) + "\n")
+
+
+def agent_of_run(config: dict[str, Any]) -> tuple[AgentEntry, Any]:
+    """The agent of a run, and its options.
+
+    Raises:
+        RunError: an agent that this process does not know, or options that it does not have.
+    """
+    agent = config["agent"]
+    if not isinstance(agent, dict) or "name" not in agent or "options" not in agent:
+        raise RunError(f"{CONFIG} names no agent and options: it is damaged")
+    try:
+        entry = entry_of_run(agent["name"])
+        return entry, make_options(agent["name"], entry, agent["options"])
+    except ValueError as error:
+        raise RunError(str(error)) from None
 
 
 @contextmanager

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl_ebm.agents import AGENTS
+from rl_ebm.agents import entry_of
 from rl_ebm.backbone import TransformerConfig
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import Solution, TooLargeError, find_machines, solve
 from rl_ebm.files import CONFIG, STATE, RunError, own_files
 from rl_ebm.lock import only_one
-from rl_ebm.names import nearest
 from rl_ebm.policies import Policy, Trainable, Transformer
 from rl_ebm.report_sampled import AnyReport
 from rl_ebm.rewards import Reward, Table
 from rl_ebm.runs import (
     OWN,
+    agent_of_run,
     check_asked,
     damage_told,
     describe_ebm,
@@ -84,13 +84,11 @@ def train(
     run = None if out is None else Path(out)
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be in [0, 2**63), got {seed}")
-    if agent not in AGENTS:
-        raise ValueError(f"there is no agent {agent!r}{nearest(agent, AGENTS)}")
-    options = AGENTS[agent].config() if options is None else options
-    if not isinstance(options, AGENTS[agent].config):
+    entry = entry_of(agent)
+    options = entry.config() if options is None else options
+    if not isinstance(options, entry.config):
         raise ValueError(
-            f"options for {agent} must be a {AGENTS[agent].config.__name__}, got "
-            f"{type(options).__name__}"
+            f"options for {agent} must be a {entry.config.__name__}, got {type(options).__name__}"
         )
     if steps is None and seconds is None and config is None:
         seconds = 60.0
@@ -112,7 +110,7 @@ def train(
         "policy": policy_config,
         "agent": {
             "name": agent,
-            "logits_are_values": AGENTS[agent].agent.logits_are_values,
+            "logits_are_values": entry.agent.logits_are_values,
             "options": asdict(options),
         },
         "train": {"seed": seed, "compile": compile, **asdict(config)},
@@ -191,10 +189,8 @@ def _trainer(
     policy: torch.nn.Module | None,
 ) -> Trainer:
     """Everything that a run needs, from its configuration."""
-    name, train = description["agent"]["name"], dict(description["train"])
-    if name not in AGENTS:
-        raise RunError(f"the run's agent {name!r} is unknown{nearest(name, AGENTS)}")
-    entry = AGENTS[name]
+    train = dict(description["train"])
+    entry, options = agent_of_run(description)
     seed, compiled = train.pop("seed"), train.pop("compile")
     values = entry.agent.logits_are_values
     trained: Trainable = (
@@ -203,7 +199,6 @@ def _trainer(
         else own_policy(policy, ebm, values)
     )
     solution = solution_for_training(ebm, entry.needs_teacher, progress)
-    options = entry.config(**description["agent"]["options"])
     config = TrainConfig(**train)
     if compiled and isinstance(trained, Transformer):
         trained.compiled = True

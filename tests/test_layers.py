@@ -51,11 +51,14 @@ LAYERS = (
 
 # Agents do not know each other; what they share is listed here.
 SHARED_BY_AGENTS = {
+    "agents.account",
     "agents.imitation",
     "agents.kl_penalty",
     "agents.learner",
+    "agents.names",
     "agents.off_policy",
     "agents.on_policy",
+    "agents.option_types",
     "agents.replay",
 }
 

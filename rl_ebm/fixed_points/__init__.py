@@ -5,13 +5,15 @@ and action: no network, no noise. What an agent ends at beyond it is capacity an
 """
 
 from rl_ebm.fixed_points.closed_form import best_of_n
+from rl_ebm.fixed_points.finite import penalised_in_groups, resampled_law
 from rl_ebm.fixed_points.penalised import best_response, penalised
 from rl_ebm.fixed_points.problem import FixedPoint, Penalty, Problem
+from rl_ebm.fixed_points.stand_in import forbids, law_of, stand_ins
 
 
 def target(options: object, problem: Problem) -> FixedPoint:
-    """The EBM itself: of every objective that is right."""
-    return FixedPoint(problem.log_target)
+    """The EBM itself, whatever the options: it is stated, and nothing is computed."""
+    return FixedPoint(problem.log_target, how="stated")
 
 
 __all__ = [
@@ -20,6 +22,11 @@ __all__ = [
     "Problem",
     "best_of_n",
     "best_response",
+    "forbids",
+    "law_of",
     "penalised",
+    "penalised_in_groups",
+    "resampled_law",
+    "stand_ins",
     "target",
 ]

@@ -11,9 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rl_ebm.fixed_points.penalised import RULES
-from rl_ebm.fixed_points.problem import Problem
-from rl_ebm.soft_bellman import sequence_log_probs
+from rl_ebm.fixed_points.normalised import normalised
+from rl_ebm.fixed_points.penalised import in_loss, penalised
+from rl_ebm.fixed_points.problem import FixedPoint, Penalty, Problem
+
+MOST = 2**22
+"""entries of the table of all groups, for which a limit of small groups is computed"""
 
 
 def resampled_law(
@@ -70,39 +73,82 @@ def group_advantages(
 ) -> Float[Tensor, "N"]:
     """Expected (g(y) - mean) / std of a response in a group with size - 1 others from a law.
 
-    Sums over every multiset of others: C(N + size - 2, size - 1) of them.
+    Sums over every multiset of the others' values: C(V + size - 2, size - 1) of V values.
     """
-    others = multisets(len(g), size - 1)
-    log_p = torch.where(others > 0, others * log_law, 0.0).sum(1)
+    values, place = g.unique(return_inverse=True)
+    p = torch.zeros_like(values).index_add(0, place, log_law.exp())
+    others = multisets(len(values), size - 1)
+    log_p = torch.where(others > 0, others * p.log(), 0.0).sum(1)
     log_p = log_p + math.lgamma(size) - torch.lgamma(others + 1).sum(1)
-    total, square = others @ g, others @ g.square()
+    total, square = others @ values, others @ values.square()
     found = []
-    for value in g:
+    for value in values:
         mean = (total + value) / size
         variance = ((square + value.square()) / size - mean.square()).clamp(min=0.0)
         std = (variance * size / (size - 1)).sqrt()
         found.append((log_p.exp() * (value - mean) / (std + epsilon)).sum())
-    return torch.stack(found)
+    return torch.stack(found)[place]
 
 
 def group_fixed_point(
-    problem: Problem, estimator: str, size: int, iterations: int = 500
+    problem: Problem,
+    estimator: str,
+    size: int,
+    iterations: int = 500,
+    level: str = "token",
+    mean_tokens: bool = False,
 ) -> Float[Tensor, "N"]:
     """log-law that group-standardised advantages of groups of a size end at.
 
-    The penalty, k2 or k3 of each token, is in the loss. The plain return of the closed form is
-    here the expected advantage over beta, under the law itself: iterated to its fixed point.
+    The penalty, k2 or k3, is in the loss. The plain return of the closed form is here the expected
+    advantage over beta, under the law itself: iterated to its fixed point.
+
+    Args:
+        level: "token" or "sequence", what the penalty is of.
+        mean_tokens: whether the loss of a response is the mean over its tokens.
 
     Raises:
         RuntimeError: the iteration does not settle.
     """
-    g, law = problem.g_responses, torch.log_softmax(problem.log_ref_responses, 0)
+    law = problem.start_law
+    # What is never drawn adds no value of its own.
+    g = torch.where(problem.allowed, problem.g_responses, problem.g_responses[problem.allowed][0])
     for _ in range(iterations):
-        advantage = group_advantages(law, g, size) / problem.beta
-        tables = problem.with_returns(advantage).backward(RULES[estimator])
-        new = sequence_log_probs(tables, problem.space)
+        case = problem.with_returns(group_advantages(law, g, size) / problem.beta)
+        new = (
+            normalised(case, estimator, level, 1.0, baseline=False)
+            if mean_tokens and problem.space.eos_id is not None
+            else in_loss(case, estimator, level, 1.0)
+        )
         change = float((new.exp() - law.exp()).abs().max())
         law = torch.log_softmax(torch.logaddexp(new, law), 0)  # half a step
         if change < 1e-12:
             return law
     raise RuntimeError(f"the fixed point of groups of {size} was not found: {change:.1e} left")
+
+
+def penalised_in_groups(problem: Problem, penalty: Penalty, size: int, own: bool) -> FixedPoint:
+    """The limit from p_ref where advantages are those of groups of a size.
+
+    Args:
+        own: whether the mean that is taken off a return has that return in it.
+    """
+    if not penalty.group_std:
+        if own and penalty.place == "loss":
+            # g - mean is (size - 1) / size of g less the mean of the others; kappa is not scaled.
+            problem = problem.with_returns(problem.g_responses * (size - 1) / size)
+        return penalised(problem, penalty)
+    if penalty.estimator == "k1":
+        # In the reward the EBM has equal returns in every group; in the loss the best response
+        # is above the mean of every group, as in large ones.
+        return penalised(problem, penalty)
+    n = len(problem.g_responses[problem.allowed].unique())
+    if penalty.place == "reward" or math.comb(n + size - 2, size - 1) * n > MOST:
+        return FixedPoint(None, None, f"not computed for groups of {size}", sampler=True)
+    try:
+        law = group_fixed_point(
+            problem, penalty.estimator, size, level=penalty.level, mean_tokens=penalty.mean_tokens
+        )
+    except RuntimeError:
+        return FixedPoint(None, None, "not settled", sampler=True)
+    return FixedPoint(law, how="iteration", sampler=True)

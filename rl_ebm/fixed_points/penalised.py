@@ -55,8 +55,8 @@ def penalised(problem: Problem, penalty: Penalty) -> FixedPoint:
             # g - u is one number, whoever drew the response; it is 0 with the baseline taken off.
             return FixedPoint(problem.log_target, sampler=not baseline)
         if estimator == "k1":  # w (g - u) is one number, as for k2 of the response in the loss
-            law = normalised(problem, "k2", "sequence", 1.0, baseline)
-            return FixedPoint(law, how="root", sampler=not baseline)
+            scaled = normalised(problem, "k2", "sequence", 1.0, baseline)
+            return FixedPoint(scaled, how="root", sampler=not baseline)
         if shortened:
             return FixedPoint(None, degenerate=None, how="not computed", sampler=True)
         return boundary_limit(problem, estimator, level)
@@ -65,15 +65,15 @@ def penalised(problem: Problem, penalty: Penalty) -> FixedPoint:
             return FixedPoint(None, degenerate=None, how="not computed", sampler=True)
         return best_response(problem)
 
-    def in_loss(scale: float) -> Tensor:
+    def law(scale: float) -> Tensor:
         if shortened:
             return normalised(problem, estimator, level, scale, baseline)
-        return _in_loss(problem, estimator, level, scale)
+        return in_loss(problem, estimator, level, scale)
 
     if group_std:
-        return _group_scaled(problem, in_loss)
+        return _group_scaled(problem, law)
     how = "root" if shortened else "closed form"
-    return FixedPoint(in_loss(1.0), how=how, sampler=True)
+    return FixedPoint(law(1.0), how=how, sampler=True)
 
 
 def best_response(problem: Problem) -> FixedPoint:
@@ -90,7 +90,8 @@ def best_response(problem: Problem) -> FixedPoint:
     return FixedPoint(torch.zeros_like(g).masked_fill(~best, -torch.inf), True, sampler=True)
 
 
-def _in_loss(problem: Problem, estimator: str, level: str, scale: float) -> Float[Tensor, "N"]:
+def in_loss(problem: Problem, estimator: str, level: str, scale: float) -> Float[Tensor, "N"]:
+    """log-law of k2 or k3 in the loss, rewards divided by ``scale``."""
     rule = RULES[estimator]
     if level == "token":
         return sequence_log_probs(problem.backward(rule, scale), problem.space)

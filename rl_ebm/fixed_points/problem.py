@@ -43,18 +43,20 @@ class FixedPoint:
             was not computed.
         degenerate: whether it is on the boundary: some response that p_ref allows has
             probability 0; None where that is not known.
-        how: "closed form", "root" (a scalar equation around a closed form), "flow", or why there
+        how: "stated" (by the objective's own proof, and not computed), "closed form", "root" (a
+            scalar equation around a closed form), "quadrature", "iteration", "flow", or why there
             is no law.
         other_roots: further interior laws at which the expected gradient vanishes.
         sampler: whether it depends on what the responses are drawn from: drawn from another
-            policy than the one that the agent draws from, the same loss would end elsewhere.
+            policy than the one that the agent draws from, the same loss would end elsewhere; None
+            where that is not known.
     """
 
     log_law: Tensor | None
     degenerate: bool | None = False
     how: str = "closed form"
     other_roots: tuple[Tensor, ...] = ()
-    sampler: bool = False
+    sampler: bool | None = False
 
 
 @dataclass(frozen=True)
