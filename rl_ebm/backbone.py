@@ -17,10 +17,16 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rl_ebm.arguments import shown, whole
+from rl_ebm.names import count_text
 from rl_ebm.tiles import Tile
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q, k, v), each (..., H, L, D / H), to the context, of the shape of q."""
+
+
+MAX_LAYERS, MAX_WEIGHTS = 1000, 2**30
+"""of a Transformer: beyond these its weights do not fit, or take minutes to be drawn"""
 
 
 @dataclass(frozen=True)
@@ -38,11 +44,26 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         for name in ("layers", "heads", "dim", "hidden"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+            object.__setattr__(self, name, whole(name, getattr(self, name), 1))
         if self.dim % self.heads:
             raise ValueError(f"heads must divide dim, got dim={self.dim}, heads={self.heads}")
+        # Of the blocks alone; embeddings come on top.
+        weights = self.layers * (4 * self.dim**2 + 2 * self.dim * self.hidden)
+        if self.layers > MAX_LAYERS or weights > MAX_WEIGHTS:
+            raise ValueError(
+                f"layers={self.layers}, dim={self.dim} and hidden={self.hidden} make "
+                f"{count_text(weights)} weights, and there may be at most {MAX_WEIGHTS:,} in "
+                f"{MAX_LAYERS:,} layers"
+            )
+
+
+def check_config(config: object) -> None:
+    """Raise TypeError unless something is a TransformerConfig."""
+    if not isinstance(config, TransformerConfig):
+        raise TypeError(
+            "config must be a TransformerConfig, for example TransformerConfig(layers=2, dim=64), "
+            f"got {shown(config)}"
+        )
 
 
 class Block(nn.Module):
@@ -78,6 +99,13 @@ class Backbone(nn.Module):
 
     def __init__(self, num_ids: int, num_positions: int, config: TransformerConfig) -> None:
         super().__init__()
+        weights = (num_ids + num_positions) * config.dim
+        if weights > MAX_WEIGHTS:
+            raise ValueError(
+                f"embeddings of {num_ids:,} ids and {num_positions:,} positions in dim="
+                f"{config.dim} are {count_text(weights)} weights, and there may be at most "
+                f"{MAX_WEIGHTS:,}: make vocab_size, max_length or dim smaller"
+            )
         self.token = nn.Embedding(num_ids, config.dim)
         self.position = nn.Embedding(num_positions, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))

@@ -20,7 +20,8 @@ ROOT = Path(rl_ebm.__file__).parent
 
 # From the bottom up. A name ending in "." is a package: a room for all modules below it.
 LAYERS = (
-    ("tokens", "tiles", "names", "intervals", "estimates"),
+    ("arguments",),
+    ("tokens", "tiles", "names", "intervals", "estimates", "prompts"),
     ("prefix_tree", "soft_bellman", "backbone", "automata.", "mean_bounds"),
     ("divergences", "bounds", "state_errors"),
     ("rewards.", "policies."),

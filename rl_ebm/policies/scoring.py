@@ -63,11 +63,35 @@ def mask_logits(logits: Float[Tensor, "B T A"], space: TokenSpace) -> Float[Tens
     return logits.masked_fill(~space.action_mask(logits.device), -torch.inf)
 
 
-def check_shape(logits: Tensor, space: TokenSpace) -> None:
+def check_output(logits: object, rows: int, space: TokenSpace, name: str = "the policy") -> None:
+    """Check what a policy's ``logits`` returned.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: another shape than (rows, T, A), or complex numbers.
+    """
+    wanted = (rows, space.max_length, space.vocab_size)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"{name}'s logits are no tensor but {type(logits).__name__}, expected a tensor of "
+            f"shape {wanted}"
+        )
+    if logits.is_complex() or logits.dtype == torch.bool:
+        kind = str(logits.dtype).removeprefix("torch.")
+        raise ValueError(f"{name}'s logits are {kind}, expected real numbers")
+    if logits.ndim == 3 and len(logits) != rows and logits.shape[1:] == wanted[1:]:
+        raise ValueError(
+            f"{name}'s logits have shape {tuple(logits.shape)}, expected {wanted}: one entry for "
+            "each row of tokens"
+        )
+    check_shape(logits, space, name)
+
+
+def check_shape(logits: Tensor, space: TokenSpace, name: str = "the policy") -> None:
     """Raise ValueError unless logits are (B, T, A) of the space."""
     if logits.ndim != 3 or logits.shape[1:] != (space.max_length, space.vocab_size):
         raise ValueError(
-            f"the policy's logits have shape {tuple(logits.shape)}, expected (B, "
+            f"{name}'s logits have shape {tuple(logits.shape)}, expected (B, "
             f"{space.max_length}, {space.vocab_size}): it is a policy for another space"
         )
 
