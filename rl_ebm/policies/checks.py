@@ -144,7 +144,14 @@ class _Trial:
     def rows(self, tokens: Tensor, which: Tensor | None = None) -> Tensor:
         """Masked logits (n, T, A), on the CPU."""
         ids = self.prompt_ids if which is None else self.prompt_ids[which]
-        logits: Any = self._logits(tokens.to(self.device), ids.to(self.device))
+        try:
+            logits = self._logits(tokens.to(self.device), ids.to(self.device))
+        except (RuntimeError, IndexError) as error:
+            said = (str(error) or type(error).__name__).splitlines()[0][:200]
+            raise ValueError(
+                f"{self.name} fails on token ids in [0, {self.space.vocab_size}) of shape "
+                f"{tuple(tokens.shape)}: {said}"
+            ) from error
         check_output(logits, len(tokens), self.space, self.name)
         self.eps = max(self.eps, _step(self.policy, logits))
         return mask_logits(logits, self.space).cpu()
