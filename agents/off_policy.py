@@ -24,6 +24,7 @@ from rl_ebm.agents.learner import (
     immediate_log_weights,
 )
 from rl_ebm.agents.replay import Replay
+from rl_ebm.agents.trained import check_trained
 from rl_ebm.ebm import EBM
 from rl_ebm.policies.scoring import Policy, Trainable, sample
 from rl_ebm.policies.tabular import Uniform
@@ -85,7 +86,7 @@ class OffPolicyAgent(ABC):
     ) -> None:
         self.config = self.Config() if config is None else config
         check_finite_weights(ebm, self.config.forbidden_log_weight, teacher)
-        ebm.check_policy(policy)
+        check_trained(ebm, policy, teacher)
         self.ebm, self.policy = ebm, policy
         self.explorer: Policy = Uniform(ebm.space) if ebm.reference is None else ebm.reference
         self.generator = torch.Generator(ebm.device) if generator is None else generator
@@ -101,11 +102,24 @@ class OffPolicyAgent(ABC):
     def loss(self, batch: Batch, r: Float[Tensor, "B T"]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of responses, and what to log; r are the log-weights of the tokens."""
 
+    @property
+    def explored(self) -> int:
+        """How many responses of a step are the explorer's; they come first."""
+        count: int = round(self.config.explore * self.config.batch_size)
+        return count
+
+    @property
+    def own_rows(self) -> slice | None:
+        """The rows of :meth:`sample` that are draws of the policy as it is; None without one."""
+        cfg = self.config
+        tempered = cfg.temperature != 1 or cfg.epsilon != 0
+        return None if tempered or self.explored == cfg.batch_size else slice(self.explored, None)
+
     def sample(self) -> Batch | None:
         """Responses of the policy and of the explorer."""
         cfg, space, p = self.config, self.ebm.space, self.ebm.num_prompts
         prompt_ids = draw_prompts(cfg.batch_size, p, 1, self.generator)
-        others = round(cfg.explore * len(prompt_ids))
+        others = self.explored
         # Shuffled, so that every prompt gets its share of both.
         order = torch.randperm(len(prompt_ids), generator=self.generator, device=prompt_ids.device)
         parts = [

@@ -11,11 +11,12 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     Whole = SupportsIndex
+    Int = int
     Number = float | int
 else:
     # Whatever comes in is answered by a sentence of ours, in the tests too, where annotations
     # are checked.
-    Whole = Number = object
+    Whole = Int = Number = object
 
 
 def whole(name: str, value: object, least: int | None = None, most: int | None = None) -> int:

@@ -34,6 +34,8 @@ LAYERS = (
     ("verify_sampled",),
     ("verify",),
     ("checkpoint", "plots"),
+    ("train_config", "reward_calls"),
+    ("charts",),
     ("metrics", "tensorboard", "runs"),
     ("training",),
     ("train", "diagnose"),
@@ -54,6 +56,7 @@ SHARED_BY_AGENTS = {
     "agents.off_policy",
     "agents.on_policy",
     "agents.replay",
+    "agents.trained",
 }
 
 # What lives elsewhere: room, and the packages that it must leave alone.
