@@ -12,7 +12,14 @@ from torch import Tensor
 
 from rl_ebm.arguments import Number, finite
 from rl_ebm.policies.checks import ROWS, check_kind, check_rows
-from rl_ebm.policies.scoring import Policy, device_of, mask_logits, on_device, resolve_prompt_ids
+from rl_ebm.policies.scoring import (
+    Policy,
+    device_of,
+    mask_logits,
+    on_device,
+    resolve_prompt_ids,
+    row_logits,
+)
 from rl_ebm.prompts import GivenPrompts, check_prompts
 from rl_ebm.rewards.base import Reward
 from rl_ebm.rewards.convert import as_reward
@@ -133,9 +140,8 @@ class EBM:
         if self.reference is None:
             zero = torch.zeros(mask.shape, device=tokens.device).masked_fill(~mask, -torch.inf)
             return zero.expand(len(tokens), -1, -1)
-        log_ref = log_policy(
-            mask_logits(self.reference.logits(tokens, prompt_ids), self.space).double()
-        )
+        rows = row_logits(self.reference, self.space, tokens, prompt_ids)
+        log_ref = log_policy(mask_logits(rows, self.space).double())
         return end_reference(log_ref, self.space)
 
     def log_ref(

@@ -101,6 +101,8 @@ def smc(
         ebm.check_policy(policy, rows=runs * num_particles)
         cloud = _Cloud(ebm, policy, num_particles, per_run, generator)
         for t in range(ebm.space.max_length):
+            if cloud.over(t):
+                break
             cloud.look(t)
             if t > 0:
                 if values:
@@ -139,6 +141,16 @@ class _Cloud:
         self.q = self.log_ref = torch.empty(0)
         self.ess: list[Tensor] = []
         self.resampled: list[Tensor] = []
+
+    def over(self, t: int) -> bool:
+        """Whether all have ended: nothing is drawn or weighed any more, and ESS stays as it is."""
+        if t == 0 or bool(self.running.any()):
+            return False
+        left = self.space.max_length - t
+        log_w = self.log_w.view(-1, self.n)
+        self.ess += [effective_sample_size(log_w)] * left
+        self.resampled += [torch.zeros(len(log_w), dtype=torch.bool, device=log_w.device)] * left
+        return True
 
     def look(self, t: int) -> None:
         """The policy's logits and log p_ref before the token at t, float64."""

@@ -105,6 +105,9 @@ class HuggingFace(nn.Module):
     context_ids: Tensor
     context_lengths: Tensor
 
+    crops = True
+    """a batch is read up to its longest response: scoring short ones does not cost T tokens"""
+
     # Scores -----------------------------------------------------------------------------------
 
     def logits(

@@ -78,6 +78,14 @@ class Transformer(nn.Module):
     compiled = False
     """whether the two passes below go through torch.compile: the same numbers up to rounding"""
 
+    @property
+    def crops(self) -> bool:
+        """Whether a batch is read up to its longest response alone.
+
+        Not on a GPU, which would have to be waited for, nor compiled, for each length anew.
+        """
+        return not self.compiled and self.context_ids.device.type == "cpu"
+
     # One pass over sequences -----------------------------------------------------------------
 
     def logits(
