@@ -11,6 +11,7 @@ from torch import Tensor
 from rl_ebm.agents.account import Behaviour
 from rl_ebm.agents.learner import Learner, check_batch_size, check_rates, draw_prompts
 from rl_ebm.agents.option_types import checked_options
+from rl_ebm.agents.trained import check_trained
 from rl_ebm.ebm import EBM
 from rl_ebm.policies.scoring import Policy, Trainable, q_values, sample
 from rl_ebm.policies.tabular import Uniform
@@ -69,7 +70,7 @@ class ImitationAgent:
         teacher: Policy | None = None,
     ) -> None:
         self.config = self.Config() if config is None else config
-        ebm.check_policy(policy)
+        check_trained(ebm, policy, teacher)
         self.ebm, self.policy = ebm, policy
         self.source = self.drawn_from(teacher)
         self.generator = torch.Generator(ebm.device) if generator is None else generator
@@ -80,6 +81,11 @@ class ImitationAgent:
         if self.config.source == "policy":
             return self.policy
         return Uniform(self.ebm.space) if self.ebm.reference is None else self.ebm.reference
+
+    @property
+    def own_rows(self) -> slice | None:
+        """The rows of :meth:`sample` that are draws of the policy as it is; None without one."""
+        return slice(None) if self.source is self.policy else None
 
     def prompts(self) -> Int64[Tensor, "B"]:
         """The prompts of the next responses."""

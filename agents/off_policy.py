@@ -25,6 +25,7 @@ from rl_ebm.agents.learner import (
 )
 from rl_ebm.agents.option_types import checked_options
 from rl_ebm.agents.replay import Replay, check_rows
+from rl_ebm.agents.trained import check_trained
 from rl_ebm.ebm import EBM
 from rl_ebm.fixed_points import FixedPoint, Problem, forbids, law_of, stand_ins, target
 from rl_ebm.policies.scoring import Policy, Trainable, sample
@@ -100,7 +101,7 @@ class OffPolicyAgent(ABC):
     ) -> None:
         self.config = self.Config() if config is None else config
         check_finite_weights(ebm, self.config.forbidden_log_weight, teacher)
-        ebm.check_policy(policy)
+        check_trained(ebm, policy, teacher)
         self.ebm, self.policy = ebm, policy
         self.explorer: Policy = Uniform(ebm.space) if ebm.reference is None else ebm.reference
         self.generator = torch.Generator(ebm.device) if generator is None else generator
@@ -124,11 +125,29 @@ class OffPolicyAgent(ABC):
         """Responses of earlier steps."""
         return self.replay.sample(self.config.replay_batch, self.generator)
 
+    @property
+    def responses(self) -> int:
+        """How many responses a step draws."""
+        return int(self.config.batch_size)
+
+    @property
+    def explored(self) -> int:
+        """How many responses of a step are the explorer's; they come first."""
+        count: int = round(self.config.explore * self.responses)
+        return count
+
+    @property
+    def own_rows(self) -> slice | None:
+        """The rows of :meth:`sample` that are draws of the policy as it is; None without one."""
+        cfg = self.config
+        tempered = cfg.temperature != 1 or cfg.epsilon != 0
+        return None if tempered or self.explored == cfg.batch_size else slice(self.explored, None)
+
     def sample(self) -> Batch | None:
         """Responses of the policy and of the explorer."""
         cfg, space = self.config, self.ebm.space
         prompt_ids = self.prompts()
-        others = round(cfg.explore * len(prompt_ids))
+        others = self.explored
         # Shuffled, so that every prompt gets its share of both.
         order = torch.randperm(len(prompt_ids), generator=self.generator, device=prompt_ids.device)
         parts = [

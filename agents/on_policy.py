@@ -22,6 +22,7 @@ from rl_ebm.agents.learner import (
     token_values,
 )
 from rl_ebm.agents.option_types import checked_options
+from rl_ebm.agents.trained import check_trained
 from rl_ebm.ebm import EBM
 from rl_ebm.fixed_points import Problem, forbids, law_of, stand_ins
 from rl_ebm.policies.scoring import Policy, Trainable, q_values, sample
@@ -69,6 +70,8 @@ class OnPolicyAgent(ABC):
 
     logits_are_values = False
     Config: type[Any] = OnPolicyOptions
+    own_rows = slice(None)
+    """the rows of :meth:`sample` that are draws of the policy as it is: all"""
 
     def __init__(
         self,
@@ -80,7 +83,7 @@ class OnPolicyAgent(ABC):
     ) -> None:
         self.config = self.Config() if config is None else config
         check_finite_weights(ebm, self.config.forbidden_log_weight, teacher)
-        ebm.check_policy(policy)
+        check_trained(ebm, policy, teacher)
         self.ebm, self.policy = ebm, policy
         self.generator = torch.Generator(ebm.device) if generator is None else generator
         self.learner = Learner(policy, self.config.lr, self.config.max_grad_norm)

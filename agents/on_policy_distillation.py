@@ -80,6 +80,12 @@ class OnPolicyDistillationAgent(ImitationAgent):
             )
         return self.policy
 
+    @property
+    def own_rows(self) -> slice | None:
+        """The policy's own draws, which come first; None without one."""
+        count = round(self.config.on_policy * self.config.batch_size)
+        return slice(0, count) if count else None
+
     def sample(self) -> Batch:
         """Responses of the policy, and of the teacher."""
         ids = self.prompts()

@@ -103,6 +103,12 @@ class TrajectoryBalanceAgent(OffPolicyAgent):
         self.log_z = torch.nn.Parameter(start.to(self.ebm.device))
         return (self.log_z,) if self.config.log_z == "learned" else ()
 
+    @property
+    def responses(self) -> int:
+        """Whole groups alone, where their size is given."""
+        n, size = int(self.config.batch_size), self.config.group_size
+        return n if size is None or self.config.log_z == "learned" else n - n % size
+
     def prompts(self) -> Int64[Tensor, "B"]:
         """Groups that share a prompt, where the batch's log Z is theirs."""
         cfg, p = self.config, self.ebm.num_prompts

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rl_ebm.memory import check_fits
+from rl_ebm.arguments import shown, whole
 from rl_ebm.names import count_text
 from rl_ebm.tiles import Tile
 
@@ -46,13 +47,20 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         for name in ("layers", "heads", "dim", "hidden"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+            object.__setattr__(self, name, whole(name, getattr(self, name), 1))
         if self.layers > MAX_LAYERS:
             raise ValueError(f"layers must be at most {MAX_LAYERS}, got {self.layers}")
         if self.dim % self.heads:
             raise ValueError(f"heads must divide dim, got dim={self.dim}, heads={self.heads}")
+
+
+def check_config(config: object) -> None:
+    """Raise TypeError unless something is a TransformerConfig."""
+    if not isinstance(config, TransformerConfig):
+        raise TypeError(
+            "config must be a TransformerConfig, for example TransformerConfig(layers=2, dim=64), "
+            f"got {shown(config)}"
+        )
 
 
 def num_parameters(config: TransformerConfig, num_ids: int, length: int) -> int:

@@ -3,20 +3,29 @@ r"""The energy-based model: p*(y|x) = p_ref(y|x) exp(R(x, y) / beta) / Z(x)."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Real
-from operator import index
+from contextlib import suppress
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from rl_ebm.policies.scoring import Policy, device_of, mask_logits, on_device, resolve_prompt_ids
-from rl_ebm.rewards.base import Prompts, Reward
+from rl_ebm.arguments import Number, finite
+from rl_ebm.policies.checks import ROWS, check_kind, check_rows
+from rl_ebm.policies.scoring import (
+    Policy,
+    device_of,
+    mask_logits,
+    on_device,
+    resolve_prompt_ids,
+    row_logits,
+)
+from rl_ebm.prompts import GivenPrompts, check_prompts
+from rl_ebm.rewards.base import Reward
 from rl_ebm.rewards.convert import as_reward
 from rl_ebm.rewards.function import Function
 from rl_ebm.soft_bellman import gather_tokens, log_policy
-from rl_ebm.tokens import Batch, TokenSpace, length_mask
+from rl_ebm.tokens import Batch, TokenSpace, check_space, length_mask
 
 
 class EBM:
@@ -30,11 +39,13 @@ class EBM:
         beta: temperature of the KL penalty, > 0, in reward units per nat.
         reference: p_ref, any policy; None for the counting measure (plain MaxEnt RL). In EOS
             mode log p_ref(EOS) is 0 at the last position, whatever the reference says.
-        prompts: the P prompts of a conditional EBM, int sequences, empty ones allowed.
+        prompts: the P prompts of a conditional EBM, int sequences, empty ones allowed; or what a
+            tokenizer returned, ``input_ids`` with their ``attention_mask``.
 
     Raises:
-        ValueError: a beta, table or prompt that is out of range, or prompts that are not those
-            of the reference.
+        ValueError: a beta, table or prompt that is out of range, prompts that are not those
+            of the reference, or a reference whose logits are no policy's (see
+            :func:`rl_ebm.policies.checks.check_rows`).
         TypeError: a reward or reference of no known kind.
     """
 
@@ -42,27 +53,21 @@ class EBM:
         self,
         space: TokenSpace,
         reward: Tensor | Callable[..., Any] | Reward,
-        beta: float | int = 1.0,
+        beta: Number = 1.0,
         reference: Policy | None = None,
-        prompts: Prompts | None = None,
+        prompts: GivenPrompts | None = None,
     ) -> None:
-        if not isinstance(space, TokenSpace):
-            raise TypeError(f"space must be a TokenSpace, got {type(space).__name__}")
-        if not (_is_number(beta) and 0 < beta < float("inf")):
-            raise ValueError(f"beta must be a finite number > 0, got {beta!r}")
-        if beta < 1e-300:
-            raise ValueError(f"beta must be at least 1e-300, got {beta!r}: R / beta overflows")
-        if reference is not None and not callable(getattr(reference, "logits", None)):
-            raise TypeError(
-                "reference must be a policy, with a method logits(tokens, prompt_ids=None) -> "
-                f"(B, T, A), got {type(reference).__name__}"
-            )
+        check_space(space)
         self.space = space
-        self.beta = float(beta)
+        self.beta = finite("beta", beta, "> 0", 0.0, strict=True)
+        if self.beta < 1e-300:
+            raise ValueError(f"beta must be at least 1e-300, got {beta!r}: R / beta overflows")
         self.prompts = None if prompts is None else check_prompts(prompts)
         self.reference = reference
         if reference is not None:
-            self.check_policy(reference, "the reference")
+            # An assertion of its own is no verdict: it comes again where it is first asked.
+            with suppress(AssertionError):
+                self.check_policy(reference, "the reference")
         self.reward_model = as_reward(reward, space, self.prompts)
         self.device = device_of(self.reward_model)
         if isinstance(self.reward_model, Function) and reference is not None:
@@ -78,8 +83,22 @@ class EBM:
         """Whether some response or token is known to have log-weight ``-inf``."""
         return self.reward_model.forbids or bool(getattr(self.reference, "forbids", False))
 
-    def check_policy(self, policy: object, name: str = "the policy") -> None:
-        """Raise ValueError if a policy is for another space, or reads other prompts."""
+    def check_policy(
+        self, policy: object, name: str = "the policy", rows: int = ROWS, steps: bool = False
+    ) -> None:
+        """Check that something is a policy of this EBM's space and prompts, in the mode it is in.
+
+        Args:
+            name: what a sentence calls it.
+            rows: sequences on which it is tried, at most.
+            steps: try its ``step``, where it has one, in the place of its ``logits``.
+
+        Raises:
+            TypeError: no policy, or logits that are no tensor.
+            ValueError: it is for another space, reads other prompts, or its logits are none of
+                a policy; see :func:`rl_ebm.policies.checks.check_rows`.
+        """
+        check_kind(policy, name)
         space = getattr(policy, "space", None)
         if isinstance(space, TokenSpace) and space != self.space:
             raise ValueError(f"{name} is for {space}, the EBM is over {self.space}")
@@ -90,6 +109,8 @@ class EBM:
             raise ValueError(
                 f"{name} was made for other prompts than the EBM's: give both the same list"
             )
+        steps = steps and hasattr(policy, "step")
+        check_rows(policy, self.space, self.num_prompts, name, rows, steps)
 
     # Scores -------------------------------------------------------------------------------
 
@@ -119,9 +140,8 @@ class EBM:
         if self.reference is None:
             zero = torch.zeros(mask.shape, device=tokens.device).masked_fill(~mask, -torch.inf)
             return zero.expand(len(tokens), -1, -1)
-        log_ref = log_policy(
-            mask_logits(self.reference.logits(tokens, prompt_ids), self.space).double()
-        )
+        rows = row_logits(self.reference, self.space, tokens, prompt_ids)
+        log_ref = log_policy(mask_logits(rows, self.space).double())
         return end_reference(log_ref, self.space)
 
     def log_ref(
@@ -187,10 +207,6 @@ class EBM:
         return copy
 
 
-def _is_number(x: object) -> bool:
-    return isinstance(x, Real) and not isinstance(x, bool)
-
-
 def end_reference(log_ref: Float[Tensor, "... T A"], space: TokenSpace) -> Float[Tensor, "... T A"]:
     """log p_ref with its last position of EOS mode set: 0 at EOS, ``-inf`` elsewhere."""
     if space.eos_id is None:
@@ -198,22 +214,3 @@ def end_reference(log_ref: Float[Tensor, "... T A"], space: TokenSpace) -> Float
     last = torch.full_like(log_ref[..., -1:, :], -torch.inf)
     last[..., space.eos_id] = 0.0
     return torch.cat([log_ref[..., :-1, :], last], dim=-2)
-
-
-def check_prompts(prompts: Prompts) -> list[list[int]]:
-    """Prompts as lists of ints.
-
-    Raises:
-        ValueError: no prompt, or a token that is no int >= 0.
-    """
-    try:
-        lists = [[index(token) for token in prompt] for prompt in prompts]
-    except TypeError:
-        raise ValueError(
-            "prompts must be a list of int sequences, for example [[0], [1, 2], []]"
-        ) from None
-    if not lists:
-        raise ValueError("prompts is empty: give at least one prompt, or None")
-    if any(token < 0 for prompt in lists for token in prompt):
-        raise ValueError("a prompt holds a negative token id; ids start at 0")
-    return lists

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from rl_ebm.ebm import EBM
 from rl_ebm.mean_bounds import effective_sample_size, log_mean
+from rl_ebm.policies.checks import check_kind
 from rl_ebm.policies.scoring import Policy, device_of, evaluating, resolve_prompt_ids
 from rl_ebm.soft_bellman import log_policy, soft_value
 from rl_ebm.tokens import Batch
@@ -90,15 +91,18 @@ def smc(
         raise ValueError(f"num_particles and runs must be >= 1, got {num_particles} and {runs}")
     if not 0 <= ess_threshold <= 1:
         raise ValueError(f"ess_threshold must be in [0, 1], got {ess_threshold}")
-    ebm.check_policy(policy)
+    check_kind(policy)
     device = device_of(policy)
     per_run = resolve_prompt_ids(runs, prompt_ids, ebm.num_prompts, device).to(device)
     values = twists is None and bool(getattr(policy, "logits_are_values", False))
     if twists is None and not values:
         ess_threshold = 0.0
     with evaluating(policy):
+        ebm.check_policy(policy, rows=runs * num_particles)
         cloud = _Cloud(ebm, policy, num_particles, per_run, generator)
         for t in range(ebm.space.max_length):
+            if cloud.over(t):
+                break
             cloud.look(t)
             if t > 0:
                 if values:
@@ -137,6 +141,16 @@ class _Cloud:
         self.q = self.log_ref = torch.empty(0)
         self.ess: list[Tensor] = []
         self.resampled: list[Tensor] = []
+
+    def over(self, t: int) -> bool:
+        """Whether all have ended: nothing is drawn or weighed any more, and ESS stays as it is."""
+        if t == 0 or bool(self.running.any()):
+            return False
+        left = self.space.max_length - t
+        log_w = self.log_w.view(-1, self.n)
+        self.ess += [effective_sample_size(log_w)] * left
+        self.resampled += [torch.zeros(len(log_w), dtype=torch.bool, device=log_w.device)] * left
+        return True
 
     def look(self, t: int) -> None:
         """The policy's logits and log p_ref before the token at t, float64."""

@@ -29,12 +29,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
+
+from rl_ebm.arguments import ids_tensor, is_whole, shown, whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -116,21 +117,20 @@ class TokenSpace:
     eos_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value, least, most in (
-            ("vocab_size", self.vocab_size, 2, 2**31),
-            ("max_length", self.max_length, 1, 2**20),
-        ):
-            if not _is_integer(value) or value < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+        for name, least, most in (("vocab_size", 2, 2**31), ("max_length", 1, 2**20)):
+            value = whole(name, getattr(self, name), least)
             if value > most:
                 raise ValueError(f"{name} must be at most {most}, got {value!r}")
-            object.__setattr__(self, name, int(value))
+            object.__setattr__(self, name, value)
         eos = self.eos_id
-        if eos is not None and not (_is_integer(eos) and 0 <= eos < self.vocab_size):
+        if eos is None:
+            return
+        if not (is_whole(eos) and 0 <= eos < self.vocab_size):
             raise ValueError(
                 f"eos_id must be a token id in [0, {self.vocab_size}), or None for responses "
-                f"of fixed length, got {eos!r}"
+                f"of fixed length, got {shown(eos)}"
             )
+        object.__setattr__(self, "eos_id", int(eos))
 
     # Sizes --------------------------------------------------------------------------------
 
@@ -286,10 +286,13 @@ class TokenSpace:
         """Check responses and return their lengths (found from the first EOS where None).
 
         Raises:
+            TypeError: no tensors.
             ValueError: wrong shape, a token id out of range, a length out of [1, T], a row
                 without EOS, or one with something after it, in EOS mode.
         """
         t_max = self.max_length
+        tokens = ids_tensor("tokens", tokens, 2)
+        lengths = None if lengths is None else ids_tensor("lengths", lengths, 1)
         if tokens.ndim != 2 or tokens.shape[1] != t_max:
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}, expected (B, {t_max})")
         n = tokens.shape[0]
@@ -352,8 +355,10 @@ def _action_mask(space: TokenSpace, device: str) -> Tensor:
     return mask
 
 
-def _is_integer(x: object) -> bool:
-    return isinstance(x, Integral) and not isinstance(x, bool)
+def check_space(space: object) -> None:
+    """Raise TypeError unless something is a TokenSpace."""
+    if not isinstance(space, TokenSpace):
+        raise TypeError(f"space must be a TokenSpace, got {type(space).__name__}")
 
 
 # Cached by device: a tensor made from a list would wait for a GPU.

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from rl_ebm.agents import entry_of
+from rl_ebm.agents.defaults import default_options
+from rl_ebm.agents.trained import check_apart, check_weights
+from rl_ebm.arguments import Number, Whole, shown, whole
 from rl_ebm.backbone import TransformerConfig
 from rl_ebm.ebm import EBM
-from rl_ebm.exact import Solution, TooLargeError, find_machines, solve
+from rl_ebm.exact import Solution, TooLargeError, find_machines
+from rl_ebm.exact import solve as solve_exactly
 from rl_ebm.files import CONFIG, STATE, RunError, own_files
 from rl_ebm.lock import only_one
-from rl_ebm.policies import Policy, Trainable, Transformer
+from rl_ebm.policies import Policy, Tabular, Trainable, Transformer
 from rl_ebm.report_sampled import AnyReport
+from rl_ebm.reward_calls import is_called
 from rl_ebm.rewards import Reward, Table
 from rl_ebm.runs import (
     OWN,
@@ -32,10 +39,57 @@ from rl_ebm.runs import (
     rebuild_ebm,
     write_config,
 )
-from rl_ebm.training import TrainConfig, Trainer
+from rl_ebm.train_config import TrainConfig, check_limits
+from rl_ebm.training import Trainer
 
 SOLVED_UNASKED = 2**20
-"""a reward that is a function is evaluated on at most so many sequences without being asked"""
+"""sequences of an EBM without a table up to which it is solved without being asked"""
+CALLED_UNASKED = 2**12
+"""the same where the reward is a function or a network of the user's: each sequence is a call"""
+
+AnyModule = TypeVar("AnyModule", bound=torch.nn.Module)
+
+
+@overload
+def train(
+    ebm: EBM,
+    agent: str = "soft-q",
+    out: str | Path | None = None,
+    *,
+    options: Any = None,
+    policy: AnyModule,
+    network: TransformerConfig | str = "transformer",
+    steps: Whole | None = None,
+    seconds: Number | None = None,
+    seed: Whole = 0,
+    config: TrainConfig | None = None,
+    overwrite: bool = False,
+    source: dict[str, Any] | None = None,
+    compile: bool = False,
+    progress: bool | None = None,
+    solve: bool | None = None,
+) -> tuple[AnyModule, AnyReport | None]: ...
+
+
+@overload
+def train(
+    ebm: EBM,
+    agent: str = "soft-q",
+    out: str | Path | None = None,
+    *,
+    options: Any = None,
+    policy: None = None,
+    network: TransformerConfig | str = "transformer",
+    steps: Whole | None = None,
+    seconds: Number | None = None,
+    seed: Whole = 0,
+    config: TrainConfig | None = None,
+    overwrite: bool = False,
+    source: dict[str, Any] | None = None,
+    compile: bool = False,
+    progress: bool | None = None,
+    solve: bool | None = None,
+) -> tuple[Tabular | Transformer, AnyReport | None]: ...
 
 
 def train(
@@ -46,24 +100,28 @@ def train(
     options: Any = None,
     policy: torch.nn.Module | None = None,
     network: TransformerConfig | str = "transformer",
-    steps: int | None = None,
-    seconds: float | int | None = None,
-    seed: int = 0,
+    steps: Whole | None = None,
+    seconds: Number | None = None,
+    seed: Whole = 0,
     config: TrainConfig | None = None,
     overwrite: bool = False,
     source: dict[str, Any] | None = None,
     compile: bool = False,
     progress: bool | None = None,
-) -> tuple[Trainable, AnyReport | None]:
+    solve: bool | None = None,
+) -> tuple[Any, AnyReport | None]:
     """Distil an EBM into a new policy, or into one that is passed in.
 
     Args:
         ebm: the target.
         agent: a name of :data:`rl_ebm.agents.AGENTS`.
         out: the run directory; None writes no files.
-        options: the agent's config, for example ``SoftQConfig(lr=1e-3)``; None for its default.
-        policy: a policy to start from, trained in place; None for a new one. A run with one
-            asks for it again: load(run, policy=...), resume(run, policy=...).
+        options: the agent's config, for example ``SoftQConfig(lr=1e-3)``; None for its default. A
+            pretrained model that is passed in gets a rate and a batch of its own by default
+            (:func:`rl_ebm.agents.defaults.default_options`), and they are printed.
+        policy: a policy to start from, trained in place, with float32 or float64 weights that the
+            reference has no part in; None for a new one. A run with one asks for it again:
+            load(run, policy=...), resume(run, policy=...).
         network: of a new policy: sizes of the Transformer, or "transformer", or "tabular".
         steps: gradient steps, at most; 60 seconds where neither is given.
         seconds: trained seconds, at most.
@@ -71,31 +129,53 @@ def train(
         config: how often to log, verify and checkpoint; ``steps`` and ``seconds`` go first.
         overwrite: whether a run that is in ``out`` already may be deleted.
         source: where ``ebm`` is from, see :func:`rl_ebm.runs.describe_ebm`.
-        compile: use torch.compile on the network's passes.
+        compile: use torch.compile on the network's passes, of the library's own Transformer.
         progress: show a bar; None where standard error is a terminal.
+        solve: whether to solve the EBM first, for exact metrics on the way and the report. None:
+            tables and automata wherever they fit, a reward that is a function or a network only
+            up to 4,096 sequences, since each is a call of it (counted as ``solution_calls``, apart
+            from the ``reward_calls`` of the training).
 
     Returns:
-        The trained policy, and its exact report (None where the EBM is too large to solve).
+        The trained policy, and its exact report (None where the EBM was not solved).
 
     Raises:
-        ValueError: an unknown agent, or an option out of range.
+        TypeError: an argument of another kind.
+        ValueError: an unknown agent, an option out of range, or a policy that cannot be trained.
         RunError: ``out`` holds a run already, or the run had to stop.
     """
+    if not isinstance(ebm, EBM):
+        raise TypeError(f"ebm must be an rl_ebm.EBM, got {type(ebm).__name__}")
+    if not (out is None or isinstance(out, (str, os.PathLike))):
+        raise TypeError(f"out must be a path, or None for no files, got {shown(out)}")
+    if not (config is None or isinstance(config, TrainConfig)):
+        raise TypeError(f"config must be a TrainConfig, got {type(config).__name__}")
+    if not (solve is None or isinstance(solve, bool)):
+        raise TypeError(f"solve must be True, False or None, got {shown(solve)}")
+    seed = whole("seed", seed)
     run = None if out is None else Path(out)
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be in [0, 2**63), got {seed}")
     entry = entry_of(agent)
-    options = entry.config() if options is None else options
+    if options is None:
+        options, chosen = default_options(entry.config, policy)
+        if chosen:
+            values = ", ".join(f"{name}={getattr(options, name)}" for name in chosen)
+            print(
+                f"{agent} for a pretrained policy: {values} (options= chooses others)",
+                file=sys.stderr,
+            )
     if not isinstance(options, entry.config):
         raise ValueError(
             f"options for {agent} must be a {entry.config.__name__}, got {type(options).__name__}"
         )
     if steps is None and seconds is None and config is None:
         seconds = 60.0
+    limits = check_limits(steps, seconds)
     if config is None:
-        config = TrainConfig(steps=steps, seconds=seconds)
+        config = TrainConfig(**limits)
     elif steps is not None or seconds is not None:
-        config = replace(config, steps=steps, seconds=seconds)
+        config = replace(config, **limits)
     policy_config: dict[str, Any] = (
         {"kind": "transformer"} | asdict(network)
         if isinstance(network, TransformerConfig)
@@ -113,7 +193,7 @@ def train(
             "logits_are_values": entry.agent.logits_are_values,
             "options": asdict(options),
         },
-        "train": {"seed": seed, "compile": compile, **asdict(config)},
+        "train": {"seed": seed, "compile": compile, "solve": solve, **asdict(config)},
     }
     with ExitStack() as held:
         if run is not None:
@@ -133,17 +213,45 @@ def train(
     return trainer.agent.policy, report
 
 
+@overload
 def resume(
     out: str | Path,
     *,
-    steps: int | None = None,
-    seconds: float | int | None = None,
+    steps: Whole | None = None,
+    seconds: Number | None = None,
+    reward: Tensor | Callable[..., Any] | Reward | None = None,
+    reference: Policy | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool | None = None,
+    policy: AnyModule,
+) -> tuple[AnyModule, AnyReport | None, bool]: ...
+
+
+@overload
+def resume(
+    out: str | Path,
+    *,
+    steps: Whole | None = None,
+    seconds: Number | None = None,
+    reward: Tensor | Callable[..., Any] | Reward | None = None,
+    reference: Policy | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool | None = None,
+    policy: None = None,
+) -> tuple[Tabular | Transformer, AnyReport | None, bool]: ...
+
+
+def resume(
+    out: str | Path,
+    *,
+    steps: Whole | None = None,
+    seconds: Number | None = None,
     reward: Tensor | Callable[..., Any] | Reward | None = None,
     reference: Policy | None = None,
     device: torch.device | str = "cpu",
     progress: bool | None = None,
     policy: torch.nn.Module | None = None,
-) -> tuple[Trainable, AnyReport | None, bool]:
+) -> tuple[Any, AnyReport | None, bool]:
     """Go on with a run, exactly where its last checkpoint was.
 
     One process at a time trains into a folder: another gets a RunError.
@@ -162,7 +270,10 @@ def resume(
     Raises:
         RunError: no run there, a damaged one, or something that has to be given.
     """
+    if not isinstance(out, (str, os.PathLike)):
+        raise TypeError(f"out must be the path of a run, got {shown(out)}")
     run = Path(out)
+    limits = check_limits(steps, seconds)
     description = read_config(run)
     with only_one(run):
         extended = steps is not None or seconds is not None
@@ -170,7 +281,7 @@ def resume(
             check_asked(description, policy, run, "resume")
             ebm = rebuild_ebm(description["ebm"], run, reward, reference).to(device)
             if extended:
-                description["train"] |= {"steps": steps, "seconds": seconds}
+                description["train"] |= limits
             trainer = _trainer(ebm, description, run, progress, policy)
         trainer.resume()
         if trainer.finished and trainer.complete:
@@ -191,34 +302,58 @@ def _trainer(
     """Everything that a run needs, from its configuration."""
     train = dict(description["train"])
     entry, options = agent_of_run(description)
-    seed, compiled = train.pop("seed"), train.pop("compile")
+    seed, compiled, asked = train.pop("seed"), train.pop("compile"), train.pop("solve", None)
     values = entry.agent.logits_are_values
     trained: Trainable = (
         make_policy(description["policy"], ebm, seed, values)
         if policy is None
         else own_policy(policy, ebm, values)
     )
-    solution = solution_for_training(ebm, entry.needs_teacher, progress)
+    check_weights(trained)
+    check_apart(ebm, trained)
     config = TrainConfig(**train)
-    if compiled and isinstance(trained, Transformer):
-        trained.compiled = True
+    if compiled and not isinstance(trained, Transformer):
+        raise ValueError(
+            "compile=True compiles the library's own Transformer, and the policy is a "
+            f"{type(trained).__name__}: leave it out, or compile a model of your own before it is "
+            "passed in (model.compile())"
+        )
+    if isinstance(trained, Transformer):
+        trained.compiled = compiled or trained.compiled
+    solution = solution_for_training(ebm, entry.needs_teacher, progress, asked)
     generator = torch.Generator(ebm.device).manual_seed(seed)
     agent = entry.agent(ebm, trained, options, generator, solution)
     return Trainer(ebm, agent, generator, config, solution, run, description, progress)
 
 
-def solution_for_training(ebm: EBM, needed: bool, progress: bool | None = None) -> Solution | None:
-    """The exact solution where an agent needs it, or where it is cheap; else None."""
-    cheap = isinstance(ebm.reward_model, Table) or ebm.space.num_sequences <= SOLVED_UNASKED
-    cheap = cheap or find_machines(ebm) is not None
-    if not needed and not cheap:
+def solution_for_training(
+    ebm: EBM, needed: bool, progress: bool | None = None, asked: bool | None = None
+) -> Solution | None:
+    """The exact solution where an agent needs it, it is asked for, or it is cheap; else None.
+
+    Raises:
+        TooLargeError: it is needed or asked for, and does not fit.
+        ValueError: it is needed, and not wanted.
+    """
+    if needed and asked is False:
+        raise ValueError("this agent learns from the exact solution: leave out solve=False")
+    if asked is False or not (needed or asked or is_cheap(ebm)):
         return None
     try:
-        return solve(ebm, progress=progress)
+        return solve_exactly(ebm, progress=progress)
     except TooLargeError:
-        if needed:
+        if needed or asked:
             raise
         return None
+
+
+def is_cheap(ebm: EBM) -> bool:
+    """Whether an EBM is solved without being asked."""
+    if isinstance(ebm.reward_model, Table) or find_machines(ebm) is not None:
+        return True
+    theirs = is_called(ebm)
+    count = ebm.num_prompts * ebm.space.num_sequences
+    return count <= (CALLED_UNASKED if theirs else SOLVED_UNASKED)
 
 
 def check_free(run: Path, overwrite: bool) -> None:

@@ -6,7 +6,6 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rl_ebm.agents import Agent
+from rl_ebm.charts import batch_charts, drawn_charts
 from rl_ebm.checkpoint import load_state, save_state
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import LISTED, Solution
@@ -23,11 +23,14 @@ from rl_ebm.files import METRICS, POLICY, REPORT, STATE, RunError, own_files, wr
 from rl_ebm.metrics import MetricsFile
 from rl_ebm.pace import Pace
 from rl_ebm.report_sampled import AnyReport
+from rl_ebm.reward_calls import calls_of
 from rl_ebm.runs import cut_back, load_weights, remove_parts
 from rl_ebm.saved_state import check_state
 from rl_ebm.stopping import Asked, stops_between_steps
 from rl_ebm.tensor_files import holds, save_tensors
 from rl_ebm.tensorboard import Board
+from rl_ebm.train_config import LOG_SECONDS
+from rl_ebm.train_config import TrainConfig as TrainConfig
 from rl_ebm.verify import logit_errors, verify
 
 MAX_EVALUATED = 2**17
@@ -35,35 +38,6 @@ MAX_EVALUATED = 2**17
 SMALL = 2**20
 """parameters below which a checkpoint, of up to 16 MB, is never put off"""
 SAMPLES = 100  # responses of target and policy each, along which it is verified then
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """When a run ends, and how often it is looked at."""
-
-    steps: int | None = None
-    """gradient steps at which the run ends; None for no limit"""
-    seconds: float | int | None = None
-    """trained seconds at which the run ends; None for no limit"""
-    log_every: int = 20
-    """steps between two rows of metrics"""
-    eval_every: float | int = 5.0
-    """seconds between two exact verifications, at least; never more than a tenth of the time"""
-    checkpoint_every: float | int = 5.0
-    """seconds between two checkpoints, at least; longer where saving a large network would take
-    more than a tenth of the time"""
-
-    def __post_init__(self) -> None:
-        if self.steps is None and self.seconds is None:
-            raise ValueError("a run needs an end: give steps or seconds")
-        if self.steps is not None and self.steps < 0:
-            raise ValueError(f"steps must be >= 0, got {self.steps}")
-        if self.seconds is not None and not 0 <= self.seconds < math.inf:
-            raise ValueError(f"seconds must be a finite number >= 0, got {self.seconds}")
-        if self.log_every < 1:
-            raise ValueError(f"log_every must be >= 1, got {self.log_every}")
-        if not (self.eval_every > 0 and self.checkpoint_every > 0):
-            raise ValueError("eval_every and checkpoint_every must be > 0 seconds")
 
 
 class NonFiniteError(RunError):
@@ -81,7 +55,8 @@ class Trainer:
         agent: an agent whose policy is trained.
         generator: the generator that the agent draws from.
         config: when to stop and to look.
-        solution: the exact solution, for exact metrics on the way; None for none.
+        solution: the exact solution, for exact metrics on the way; None for none. Calls of the
+            reward that it took are counted apart from those of the training.
         run: directory of the files; None writes nothing.
         description: the run's whole configuration, shown in TensorBoard.
         progress: show a bar; None where standard error is a terminal.
@@ -102,6 +77,7 @@ class Trainer:
         self.solution, self.run, self.description = solution, run, description
         self.progress_bar = progress
         self.step = self.reward_calls = 0
+        self.solution_calls = calls_of(solution)
         self.seconds = 0.0  # of training, over all the run's processes
         self.tokens = torch.zeros((), dtype=torch.int64, device=ebm.device)
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=ebm.device)
@@ -175,7 +151,13 @@ class Trainer:
                 metrics = self._update()
                 now = time.monotonic()
                 self.seconds = before + now - started
-                if self.step % self.config.log_every == 0:
+                late = now - logged_time >= LOG_SECONDS
+                if (
+                    self.step == 1
+                    or self.step % self.config.log_every == 0
+                    or late
+                    or self.finished
+                ):
                     tokens = int(self.tokens)  # waits for the device
                     speed = (tokens - logged_tokens) / max(now - logged_time, 1e-9)
                     self._log(metrics, speed, (self.step - logged_step))
@@ -211,9 +193,7 @@ class Trainer:
             self.reward_calls += len(batch)
             metrics = self.agent.update(batch, self.progress)
             self.tokens += batch.lengths.sum()
-            assert batch.reward is not None
-            metrics["charts/episodic_return"] = batch.reward.mean()
-            metrics["charts/episodic_length"] = batch.lengths.double().mean()
+            metrics |= batch_charts(self.agent, batch, self.ebm.num_prompts)
         self.step += 1
         bad = ~torch.isfinite(metrics["losses/loss"] + metrics["losses/grad_norm"])
         self.first_bad = torch.where((self.first_bad < 0) & bad, self.step, self.first_bad)
@@ -243,7 +223,10 @@ class Trainer:
 
     def _log(self, metrics: Mapping[str, Tensor], tokens_per_second: float, steps: int) -> None:
         self.check_finite()
-        values = {name: float(value) for name, value in metrics.items()}
+        found = dict(metrics)
+        if "charts/behaviour_return" in metrics:
+            found |= drawn_charts(self.agent, self.ebm, self.step)
+        values = {name: float(value) for name, value in found.items()}
         values |= {
             "charts/tokens_per_second": tokens_per_second,
             "charts/learning_rate": self.agent.learner.lr,
@@ -279,6 +262,7 @@ class Trainer:
             "seconds": round(self.seconds, 3),
             "tokens": tokens,
             "reward_calls": self.reward_calls,
+            "solution_calls": self.solution_calls,
         }
         self.metrics_file.write(row | dict(values))
         self.board.scalars({k: v for k, v in values.items() if math.isfinite(v)}, tokens)

@@ -19,7 +19,10 @@ from torch import Tensor
 
 from rl_ebm import bounds
 from rl_ebm.accumulate import WORST, Accumulator
+from rl_ebm.arguments import whole
+from rl_ebm.ebm import EBM
 from rl_ebm.exact import Solution, lists
+from rl_ebm.policies.checks import check_kind
 from rl_ebm.policies.scoring import Policy, evaluating
 from rl_ebm.policies.walk import DEFAULT_MEMORY, walk
 from rl_ebm.report import Bounds, Depth, Prefix, Report
@@ -55,21 +58,43 @@ def verify(
         ``*_max``, means for the rest, and ``per_prompt`` has each prompt's own.
 
     Raises:
-        ValueError: a policy for other prompts, or one whose logits are NaN or +inf.
+        TypeError: no policy, or no solution.
+        ValueError: a policy for other prompts, one whose logits are NaN or +inf, or one whose
+            probabilities cannot be known: rows that have read later tokens, or depend on chance
+            (:mod:`rl_ebm.policies.checks`).
     """
+    check_kind(policy)
+    check_solution(solution)
+    memory = whole("memory", memory, 1)
     if samples is None and lists(solution):
         return verify_listed(policy, solution, memory)
-    samples = 1000 if samples is None else samples
+    samples = 1000 if samples is None else whole("samples", samples)
     return verify_sampled(policy, solution, samples, confidence, generator, memory)
+
+
+def check_solution(solution: object) -> None:
+    """Raise TypeError unless something is an exact solution."""
+    if hasattr(solution, "q_rows") and isinstance(getattr(solution, "ebm", None), EBM):
+        return
+    what = f"a {type(solution).__name__}"
+    hint = "verify(policy, rl_ebm.solve(ebm))"
+    if isinstance(solution, EBM):
+        what = "the EBM itself"
+        hint = f"{hint}; or, where it cannot be solved, rl_ebm.certify(policy, ebm)"
+    elif callable(getattr(solution, "logits", None)):
+        what = f"another policy ({type(solution).__name__})"
+    raise TypeError(f"solution must be what rl_ebm.solve(ebm) gives, got {what}: {hint}")
 
 
 @torch.no_grad()
 def verify_listed(policy: Policy, solution: Solution, memory: int = DEFAULT_MEMORY) -> Report:
     """Compare any policy with the exact one, prefix by prefix; see :func:`verify`."""
-    solution.ebm.check_policy(policy)
+    check_kind(policy)
+    check_solution(solution)
     values = bool(getattr(policy, "logits_are_values", False))
     reports = []
     with evaluating(policy):
+        solution.ebm.check_policy(policy)
         for prompt in range(solution.ebm.num_prompts):
             figures = Accumulator(solution, prompt, values)
             for block in walk(policy, solution.space, prompt, memory):

@@ -57,10 +57,11 @@ def verify_sampled(
     check_confidence(confidence)
     if samples < 2:
         raise ValueError(f"samples must be at least 2, got {samples}: one has no spread")
-    solution.ebm.check_policy(policy)
     # The means over prompts hold where every prompt's own interval does.
     each = 1 - (1 - confidence) / solution.ebm.num_prompts
     with evaluating(policy):
+        rows = rows_at_once(policy, solution.space, memory)
+        solution.ebm.check_policy(policy, rows=rows, steps=True)
         reports = [
             _verify_prompt(policy, solution, prompt, samples, each, generator, memory)
             for prompt in range(solution.ebm.num_prompts)

@@ -20,7 +20,8 @@ ROOT = Path(rl_ebm.__file__).parent
 
 # From the bottom up. A name ending in "." is a package: a room for all modules below it.
 LAYERS = (
-    ("tokens", "tiles", "names", "intervals", "estimates", "pace", "stopping", "version"),
+    ("arguments",),
+    ("tokens", "tiles", "names", "intervals", "estimates", "pace", "prompts", "stopping", "version"),
     ("memory",),
     ("files",),
     ("lock", "tensor_files", "prefix_tree", "soft_bellman", "backbone", "automata.", "mean_bounds"),
@@ -35,8 +36,8 @@ LAYERS = (
     ("verify_sampled",),
     ("verify",),
     ("checkpoint", "plots"),
-    ("saved_state", "metrics", "tensorboard", "run_config"),
-    ("runs",),
+    ("saved_state", "metrics", "tensorboard", "run_config", "train_config", "reward_calls"),
+    ("charts", "runs"),
     ("training",),
     ("train", "diagnose"),
     ("bench",),
@@ -60,6 +61,7 @@ SHARED_BY_AGENTS = {
     "agents.on_policy",
     "agents.option_types",
     "agents.replay",
+    "agents.trained",
 }
 
 # What lives elsewhere: room, and the packages that it must leave alone.

@@ -97,7 +97,7 @@ def test_x_is_global_tokens_and_the_files_agree(run):
     for row in rows:
         assert float(row["seconds"]) >= 0
         assert None not in row
-        assert not row["losses/loss"] or int(row["step"]) % 2 == 0
+        assert not row["losses/loss"] or int(row["step"]) % 2 == 0 or row["step"] == "1"
     calls = 0 if run.name == "exact" else 16
     assert [int(row["reward_calls"]) for row in rows] == [calls * int(r["step"]) for r in rows]
 

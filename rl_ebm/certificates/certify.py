@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rl_ebm.arguments import is_number, is_whole, shown, whole
 from rl_ebm.certificates.certificate import Certificate, combine
 from rl_ebm.certificates.limits import (
     log_z_interval,
@@ -19,6 +20,7 @@ from rl_ebm.certificates.sampler import Sampler, check_reward_max
 from rl_ebm.ebm import EBM
 from rl_ebm.estimates import Interval, check_confidence, difference
 from rl_ebm.mean_bounds import effective_sample_size
+from rl_ebm.policies.checks import check_kind
 from rl_ebm.policies.scoring import Policy, evaluating
 from rl_ebm.tokens import Batch
 
@@ -67,17 +69,24 @@ def certify(
             ``reward_max``, a target sample that is impossible, a policy for other prompts, or
             fewer samples than particles.
     """
+    check_kind(policy)
+    if not isinstance(ebm, EBM):
+        raise TypeError(
+            f"ebm must be an rl_ebm.EBM, got {type(ebm).__name__}: of an exact solution "
+            "certify(policy, solution.ebm), or better verify(policy, solution)"
+        )
     check_confidence(confidence)
+    samples, memory = whole("samples", samples), whole("memory", memory, 1)
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
-    if particles is not None and not 1 <= particles <= samples:
-        raise ValueError(f"particles must be in [1, samples = {samples}], got {particles}")
-    if reward_max is not None and not math.isfinite(reward_max):
-        raise ValueError(f"reward_max must be finite, got {reward_max}")
+    if particles is not None and not (is_whole(particles) and 1 <= particles <= samples):
+        raise ValueError(f"particles must be in [1, samples = {samples}], got {shown(particles)}")
+    if reward_max is not None and not (is_number(reward_max) and math.isfinite(reward_max)):
+        raise ValueError(f"reward_max must be finite, got {shown(reward_max)}")
     reward_max = None if reward_max is None else float(reward_max)
-    ebm.check_policy(policy)
     each = 1 - (1 - confidence) / ebm.num_prompts
     with evaluating(policy):
+        ebm.check_policy(policy, rows=Sampler(policy, ebm, 0, generator, memory).rows)
         parts = [
             _certify_prompt(
                 Sampler(policy, ebm, prompt, generator, memory),

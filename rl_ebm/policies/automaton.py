@@ -5,7 +5,6 @@ As references they make an EBM whose reward is an automaton exactly solvable at 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from rl_ebm.automata import Columns, Machine, Reading, deterministic, log_matmul, row_sums
+from rl_ebm.prompts import GivenPrompts, check_prompts
 from rl_ebm.tokens import TokenSpace
 
 _TOLERANCE = 1e-6
@@ -41,16 +41,17 @@ class AutomatonPolicy:
         self,
         space: TokenSpace,
         machine: Machine,
-        prompts: Sequence[Sequence[int]] | None = None,
+        prompts: GivenPrompts | None = None,
     ) -> None:
+        self.prompts = None if prompts is None else check_prompts(prompts)
         if machine.vocab_size != space.vocab_size:
             raise ValueError(
                 f"the machine reads {machine.vocab_size} tokens, the space has {space.vocab_size}"
             )
-        if machine.num_prompts not in (1, len(prompts or [[]])):
+        count = len(self.prompts or [[]])
+        if machine.num_prompts not in (1, count):
             raise ValueError(
-                f"the machine tells {machine.num_prompts} prompts apart, there are "
-                f"{len(prompts or [[]])}"
+                f"the machine tells {machine.num_prompts} prompts apart, there are {count}"
             )
         if bool((machine.final != 0).any() or (machine.log_end != 0).any()):
             raise ValueError("the final weights of a policy must be 0: nothing is paid at the end")
@@ -64,7 +65,6 @@ class AutomatonPolicy:
             )
         self.space, self.machine = space, machine
         self.emission = Columns.of(machine.log_emission)
-        self.prompts = None if prompts is None else [list(p) for p in prompts]
 
     @property
     def device(self) -> torch.device:

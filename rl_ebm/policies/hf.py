@@ -7,9 +7,7 @@ One path from ids to logits serves scoring, sampling and verification, and it is
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import index
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,11 +16,13 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rl_ebm.arguments import whole
 from rl_ebm.policies import hf_files
 from rl_ebm.policies.hf_adapter import AdapterFree, evaluating, keep_adapter_alone
 from rl_ebm.policies.hf_check import check_passes
 from rl_ebm.policies.scoring import device_of, resolve_prompt_ids
-from rl_ebm.tokens import TokenSpace
+from rl_ebm.prompts import GivenPrompts, check_prompts
+from rl_ebm.tokens import TokenSpace, check_space
 
 
 @dataclass
@@ -50,7 +50,8 @@ class HuggingFace(nn.Module):
     Args:
         model: with ``forward(input_ids, attention_mask, use_cache, ...)`` and a key-value cache.
         space: the responses; A at most the model's vocabulary (its surplus ids get no mass).
-        prompts: what the policy answers, a list of lists of ids; None without prompts.
+        prompts: what the policy answers, a list of lists of ids, or what the tokenizer returned,
+            ``input_ids`` with their ``attention_mask``; None without prompts.
         bos_id: id before every prompt; None for none, if no prompt is empty.
         logits_are_values: whether its raw logits are trained to be q.
 
@@ -65,7 +66,7 @@ class HuggingFace(nn.Module):
         self,
         model: nn.Module,
         space: TokenSpace,
-        prompts: Sequence[Sequence[int]] | None = None,
+        prompts: GivenPrompts | None = None,
         bos_id: int | None = None,
         logits_are_values: bool = False,
     ) -> None:
@@ -75,9 +76,11 @@ class HuggingFace(nn.Module):
                 "model must be a loaded model, AutoModelForCausalLM.from_pretrained(...), got "
                 f"{type(model).__name__}"
             )
+        check_space(space)
+        bos_id = None if bos_id is None else whole("bos_id", bos_id)
         self.model = cast("Any", model)
         self.space, self.bos_id, self.logits_are_values = space, bos_id, logits_are_values
-        self.prompts = None if prompts is None else [[index(a) for a in p] for p in prompts]
+        self.prompts = None if prompts is None else check_prompts(prompts, ranged=False)
         base = self.model.get_base_model() if self.has_adapter else self.model
         self._takes = set(inspect.signature(base.forward).parameters)
         # transformers 5.24 renamed it; the old name is to go.
@@ -101,6 +104,9 @@ class HuggingFace(nn.Module):
 
     context_ids: Tensor
     context_lengths: Tensor
+
+    crops = True
+    """a batch is read up to its longest response: scoring short ones does not cost T tokens"""
 
     # Scores -----------------------------------------------------------------------------------
 
@@ -166,7 +172,7 @@ class HuggingFace(nn.Module):
         cls,
         folder: str | Path,
         space: TokenSpace,
-        prompts: Sequence[Sequence[int]] | None = None,
+        prompts: GivenPrompts | None = None,
         bos_id: int | None = None,
         base: nn.Module | None = None,
     ) -> HuggingFace:
@@ -231,8 +237,6 @@ class HuggingFace(nn.Module):
                 f"the model has {self._vocab} ids and the space {self.space.vocab_size} tokens: "
                 "it would need model.resize_token_embeddings"
             )
-        if not contexts:
-            raise ValueError("prompts is empty: give at least one prompt, or None")
         if not all(contexts):
             raise ValueError(
                 "a causal language model needs something to read before the first token: give "

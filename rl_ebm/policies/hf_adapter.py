@@ -74,6 +74,7 @@ class AdapterFree:
                 "with it: freeze it (of LoRA: bias='none')"
             )
         self.policy = policy
+        self.frozen = [p for p in policy.parameters() if not p.requires_grad]
         self.space, self.prompts = policy.space, policy.prompts
         self.tree_bytes_per_node = policy.tree_bytes_per_node
 
@@ -81,6 +82,10 @@ class AdapterFree:
     def device(self) -> torch.device:
         """The policy's."""
         return device_of(self.policy)
+
+    def read_tensors(self) -> list[Tensor]:
+        """The weights that its numbers are made of: those of the model itself, which are frozen."""
+        return list[Tensor](self.frozen)
 
     @torch.no_grad()
     def logits(

@@ -10,6 +10,8 @@ make it faster, and nothing else: they must give the same numbers.
   cache, one token for each row at a time;
 * ``log_probs(tokens, prompt_ids) -> (B, T)``: log pi of the tokens alone, for those who have a
   cheaper way than all A of each row;
+* ``crops = True``: ``logits`` also takes fewer than T columns, and gives as many rows; then what
+  stands past the longest response of a batch is not computed;
 * ``logits_are_values = True`` declares that the raw logits are q, not just log pi + c(s).
 
 A policy that reads prompts was given them when it was made and shows them as ``prompts``.
@@ -26,6 +28,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from rl_ebm.arguments import Int, Number, finite, ids_tensor, is_number, shown, whole
 from rl_ebm.prefix_tree import PrefixTree
 from rl_ebm.soft_bellman import log_policy, sequence_log_prob
 from rl_ebm.tokens import Batch, TokenSpace, length_mask
@@ -63,11 +66,35 @@ def mask_logits(logits: Float[Tensor, "B T A"], space: TokenSpace) -> Float[Tens
     return logits.masked_fill(~space.action_mask(logits.device), -torch.inf)
 
 
-def check_shape(logits: Tensor, space: TokenSpace) -> None:
+def check_output(logits: object, rows: int, space: TokenSpace, name: str = "the policy") -> None:
+    """Check what a policy's ``logits`` returned.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: another shape than (rows, T, A), or complex numbers.
+    """
+    wanted = (rows, space.max_length, space.vocab_size)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"{name}'s logits are no tensor but {type(logits).__name__}, expected a tensor of "
+            f"shape {wanted}"
+        )
+    if logits.is_complex() or logits.dtype == torch.bool:
+        kind = str(logits.dtype).removeprefix("torch.")
+        raise ValueError(f"{name}'s logits are {kind}, expected real numbers")
+    if logits.ndim == 3 and len(logits) != rows and logits.shape[1:] == wanted[1:]:
+        raise ValueError(
+            f"{name}'s logits have shape {tuple(logits.shape)}, expected {wanted}: one entry for "
+            "each row of tokens"
+        )
+    check_shape(logits, space, name)
+
+
+def check_shape(logits: Tensor, space: TokenSpace, name: str = "the policy") -> None:
     """Raise ValueError unless logits are (B, T, A) of the space."""
     if logits.ndim != 3 or logits.shape[1:] != (space.max_length, space.vocab_size):
         raise ValueError(
-            f"the policy's logits have shape {tuple(logits.shape)}, expected (B, "
+            f"{name}'s logits have shape {tuple(logits.shape)}, expected (B, "
             f"{space.max_length}, {space.vocab_size}): it is a policy for another space"
         )
 
@@ -78,7 +105,7 @@ def q_values(
     tokens: Int64[Tensor, "B T"],
     prompt_ids: Int64[Tensor, "B"] | None = None,
 ) -> Float[Tensor, "B T A"]:
-    """Masked logits before every token.
+    """Masked logits before every token; what stands past the longest response is unspecified.
 
     Where the whole tree has fewer prefixes than the batch has tokens, and the policy can
     evaluate trees, the tree is evaluated and the batch reads its rows from it.
@@ -93,7 +120,33 @@ def q_values(
             ids = ids + prompt_ids[:, None] * space.num_states
         # embedding: its backward is a parallel scatter-add, that of indexing is not.
         return torch.nn.functional.embedding(ids, rows)
-    return mask_logits(policy.logits(tokens, prompt_ids), space)
+    return mask_logits(row_logits(policy, space, tokens, prompt_ids), space)
+
+
+def row_logits(
+    policy: Policy,
+    space: TokenSpace,
+    tokens: Int64[Tensor, "B T"],
+    prompt_ids: Int64[Tensor, "B"] | None = None,
+) -> Float[Tensor, "B T A"]:
+    """A policy's ``logits``, of no more columns than are read where it takes fewer; 0 beyond."""
+    width = _longest(policy, space, tokens)
+    if width == space.max_length:
+        return policy.logits(tokens, prompt_ids)
+    logits = policy.logits(tokens[:, :width], prompt_ids)
+    return torch.nn.functional.pad(logits, (0, 0, 0, space.max_length - width))
+
+
+def _longest(policy: Policy, space: TokenSpace, tokens: Int64[Tensor, "B T"]) -> int:
+    """Columns of some responses that a policy has to read: all but those past every EOS.
+
+    Only of policies that say that they take fewer (``crops``): T is promised to all others.
+    """
+    if space.eos_id is None or not getattr(policy, "crops", False) or not len(tokens):
+        return space.max_length
+    is_eos = tokens == space.eos_id
+    ends = torch.where(is_eos.any(1), is_eos.long().argmax(1) + 1, space.max_length)
+    return int(ends.max())
 
 
 def tree_q_values(policy: Policy, space: TokenSpace, prompts: int = 1) -> Float[Tensor, "P S A"]:
@@ -155,17 +208,24 @@ def log_prob(
     return sequence_log_prob(log_pi, tokens, lengths)
 
 
+LOOK = 16
+"""tokens between two looks at whether all responses have ended, where a look waits"""
+
+
 @torch.no_grad()
 def sample(
     policy: Policy,
     space: TokenSpace,
-    n: int,
+    n: Int,
     generator: torch.Generator | None = None,
     prompt_ids: Int64[Tensor, "n"] | None = None,
-    temperature: float | int = 1.0,
-    epsilon: float | int = 0.0,
+    temperature: Number = 1.0,
+    epsilon: Number = 0.0,
 ) -> Batch:
     """Draw responses, by Gumbel-max on the masked logits: a forbidden token is never drawn.
+
+    Decoding ends with the longest response. Whether all have ended is looked at after every token
+    on a CPU, and every 16 tokens elsewhere, where each look would wait for the device.
 
     Args:
         n: how many.
@@ -175,8 +235,14 @@ def sample(
         epsilon: chance of each token to be drawn uniformly from the allowed ones instead.
 
     Raises:
-        ValueError: ``prompt_ids`` missing or of another length.
+        TypeError: no policy.
+        ValueError: ``prompt_ids`` missing or of another length, or a number out of range.
     """
+    if not callable(getattr(policy, "logits", None)):
+        raise TypeError(f"the policy has no method logits: {type(policy).__name__}")
+    temperature = finite("temperature", temperature, "> 0", 0.0, strict=True)
+    if not (is_number(epsilon) and 0 <= epsilon <= 1):
+        raise ValueError(f"epsilon must be in [0, 1], got {shown(epsilon)}")
     # A policy without prompts answers any the same.
     count = None if getattr(policy, "prompts", None) is None else num_prompts(policy)
     prompt_ids = resolve_prompt_ids(n, prompt_ids, count, device_of(policy))
@@ -186,7 +252,10 @@ def sample(
     tokens = torch.zeros(n, space.max_length, dtype=torch.int64, device=device)
     lengths = torch.full((n,), space.max_length, device=device)
     running = torch.ones(n, dtype=torch.bool, device=device)
+    look = LOOK if device.type != "cpu" else 1
     for t in range(space.max_length):
+        if space.eos_id is not None and t and t % look == 0 and not bool(running.any()):
+            break
         logits = next_logits(t, tokens)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         logits = logits / temperature
@@ -205,7 +274,7 @@ def sample(
 
 
 def resolve_prompt_ids(
-    n: int,
+    n: Int,
     prompt_ids: Int64[Tensor, "..."] | None,
     num_prompts: int | None,
     device: torch.device | str,
@@ -213,8 +282,11 @@ def resolve_prompt_ids(
     """Check ``prompt_ids``, or make those of a single prompt; None for any number of prompts.
 
     Raises:
-        ValueError: missing with several prompts, of another length, or out of range.
+        TypeError: no tensor.
+        ValueError: missing with several prompts, of another length, or out of range; an n that
+            is no number of rows.
     """
+    n = whole("n", n, 0, 2**31)
     if prompt_ids is None:
         if num_prompts is not None and num_prompts > 1:
             raise ValueError(
@@ -222,6 +294,7 @@ def resolve_prompt_ids(
                 f"{n} rows"
             )
         return torch.zeros(n, dtype=torch.int64, device=device)
+    prompt_ids = ids_tensor("prompt_ids", prompt_ids, 1)
     if prompt_ids.shape != (n,):
         raise ValueError(f"prompt_ids has shape {tuple(prompt_ids.shape)}, expected ({n},)")
     # Reading the values waits for a GPU: there the gather that uses them does the checking.
@@ -299,7 +372,9 @@ def _next_logits(policy: Any, space: TokenSpace, n: int, prompt_ids: Tensor) -> 
         return from_cache
 
     def from_scratch(t: int, tokens: Tensor) -> Tensor:
-        rows: Tensor = policy.logits(tokens, prompt_ids)[:, t]
+        logits = policy.logits(tokens, prompt_ids)
+        check_output(logits, len(tokens), space)
+        rows: Tensor = logits[:, t]
         return rows
 
     return from_scratch

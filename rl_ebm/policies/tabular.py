@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rl_ebm.arguments import Number, finite
 from rl_ebm.automata import Machine
+from rl_ebm.names import bytes_text, count_text
 from rl_ebm.policies.automaton import uniform_machine
 from rl_ebm.prefix_tree import PrefixTree
+from rl_ebm.prompts import GivenPrompts, check_prompts
 from rl_ebm.soft_bellman import Tables, check_tables
-from rl_ebm.tokens import TokenSpace
+from rl_ebm.tokens import TokenSpace, check_space
 
 
 class Tabular(nn.Module):
@@ -31,17 +32,22 @@ class Tabular(nn.Module):
     def __init__(
         self,
         space: TokenSpace,
-        prompts: Sequence[Sequence[int]] | None = None,
-        scale: float = 0.1,
+        prompts: GivenPrompts | None = None,
+        scale: Number = 0.1,
         generator: torch.Generator | None = None,
         dtype: torch.dtype = torch.float32,
         logits_are_values: bool = False,
     ) -> None:
         super().__init__()
+        check_space(space)
         self.space = space
-        self.prompts = None if prompts is None else [list(p) for p in prompts]
+        self.prompts = None if prompts is None else check_prompts(prompts)
         self.logits_are_values = logits_are_values
-        shape = (1 if prompts is None else len(prompts), space.num_states, space.vocab_size)
+        scale = finite("scale", scale, ">= 0", 0.0)
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+        shape = (len(self.prompts or [[]]), space.num_states, space.vocab_size)
+        check_table_size(shape)
         self.table = nn.Parameter(scale * torch.randn(shape, generator=generator, dtype=dtype))
 
     @classmethod
@@ -49,10 +55,11 @@ class Tabular(nn.Module):
         cls,
         q: Tables,
         space: TokenSpace,
-        prompts: Sequence[Sequence[int]] | None = None,
+        prompts: GivenPrompts | None = None,
         logits_are_values: bool = False,
     ) -> Tabular:
         """The policy with given logits: per-depth tables, (branching**t, A) or (P, ..., A)."""
+        check_space(space)
         check_tables(space, q=q)
         rows = torch.cat([t if t.ndim == 3 else t[None] for t in q], dim=1)
         policy = cls(space, prompts, dtype=rows.dtype, logits_are_values=logits_are_values)
@@ -100,12 +107,29 @@ class Tabular(nn.Module):
         return self.table[prompt_ids][:, ids]
 
 
+MAX_TABLE = 2**30
+"""logits of all prefixes and prompts, at most"""
+
+
+def check_table_size(shape: tuple[int, int, int]) -> None:
+    """Raise ValueError, with the count and the bytes, where a table is too large for any memory."""
+    prompts, states, actions = shape
+    size = prompts * states * actions
+    if size > MAX_TABLE:
+        raise ValueError(
+            f"a table has a row for each prompt and prefix, and {count_text(prompts * states)} of "
+            f"them with {actions} logits take {bytes_text(4 * size)} or more: make vocab_size or "
+            "max_length smaller, or use a Transformer"
+        )
+
+
 class Uniform:
     """Equal logits everywhere: uniform over the allowed actions of each state."""
 
     forbids = False
 
     def __init__(self, space: TokenSpace) -> None:
+        check_space(space)
         self.space = space
 
     def logits(

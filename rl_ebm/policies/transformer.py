@@ -17,12 +17,14 @@ from rl_ebm.backbone import (
     Context,
     TransformerConfig,
     causal,
+    check_config,
     masked,
     tiled,
 )
 from rl_ebm.prefix_tree import PrefixTree
+from rl_ebm.prompts import GivenPrompts, check_prompts
 from rl_ebm.tiles import Tile
-from rl_ebm.tokens import TokenSpace
+from rl_ebm.tokens import TokenSpace, check_space
 
 
 @dataclass
@@ -51,13 +53,15 @@ class Transformer(nn.Module):
         self,
         space: TokenSpace,
         config: TransformerConfig | None = None,
-        prompts: Sequence[Sequence[int]] | None = None,
+        prompts: GivenPrompts | None = None,
         logits_are_values: bool = False,
     ) -> None:
         super().__init__()
+        check_space(space)
         config = TransformerConfig() if config is None else config
+        check_config(config)
         self.space, self.config = space, config
-        self.prompts = None if prompts is None else [list(p) for p in prompts]
+        self.prompts = None if prompts is None else check_prompts(prompts)
         self.logits_are_values = logits_are_values
         context = Context(self.prompts, space.vocab_size)
         self.context_width, self.context_padded = context.width, context.padded
@@ -73,6 +77,14 @@ class Transformer(nn.Module):
 
     compiled = False
     """whether the two passes below go through torch.compile: the same numbers up to rounding"""
+
+    @property
+    def crops(self) -> bool:
+        """Whether a batch is read up to its longest response alone.
+
+        Not on a GPU, which would have to be waited for, nor compiled, for each length anew.
+        """
+        return not self.compiled and self.context_ids.device.type == "cpu"
 
     # One pass over sequences -----------------------------------------------------------------
 

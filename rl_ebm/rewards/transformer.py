@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rl_ebm.backbone import Attend, Backbone, Context, TransformerConfig, everything, masked
+from rl_ebm.backbone import (
+    Attend,
+    Backbone,
+    Context,
+    TransformerConfig,
+    check_config,
+    everything,
+    masked,
+)
+from rl_ebm.prompts import GivenPrompts, check_prompts
 from rl_ebm.rewards.base import Prompts
-from rl_ebm.tokens import TokenSpace, length_mask
+from rl_ebm.tokens import TokenSpace, check_space, length_mask
 
 
 class TransformerReward(nn.Module):
@@ -31,12 +38,14 @@ class TransformerReward(nn.Module):
         self,
         space: TokenSpace,
         config: TransformerConfig | None = None,
-        prompts: Sequence[Sequence[int]] | None = None,
+        prompts: GivenPrompts | None = None,
     ) -> None:
         super().__init__()
+        check_space(space)
         config = TransformerConfig() if config is None else config
+        check_config(config)
         self.space, self.config = space, config
-        self.prompts = None if prompts is None else [list(p) for p in prompts]
+        self.prompts = None if prompts is None else check_prompts(prompts)
         context = Context(self.prompts, space.vocab_size)
         self.context_padded = context.padded
         self.register_buffer("context_ids", context.ids, persistent=False)

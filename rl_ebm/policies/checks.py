@@ -1,0 +1,241 @@
+"""Policies at the door: what comes out of ``logits`` has to be a policy, or no number is exact.
+
+A policy that others wrote is tried on a few sequences before any work: row t of its logits may
+depend on ``tokens[:, :t]`` alone, not on the rows beside it, and not on chance. Where row t has
+read token t its "probabilities" sum to something else than one, and every figure of it, exact or
+sampled, is one of nothing. It is a trial, not a proof: three passes over a few rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rl_ebm.policies.scoring import check_output, device_of, evaluating, mask_logits
+from rl_ebm.soft_bellman import gather_tokens, log_policy
+from rl_ebm.tokens import TokenSpace
+
+ROWS = 16
+"""sequences that are tried, at most; fewer where vocabulary and length make logits large"""
+_LOGITS, _LARGE = 2**23, 2**27
+_ROUNDING = (1e-5, 4)
+"""relative difference of two passes over as many rows that is rounding still: a number, or so
+many steps of the precision"""
+_RESHAPED = (1e-3, 20)
+"""the same where the rows stand elsewhere in another batch: other kernels sum in other orders"""
+
+
+def check_kind(policy: object, name: str = "the policy") -> None:
+    """Check that something has the method of a policy.
+
+    Raises:
+        TypeError: it has none.
+    """
+    if callable(getattr(policy, "logits", None)) and not isinstance(policy, type):
+        return
+    hint = ""
+    if hasattr(policy, "get_output_embeddings"):
+        hint = ": wrap it, rl_ebm.policies.HuggingFace(model, space)"
+    elif isinstance(policy, type):
+        hint = f": make one, {policy.__name__}(...)"
+    what = "a class" if isinstance(policy, type) else type(policy).__name__
+    raise TypeError(
+        f"{name} must be a policy, with a method logits(tokens, prompt_ids=None) -> (B, T, A), "
+        f"got {what}{hint}"
+    )
+
+
+def check_rows(
+    policy: Any,
+    space: TokenSpace,
+    prompts: int,
+    name: str = "the policy",
+    rows: int = ROWS,
+    steps: bool = False,
+) -> None:
+    """Try a policy that others wrote, in the mode it is in; those of the library are known.
+
+    Args:
+        prompts: how many prompts it is asked about.
+        name: what a sentence calls it.
+        rows: sequences in a batch, at most.
+        steps: try its ``step`` in the place of its ``logits``.
+
+    Raises:
+        TypeError: logits that are no tensor.
+        ValueError: logits of another shape, that are NaN or +inf where the policy gets, or that
+            depend on later tokens, on other rows of the batch, or on chance.
+    """
+    device = device_of(policy)
+    if device.type == "meta" or _known(policy):
+        return
+    size = space.max_length * space.vocab_size
+    n = max(1, min(rows, ROWS, max(1 if size > _LARGE else 2, _LOGITS // size)))
+    first, other, kept = _sequences(space, n)
+    t = torch.arange(space.max_length)
+    trial = _Trial(policy, space, name, first, torch.arange(n) % prompts, device)
+    trial.steps = steps
+    # The caller's random numbers stay his: a policy that draws some gets others.
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        want, got = trial.rows(first), trial.rows(other)
+        leak = trial.differ(want, got, _ROUNDING) & (t <= kept[:, None])
+        if bool(leak.any()):
+            trial.refuse_noise(want)
+            alone = leak.any(1).nonzero()[0]
+            want, got = (trial.rows(tokens[alone], alone) for tokens in (first, other))
+            if bool((trial.differ(want, got, _ROUNDING) & (t <= kept[alone])).any()):
+                _refuse_leak(name, leak, kept)
+            _refuse_batch(name)
+        if n > 1:
+            others = torch.arange(n - 1, 0, -1)
+            moved = trial.rows(first[others], others)
+            if bool((trial.differ(want[others], moved, _RESHAPED) & trial.alive[others]).any()):
+                trial.refuse_noise(want)
+                _refuse_batch(name)
+    trial.refuse_no_numbers(want)
+
+
+def _known(policy: object) -> bool:
+    """Whether it is one of the library's own; a model of others in its wrapper is not."""
+    module = type(policy).__module__
+    own = module.startswith("rl_ebm.") and not module.startswith("rl_ebm.policies.hf")
+    return own and "logits" not in vars(policy)
+
+
+def _sequences(space: TokenSpace, n: int) -> tuple[Tensor, Tensor, Int64[Tensor, "n"]]:
+    """Sequences, others that continue the same prefixes otherwise, and the prefixes' lengths."""
+    t_max, a = space.max_length, space.vocab_size
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randint(a, (n, t_max), generator=generator)
+    step = torch.randint(1, a, (n, t_max), generator=generator)
+    # The ends, the middle, and what lies between.
+    kept = torch.linspace(0, t_max - 1, n).round().long() if n > 1 else torch.tensor([t_max // 2])
+    inside = torch.arange(t_max) < kept[:, None]
+    prefix = space.unrank(torch.randint(space.branching, (n, t_max), generator=generator))
+    first = torch.where(inside, prefix, first)
+    return first, torch.where(inside, prefix, (first + step) % a), kept
+
+
+class _Trial:
+    """One policy's logits of some sequences, and what is wrong with them."""
+
+    def __init__(
+        self,
+        policy: Any,
+        space: TokenSpace,
+        name: str,
+        tokens: Tensor,
+        prompt_ids: Tensor,
+        device: torch.device,
+    ) -> None:
+        self.policy, self.space, self.name = policy, space, name
+        self.tokens, self.prompt_ids, self.device = tokens, prompt_ids, device
+        self.steps, self.eps = False, torch.finfo(torch.float32).eps
+        # What stands past an EOS is unspecified.
+        ended = torch.zeros_like(tokens, dtype=torch.bool)
+        if space.eos_id is not None:
+            ended = (tokens == space.eos_id).cumsum(1) > 0
+        self.alive = ~F.pad(ended, (1, -1), value=False)
+
+    def rows(self, tokens: Tensor, which: Tensor | None = None) -> Tensor:
+        """Masked logits (n, T, A), on the CPU."""
+        ids = self.prompt_ids if which is None else self.prompt_ids[which]
+        try:
+            logits = self._logits(tokens.to(self.device), ids.to(self.device))
+        except (RuntimeError, IndexError) as error:
+            said = (str(error) or type(error).__name__).splitlines()[0][:200]
+            raise ValueError(
+                f"{self.name} fails on token ids in [0, {self.space.vocab_size}) of shape "
+                f"{tuple(tokens.shape)}: {said}"
+            ) from error
+        check_output(logits, len(tokens), self.space, self.name)
+        self.eps = max(self.eps, _step(self.policy, logits))
+        return mask_logits(logits, self.space).cpu()
+
+    def _logits(self, tokens: Tensor, ids: Tensor) -> Any:
+        if not self.steps:
+            return self.policy.logits(tokens, ids)
+        state = self.policy.start(ids)
+        read = (None, *tokens.unbind(1)[:-1])
+        return torch.stack([self.policy.step(state, token) for token in read], 1)
+
+    def differ(self, a: Tensor, b: Tensor, tolerance: tuple[float, int]) -> Tensor:
+        """Where two passes say other things, (n, T)."""
+        top = a.masked_fill(~torch.isfinite(a), -torch.inf).amax(-1, keepdim=True)
+        top = top.masked_fill(torch.isinf(top), 0.0)
+        # Each logit by its own size: a -1e9 beside it, in the place of -inf, must hide nothing.
+        scale = 1 + top.abs() + a.abs()
+        near = (a - b).abs() <= max(tolerance[0], tolerance[1] * self.eps) * scale
+        near = near & torch.isfinite(a) & torch.isfinite(b)
+        same = (a == b) | (torch.isnan(a) & torch.isnan(b))
+        return ~(same | near).all(-1)
+
+    def refuse_noise(self, want: Tensor) -> None:
+        """Raise where a second pass over the same tokens says something else."""
+        if not self._noisy(want):
+            return
+        start = f"two calls of {self.name} give other logits for the same tokens: it "
+        if isinstance(self.policy, nn.Module) and any(m.training for m in self.policy.modules()):
+            with evaluating(self.policy):
+                quiet = not self._noisy(self.rows(self.tokens))
+            if quiet:
+                raise ValueError(
+                    f"{start}is in training mode, with dropout or the like; call its eval() first"
+                )
+        raise ValueError(
+            f"{start}draws random numbers or keeps a state, and its probabilities cannot be known"
+        )
+
+    def _noisy(self, want: Tensor) -> bool:
+        again = self.rows(self.tokens)
+        return bool((self.differ(want, again, _ROUNDING) & self.alive).any())
+
+    def refuse_no_numbers(self, rows: Tensor) -> None:
+        """Raise where logits are NaN or +inf at a prefix that the policy can reach."""
+        steps = gather_tokens(log_policy(rows.nan_to_num(nan=0.0, posinf=0.0)), self.tokens)
+        possible = F.pad(steps.cumsum(1), (1, -1)) > -torch.inf
+        wrong = (torch.isnan(rows) | torch.isposinf(rows)).any(-1) & possible & self.alive
+        if bool(wrong.any()):
+            depth = int(wrong.any(0).nonzero()[0, 0])
+            raise ValueError(
+                f"{self.name}'s logits are NaN or +inf at depth {depth}: it has no probabilities"
+            )
+
+
+def _refuse_leak(name: str, leak: Tensor, kept: Tensor) -> NoReturn:
+    """Raise about rows that have read what follows them."""
+    early = leak & (torch.arange(leak.shape[1]) < kept[:, None])
+    if not bool(early.any()):
+        raise ValueError(
+            f"row t of {name}'s logits depends on token t, which it is to predict (seen at t = "
+            f"{int(kept[leak.any(1)][0])}): it may depend on tokens[:, :t] alone; shift by one, so "
+            "that row t holds what is known after t tokens"
+        )
+    row, column = (int(x) for x in early.nonzero()[0])
+    raise ValueError(
+        f"{name} is not causal: row {column} of its logits depends on the tokens from {kept[row]} "
+        "on, and row t may depend on tokens[:, :t] alone"
+    )
+
+
+def _refuse_batch(name: str) -> NoReturn:
+    raise ValueError(
+        f"a row of {name}'s logits depends on the other rows of the batch (batch normalisation, "
+        "say): it may depend on its own tokens and prompt alone"
+    )
+
+
+def _step(policy: object, logits: Tensor) -> float:
+    """The relative step of the coarsest numbers that a policy computes with."""
+    parts = [policy, *(vars(policy).values() if hasattr(policy, "__dict__") else ())]
+    kinds = {p.dtype for m in parts if isinstance(m, nn.Module) for p in m.parameters()}
+    return max(torch.finfo(k).eps for k in {*kinds, logits.dtype, torch.float64} if _floats(k))
+
+
+def _floats(kind: torch.dtype) -> bool:
+    """Whether numbers of a kind are computed with: those of 8 bits are weights in storage."""
+    return kind.is_floating_point and kind.itemsize >= 2

@@ -1,0 +1,62 @@
+"""When a run ends, and how often it is looked at."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from rl_ebm.arguments import Int, Number, Whole, is_number, shown, whole
+
+LOG_SECONDS = 10.0
+"""after so long without a row of metrics the next step is logged"""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """When a run ends, and how often it is looked at."""
+
+    steps: Int | None = None
+    """gradient steps at which the run ends; None for no limit"""
+    seconds: Number | None = None
+    """trained seconds at which the run ends; None for no limit"""
+    log_every: Int = 20
+    """steps between two rows of metrics; the first step, the last, and after 10 seconds without a
+    row one more are logged as well"""
+    eval_every: Number = 5.0
+    """seconds between two exact verifications, at least; never more than a tenth of the time"""
+    checkpoint_every: Number = 5.0
+    """seconds between two checkpoints, at least; longer where saving a large network would take
+    more than a tenth of the time"""
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.seconds is None:
+            raise ValueError(
+                "a run needs an end: give steps or seconds to the TrainConfig, for example "
+                "TrainConfig(steps=80, log_every=1); those of train(...) then go first"
+            )
+        every = whole("log_every", self.log_every)
+        for name, value in (*check_limits(self.steps, self.seconds).items(), ("log_every", every)):
+            object.__setattr__(self, name, value)
+        if every < 1:
+            raise ValueError(f"log_every must be >= 1, got {every}")
+        for name in ("eval_every", "checkpoint_every"):
+            value = getattr(self, name)
+            if not (is_number(value) and value > 0):
+                raise ValueError(f"{name} must be > 0 seconds, got {shown(value)}")
+            object.__setattr__(self, name, float(value))
+
+
+def check_limits(steps: Whole | None, seconds: Number | None) -> dict[str, Any]:
+    """The limits of a run as Python's own numbers; None for no limit.
+
+    Raises:
+        ValueError: steps that are no integer >= 0, or seconds that are no finite number >= 0.
+    """
+    if steps is not None:
+        steps = whole("steps", steps)
+        if steps < 0:
+            raise ValueError(f"steps must be >= 0, got {steps}")
+    if seconds is not None and not (is_number(seconds) and 0 <= seconds < math.inf):
+        raise ValueError(f"seconds must be a finite number >= 0, got {shown(seconds)}")
+    return {"steps": steps, "seconds": None if seconds is None else float(seconds)}
