@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rl_ebm.memory import check_fits
 from rl_ebm.arguments import shown, whole
+from rl_ebm.memory import check_fits
 from rl_ebm.names import count_text
 from rl_ebm.tiles import Tile
 
