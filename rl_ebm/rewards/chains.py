@@ -6,12 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rl_ebm.automata import Machine, deterministic, hidden
+from rl_ebm.automata import Machine, check_size, check_window, deterministic, hidden, window
 from rl_ebm.rewards.base import check_values
 from rl_ebm.tokens import TokenSpace
-
-MAX_TABLE = 2**28
-"""transitions that a machine may list"""
 
 
 def ngram(space: TokenSpace, log_weights: Float[Tensor, "..."]) -> Machine:
@@ -23,21 +20,9 @@ def ngram(space: TokenSpace, log_weights: Float[Tensor, "..."]) -> Machine:
             "for each n tokens"
         )
     check_values(log_weights, "log_weights")
-    histories = [a**i for i in range(n)]
-    offsets = [sum(histories[:i]) for i in range(n)]
-    if sum(histories) * a > MAX_TABLE:
-        raise ValueError(f"{n}-grams over {a} tokens need {sum(histories):,} states: too many")
-    next_, weight = [], []
-    for i, count in enumerate(histories):
-        # The history of index h followed by a token has the index h * a + token.
-        following = torch.arange(count * a).view(count, a)
-        if i < n - 1:
-            next_.append(following + offsets[i + 1])
-            weight.append(torch.zeros(count, a, dtype=torch.float64))
-        else:
-            next_.append(following % histories[-1] + offsets[-1])
-            weight.append(log_weights.detach().double().cpu().reshape(count, a))
-    return deterministic(torch.cat(next_), torch.cat(weight))
+    check_window(n, a, f"a table of {n} tokens in a row", "use fewer tokens in a row")
+    free = [torch.zeros(a**i, a, dtype=torch.float64) for i in range(n - 1)]
+    return window(a, [*free, log_weights.detach().double().cpu().reshape(-1, a)])
 
 
 def chain(
@@ -62,9 +47,8 @@ def chain(
         rows = torch.cat([fields, fields.new_zeros(1, a)])
         following = torch.arange(1, t_max + 2).clamp(max=t_max)
         return deterministic(following[:, None].expand(-1, a).contiguous(), rows)
-    if t_max * a * a > MAX_TABLE:
-        raise ValueError(f"a chain of {t_max} positions and {a} tokens needs too many states")
     states = 1 + a * t_max  # the start, then (position, token) of the last token
+    check_size(states, a, "a chain with couplings", "use fewer tokens or positions")
     next_ = torch.zeros(states, a, dtype=torch.int64)
     weight = torch.zeros(states, a, dtype=torch.float64)
     tokens = torch.arange(a)
