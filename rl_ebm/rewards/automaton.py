@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -82,6 +83,7 @@ class Automaton:
         pattern: str,
         score: float | int = 1.0,
         alphabet: Sequence[str] | None = None,
+        tokenizer: Any = None,
     ) -> Automaton:
         """``score`` where the whole response, without its EOS, matches a regular expression.
 
@@ -92,11 +94,14 @@ class Automaton:
                 ids: each digit is one where there are ten tokens at most, else each number is
                 one, and white space is left out.
             alphabet: the text of every token, (A,), or of every token but EOS.
+            tokenizer: of transformers or tokenizers, instead: the text is what its ``decode``
+                makes of the response, without special tokens.
 
         Raises:
-            ValueError: a pattern that cannot be used, with the position of the fault.
+            ValueError: a pattern that cannot be used, with the position of the fault, or that no
+                response can match.
         """
-        return cls(space, patterns.regex(space, pattern, score, alphabet))
+        return cls(space, patterns.regex(space, pattern, score, alphabet, tokenizer))
 
     @classmethod
     def ngram(cls, space: TokenSpace, log_weights: Float[Tensor, "..."]) -> Automaton:
