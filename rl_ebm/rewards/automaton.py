@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from rl_ebm.arguments import quoted
 from rl_ebm.automata import Machine, minimise, product
 from rl_ebm.rewards import chains, counters, distances, patterns, phrases
 from rl_ebm.rewards.base import Prompts, check_values
@@ -54,20 +55,38 @@ class Automaton:
 
     @classmethod
     def contains(
-        cls, space: TokenSpace, phrase: Sequence[int], score: float | int = 1.0
+        cls,
+        space: TokenSpace,
+        phrase: Sequence[int] | str,
+        score: float | int = 1.0,
+        alphabet: Sequence[str] | None = None,
+        tokenizer: Any = None,
     ) -> Automaton:
-        """``score``, once, where the phrase (token ids) occurs in the response.
+        """``score``, once, where the phrase occurs in the response.
+
+        Args:
+            phrase: token ids; or text, with an alphabet or a tokenizer as for :meth:`regex`: it
+                occurs in the text that the tokens make together, however they split it.
 
         Raises:
-            ValueError: an empty phrase, an id out of range, EOS before its end, or a score that
-                is NaN or +inf.
+            ValueError: an empty phrase, an id out of range, EOS before its end, a phrase that no
+                response can hold, or a score that is NaN or +inf.
         """
+        if isinstance(phrase, str):
+            return cls._of_text(space, phrase, score, alphabet, tokenizer)
+        _check_ids_alone(alphabet, tokenizer)
         return cls(space, phrases.contains(space, phrase, score))
 
     @classmethod
-    def avoids(cls, space: TokenSpace, phrase: Sequence[int]) -> Automaton:
+    def avoids(
+        cls,
+        space: TokenSpace,
+        phrase: Sequence[int] | str,
+        alphabet: Sequence[str] | None = None,
+        tokenizer: Any = None,
+    ) -> Automaton:
         """``-inf`` where the phrase occurs in the response, else 0. Raises as contains."""
-        return cls(space, phrases.contains(space, phrase, -torch.inf))
+        return cls.contains(space, phrase, -torch.inf, alphabet, tokenizer)
 
     @classmethod
     def counts(
@@ -75,6 +94,24 @@ class Automaton:
     ) -> Automaton:
         """``score`` for each occurrence of the phrase, overlapping ones too. Raises as contains."""
         return cls(space, phrases.counts(space, phrase, score))
+
+    @classmethod
+    def _of_text(
+        cls,
+        space: TokenSpace,
+        text: str,
+        score: float | int,
+        alphabet: Sequence[str] | None,
+        tokenizer: Any,
+    ) -> Automaton:
+        """Pays where a text occurs."""
+        if alphabet is None and tokenizer is None:
+            raise ValueError(
+                f"the phrase {quoted(text)} is text: give alphabet= or tokenizer=, or token ids"
+            )
+        if not text:
+            raise ValueError("the phrase is empty: give at least one character")
+        return cls.regex(space, patterns.containing(text), score, alphabet, tokenizer)
 
     @classmethod
     def regex(
@@ -250,6 +287,11 @@ class Automaton:
         moved.space, moved.forbids = self.space, self.forbids
         moved.machine = self.machine.to(device)
         return moved
+
+
+def _check_ids_alone(alphabet: object, tokenizer: object) -> None:
+    if alphabet is not None or tokenizer is not None:
+        raise ValueError("token ids need no alphabet and no tokenizer: they are for text")
 
 
 def total(rewards: Sequence[Automaton]) -> Automaton:

@@ -35,14 +35,13 @@ class Utf8:
 
     def __init__(self, kinds: Ints) -> None:
         # Rows of 64 characters that share all bytes but the last.
-        rows, of_row = np.unique(kinds.reshape(-1, 64), axis=0, return_inverse=True)
-        of_row = of_row.reshape(-1)
+        rows, of_row = _unique(kinds.reshape(-1, 64))
         one = 1 + of_row  # nodes with one byte to come
         wide = one.reshape(-1, 64).copy()
         wide[0, :0x20] = -1  # too long a form
         wide[0xD, 0x20:] = -1  # surrogates
-        pairs, of_pair = np.unique(wide, axis=0, return_inverse=True)
-        two = 1 + len(rows) + of_pair.reshape(-1)
+        pairs, of_pair = _unique(wide)
+        two = 1 + len(rows) + of_pair
         widest = np.full((5, 64), -1, dtype=np.int64)
         widest.reshape(-1)[: len(two)] = two
         widest[0, :0x10] = -1
@@ -94,3 +93,12 @@ class Utf8:
         """The automaton's states where the text ends: what is open is a fault."""
         q, n = np.divmod(states, self.num_nodes)
         return np.where(n == 0, q, table[q, self.bad])
+
+
+def _unique(rows: Ints) -> tuple[Ints, Ints]:
+    """The different rows of a table, and which of them each row is."""
+    known: dict[bytes, int] = {}
+    # Few differ, and none need be sorted.
+    which = [known.setdefault(row.tobytes(), len(known)) for row in rows]
+    found = np.frombuffer(b"".join(known), dtype=rows.dtype).reshape(-1, rows.shape[1])
+    return found, np.array(which)
