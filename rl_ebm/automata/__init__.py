@@ -4,9 +4,10 @@ from rl_ebm.automata.logspace import Columns, log_matmul, segment_logsumexp
 from rl_ebm.automata.machine import Machine, Reading, deterministic, hidden
 from rl_ebm.automata.product import Product, minimise, product, row_sums
 from rl_ebm.automata.store import from_tensors, to_tensors
-from rl_ebm.automata.windows import check_size, check_window, window
+from rl_ebm.automata.windows import MAX_TABLE, check_size, check_window, window
 
 __all__ = [
+    "MAX_TABLE",
     "Columns",
     "Machine",
     "Product",

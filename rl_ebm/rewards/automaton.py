@@ -15,9 +15,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from rl_ebm.arguments import quoted
-from rl_ebm.automata import Machine, minimise, product
+from rl_ebm.automata import MAX_TABLE, Machine, minimise, product
 from rl_ebm.rewards import chains, counters, distances, patterns, phrases
-from rl_ebm.rewards.base import Prompts, check_values
+from rl_ebm.rewards.base import Prompts, check_space, check_values
 from rl_ebm.rewards.matrices import weighted
 from rl_ebm.tokens import TokenSpace
 
@@ -35,6 +35,12 @@ class Automaton:
     """
 
     def __init__(self, space: TokenSpace, machine: Machine) -> None:
+        check_space(space)
+        if not isinstance(machine, Machine):
+            raise TypeError(
+                f"machine must be an rl_ebm.automata.Machine, got {type(machine).__name__}: the "
+                "constructors Automaton.contains, .regex, .weighted, ... make rewards"
+            )
         if machine.vocab_size != space.vocab_size:
             raise ValueError(
                 f"the machine reads {machine.vocab_size} tokens, the space has {space.vocab_size}"
@@ -252,7 +258,8 @@ class Automaton:
             return NotImplemented
         if other.space != self.space:
             raise ValueError(f"one reward is for {self.space}, the other for {other.space}")
-        return Automaton(self.space, product(self.machine, other.machine).machine)
+        both = product(self.machine, other.machine, MAX_TABLE)
+        return Automaton(self.space, both.machine)
 
     def __radd__(self, other: int) -> Automaton:
         """0 + reward, so that ``sum`` works."""

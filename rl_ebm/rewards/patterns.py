@@ -16,6 +16,7 @@ import torch
 
 from rl_ebm.arguments import quoted
 from rl_ebm.automata import Machine, check_size, deterministic
+from rl_ebm.rewards.base import check_space
 from rl_ebm.rewards.charsets import CharacterSet
 from rl_ebm.rewards.endings import endings, shortest
 from rl_ebm.rewards.nfa import MAX_STATES, Automaton, compile_tree, literals, parse, too_large
@@ -46,6 +47,7 @@ def regex(
             response can match, with the reason; an alphabet of another size than the vocabulary;
             too many states.
     """
+    check_space(space)
     check_score(score)
     next_, accepting, missing = token_automaton(space, pattern, alphabet, tokenizer)
     if space.eos_id is not None:

@@ -10,6 +10,7 @@ import torch
 
 from rl_ebm.arguments import quoted
 from rl_ebm.automata import Machine, check_size, deterministic
+from rl_ebm.rewards.base import check_space
 from rl_ebm.tokens import TokenSpace
 
 
@@ -24,12 +25,6 @@ def check_score(score: object) -> None:
         raise TypeError(f"score must be a number, got {quoted(score)}")
     if not score < float("inf"):
         raise ValueError(f"score must be a number below +inf, got {score}")
-
-
-def check_space(space: object) -> None:
-    """Raise TypeError unless it is a space."""
-    if not isinstance(space, TokenSpace):
-        raise TypeError(f"space must be a TokenSpace, got {type(space).__name__}")
 
 
 def check_ids(space: TokenSpace, ids: Sequence[int], what: str) -> list[int]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rl_ebm.backbone import Attend, Backbone, Context, TransformerConfig, everything, masked
-from rl_ebm.rewards.base import Prompts
+from rl_ebm.rewards.base import Prompts, check_space
 from rl_ebm.tokens import TokenSpace, length_mask
 
 
@@ -34,6 +34,7 @@ class TransformerReward(nn.Module):
         prompts: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
+        check_space(space)
         config = TransformerConfig() if config is None else config
         self.space, self.config = space, config
         self.prompts = None if prompts is None else [list(p) for p in prompts]
