@@ -2,18 +2,22 @@
 
 Options follow a question mark: ``ngram:corpus.txt?order=3&smoothing=0.5`` and
 ``hmm:corpus.txt?states=8&iterations=50&smoothing=0.01&seed=0``. The file has one response a line,
-in token ids with spaces between them, or in the symbols of an alphabet, without EOS.
+in token ids with spaces between them, or in the symbols of an alphabet, without EOS: see
+:func:`read_responses`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from rl_ebm.numerals import quoted, real, whole
 from rl_ebm.names import nearest
 from rl_ebm.policies import Policy, Uniform, fit_hmm, fit_ngram
+from rl_ebm.rewards.symbols import Symbols
 from rl_ebm.tokens import Batch, TokenSpace
 
 OPTIONS = {
@@ -32,28 +36,18 @@ def parse_reference(
         ValueError: what cannot be read, with its position in the expression, or a line of the
             file that is no response of the space.
     """
+    if not isinstance(expression, str):
+        raise TypeError(f"a reference expression is text, got {quoted(expression)}")
     if expression == "uniform":
         return Uniform(space)
     kind, colon, rest = expression.partition(":")
     if kind not in OPTIONS or not colon:
         raise ValueError(
-            f"reference {expression!r}, position 0: give uniform, ngram:FILE or hmm:FILE"
+            f"reference {quoted(expression)}, position 0: give uniform, ngram:FILE or hmm:FILE"
             f"{nearest(kind, ['uniform', *OPTIONS])}"
         )
     name, _, asked = rest.partition("?")
-    options = dict(OPTIONS[kind])
-    at = len(kind) + 1 + len(name) + 1
-    for pair in asked.split("&") if asked else []:
-        key, equals, value = pair.partition("=")
-        if key not in options or not equals:
-            raise _fault(expression, at, f"there is no option {key!r}{nearest(key, options)}")
-        try:
-            options[key] = int(value) if key in _WHOLE else float(value)
-        except ValueError:
-            raise _fault(expression, at + len(key) + 1, f"{value!r} is no number") from None
-        if key == "seed" and not 0 <= options[key] < 2**63:
-            raise _fault(expression, at + len(key) + 1, "seed must be in [0, 2**63)")
-        at += len(pair) + 1
+    options = _options(expression, kind, asked, len(kind) + 1 + len(name) + 1)
     responses = read_responses(Path(name), space, alphabet)
     if kind == "ngram":
         return fit_ngram(space, responses, int(options["order"]), options["smoothing"])
@@ -68,50 +62,76 @@ def parse_reference(
     )[0]
 
 
+def _options(expression: str, kind: str, asked: str, at: int) -> dict[str, Any]:
+    """The options of a kind, with those that are asked for from a position on."""
+    options: dict[str, Any] = dict(OPTIONS[kind])
+    given: set[str] = set()
+    for pair in asked.split("&") if asked else []:
+        key, equals, value = pair.partition("=")
+        if key not in options or not equals:
+            raise _fault(expression, at, f"there is no option {key!r}{nearest(key, options)}")
+        if key in given:
+            raise _fault(expression, at, f"{key} is given twice")
+        given.add(key)
+        try:
+            options[key] = whole(value) if key in _WHOLE else real(value)
+        except ValueError as error:
+            raise _fault(expression, at + len(key) + 1, str(error)) from None
+        if key == "seed" and not 0 <= options[key] < 2**63:
+            raise _fault(expression, at + len(key) + 1, "seed must be in [0, 2**63)")
+        at += len(pair) + 1
+    return options
+
+
 def _fault(expression: str, position: int, what: str) -> ValueError:
-    return ValueError(f"reference {expression!r}, position {position}: {what}")
+    return ValueError(f"reference {quoted(expression)}, position {position}: {what}")
 
 
 def read_responses(path: Path, space: TokenSpace, alphabet: Sequence[str] | None) -> Batch:
     """Responses of a text file, one a line; EOS is added where there is one.
 
+    A line loses its end alone: white space is a symbol where the alphabet has characters. A line
+    without symbols is the empty response in EOS mode; at the end of the file it is none.
+
     Raises:
         ValueError: no such file, no response in it, or a line that is none, with its number.
     """
     try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
-    places = None if alphabet is None else {symbol: i for i, symbol in enumerate(alphabet)}
+    symbols, eos = Symbols(space, alphabet), space.eos_id
     rows = []
     for number, line in enumerate(lines, 1):
-        words = line.split() if places is None or any(len(s) > 1 for s in places) else line.strip()
-        row = []
-        for word in words:
-            token = places.get(word) if places is not None else _id(word)
-            if token is None or not 0 <= token < space.vocab_size or token == space.eos_id:
-                raise ValueError(f"{path}, line {number}: {word!r} is no token of a response")
-            row.append(token)
-        if space.eos_id is not None:
-            row.append(space.eos_id)
-        elif not row:
-            continue
-        fits = len(row) <= space.max_length if space.eos_id is not None else (
-            len(row) == space.max_length
-        )  # fmt: skip
-        if not fits:
-            limit = "exactly" if space.eos_id is None else "at most"
+        row = _tokens(symbols, line.removesuffix("\r"), space, f"{path}, line {number}")
+        rows.append((number, row if eos is None else [*row, eos]))
+    while rows and rows[-1][1] in ([], [eos]):
+        rows.pop()
+    found = [(number, row) for number, row in rows if row]
+    for number, row in found:
+        if len(row) > space.max_length or (eos is None and len(row) < space.max_length):
+            limit = "exactly" if eos is None else "at most"
             raise ValueError(
                 f"{path}, line {number}: a response of {len(row)} tokens (with EOS), and here one "
                 f"has {limit} {space.max_length}"
             )
-        rows.append(row)
-    if not rows:
+    if not found:
         raise ValueError(f"{path} holds no response")
-    lengths = torch.tensor([len(row) for row in rows])
-    padded = [row + [0] * (space.max_length - len(row)) for row in rows]
-    return Batch(torch.tensor(padded), lengths, torch.zeros_like(lengths))
+    lengths = torch.tensor([len(row) for _, row in found])
+    padded = torch.zeros(len(found), space.max_length, dtype=torch.int64)
+    for i, (_, row) in enumerate(found):
+        padded[i, : len(row)] = torch.tensor(row)
+    return Batch(padded, lengths, torch.zeros_like(lengths))
 
 
-def _id(word: str) -> int | None:
-    return int(word) if word.isdecimal() else None
+def _tokens(symbols: Symbols, line: str, space: TokenSpace, where: str) -> list[int]:
+    """Ids of a line, none of them EOS."""
+    try:
+        row = symbols.read(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    wrong = [token for token in row if token >= space.vocab_size or token == space.eos_id]
+    if wrong:
+        shown = wrong[0] if symbols.names is None else symbols.names[wrong[0]]
+        raise ValueError(f"{where}: {str(shown)!r} is no token of a response")
+    return row

@@ -38,15 +38,28 @@ def check(space, reward, expected, real_only=False):
         assert value == pytest.approx(want, rel=1e-12, abs=1e-12), y
 
 
+def check_match(space, make, expected):
+    """A reward that pays where ``expected`` says so, and is refused where that is nowhere."""
+    tokens, lengths = space.sequences()
+    stop = int(space.eos_id is not None)
+    if not any(
+        expected(y[: n - stop]) for y, n in zip(tokens.tolist(), lengths.tolist(), strict=True)
+    ):
+        with pytest.raises(ValueError, match="no response can"):
+            make()
+        return
+    check(space, make(), expected, real_only=True)
+
+
 def places(y, phrase):
     return [i for i in range(len(y) - len(phrase) + 1) if y[i : i + len(phrase)] == phrase]
 
 
 def phrases(space):
-    """All phrases of three tokens at most that a response can hold."""
-    for n in (1, 2, 3):
+    """All phrases of three tokens at most that a response can hold, and need not."""
+    for n in range(1, min(3, space.max_length) + 1):
         for phrase in itertools.product(range(space.vocab_size), repeat=n):
-            if space.eos_id not in phrase[:-1]:
+            if space.eos_id not in phrase[:-1] and phrase != (space.eos_id,):
                 yield list(phrase)
 
 
@@ -93,15 +106,14 @@ PATTERNS = [
 def test_patterns_over_ids(space, pattern):
     if str(space.eos_id) in pattern:
         pytest.skip("EOS is no part of a match")
-    reward = Automaton.regex(space, pattern, 2.0)
     compiled = re.compile(pattern)
 
     def expected(y):
         return 2.0 * (compiled.fullmatch("".join(map(str, y))) is not None)
 
-    check(space, reward, expected, real_only=True)
-    spaced = Automaton.regex(space, " ".join(pattern) if "{" not in pattern else pattern, 2.0)
-    check(space, spaced, expected, real_only=True)
+    check_match(space, lambda: Automaton.regex(space, pattern, 2.0), expected)
+    spaced = " ".join(pattern) if "{" not in pattern else pattern
+    check_match(space, lambda: Automaton.regex(space, spaced, 2.0), expected)
 
 
 @pytest.mark.parametrize(
@@ -151,9 +163,9 @@ def test_random_patterns(seed):
     pattern = "".join(part(3) for _ in range(rng.randint(1, 4)))
     compiled = re.compile(pattern)
     space = rl_ebm.TokenSpace(3, 4)
-    check(
+    check_match(
         space,
-        Automaton.regex(space, pattern, 1.0),
+        lambda: Automaton.regex(space, pattern, 1.0),
         lambda y: float(compiled.fullmatch("".join(map(str, y))) is not None),
     )
 

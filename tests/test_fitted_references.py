@@ -30,12 +30,12 @@ def corpus(space, n=60, prompts=1, seed=0):
 
 
 def by_hand(batch, order, smoothing, prompts, a):
-    """p(token | history) from counts in dictionaries."""
+    """p(token | history) from counts in dictionaries; None stands in front of every text."""
     counts = Counter()
     for row, n, p in zip(
         batch.tokens.tolist(), batch.lengths.tolist(), batch.prompt_ids.tolist(), strict=True
     ):
-        text = [*(prompts[p] if prompts else []), *row[:n]]
+        text = [None, *(prompts[p] if prompts else []), *row[:n]]
         for i in range(len(text) - n, len(text)):
             for k in range(min(order - 1, i) + 1):
                 counts[tuple(text[i - k : i]), text[i]] += 1
@@ -67,7 +67,7 @@ def test_ngrams_are_counts(space, order, smoothing, prompts):
         for i, (y, n) in enumerate(zip(tokens.tolist(), lengths.tolist(), strict=True)):
             impossible = False
             for t in range(n):
-                text = [*(prompts[prompt] if prompts else []), *y[:t]]
+                text = [None, *(prompts[prompt] if prompts else []), *y[:t]]
                 history = tuple(text[max(0, len(text) - order + 1) :])
                 for a in range(space.vocab_size):
                     want = 0.0 if impossible else p(history, a)

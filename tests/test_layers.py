@@ -21,17 +21,8 @@ ROOT = Path(rl_ebm.__file__).parent
 # From the bottom up. A name ending in "." is a package: a room for all modules below it.
 LAYERS = (
     ("arguments",),
-    (
-        "tokens",
-        "tiles",
-        "names",
-        "intervals",
-        "estimates",
-        "pace",
-        "prompts",
-        "stopping",
-        "version",
-    ),
+    ("tokens", "tiles", "names", "numerals", "intervals", "estimates", "prompts", "version"),
+    ("pace", "stopping"),
     ("memory",),
     ("files",),
     ("lock", "tensor_files", "prefix_tree", "soft_bellman", "backbone", "automata.", "mean_bounds"),

@@ -159,7 +159,7 @@ def test_a_trl_reward_gets_each_rows_prompt_completion_and_columns(prompts):
     space, calls = TokenSpace(*EOS), []
 
     def trl(prompts, completions, weight, **rest):
-        assert not rest
+        assert rest.keys() == {"completion_ids", "trainer_state", "log_extra", "log_metric"}
         calls.extend(zip(prompts, completions, weight, strict=True))
         return [w * len(c) - 10 * len(p) for p, c, w in calls]
 

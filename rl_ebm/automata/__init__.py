@@ -4,12 +4,16 @@ from rl_ebm.automata.logspace import Columns, log_matmul, segment_logsumexp
 from rl_ebm.automata.machine import Machine, Reading, deterministic, hidden
 from rl_ebm.automata.product import Product, minimise, product, row_sums
 from rl_ebm.automata.store import from_tensors, to_tensors
+from rl_ebm.automata.windows import MAX_TABLE, check_size, check_window, window
 
 __all__ = [
+    "MAX_TABLE",
     "Columns",
     "Machine",
     "Product",
     "Reading",
+    "check_size",
+    "check_window",
     "deterministic",
     "from_tensors",
     "hidden",
@@ -19,4 +23,5 @@ __all__ = [
     "row_sums",
     "segment_logsumexp",
     "to_tensors",
+    "window",
 ]

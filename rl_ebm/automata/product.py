@@ -27,8 +27,11 @@ class Product(NamedTuple):
     right: Int64[Tensor, "K"]
 
 
-def product(a: Machine, b: Machine) -> Product:
+def product(a: Machine, b: Machine, most: int | None = None) -> Product:
     """The machine whose log-weight is the sum of two.
+
+    Args:
+        most: transitions that it may have; None for any number that :data:`MAX_STATES` allows.
 
     Raises:
         ValueError: factors for different numbers of prompts, or too many states.
@@ -40,7 +43,8 @@ def product(a: Machine, b: Machine) -> Product:
         raise ValueError(f"one machine reads {a.vocab_size} tokens, the other {b.vocab_size}")
     width = b.num_states
     starts = a.start * width + b.start
-    keys = _reachable(a, b, torch.unique(starts))
+    limit = MAX_STATES if most is None else min(MAX_STATES, most // a.vocab_size)
+    keys = _reachable(a, b, torch.unique(starts), limit)
     left, right = keys // width, keys % width
     next_ = torch.empty(len(keys), a.vocab_size, dtype=torch.int32, device=a.device)
     log_weight = torch.empty(next_.shape, dtype=torch.float64, device=a.device)
@@ -74,7 +78,7 @@ def _edges(a: Machine, b: Machine, keys: Tensor) -> tuple[Tensor, Tensor]:
     return a.next[left].long() * b.num_states + b.next[right], weight
 
 
-def _reachable(a: Machine, b: Machine, keys: Tensor) -> Tensor:
+def _reachable(a: Machine, b: Machine, keys: Tensor, most: int) -> Tensor:
     """Keys of all pairs that can be reached from some, sorted."""
     known = frontier = keys
     step = max(1, _BLOCK // a.vocab_size)
@@ -86,9 +90,9 @@ def _reachable(a: Machine, b: Machine, keys: Tensor) -> Tensor:
         frontier = torch.unique(torch.cat(found))
         frontier = frontier[~torch.isin(frontier, known)]
         known = torch.cat([known, frontier]).sort().values
-        if len(known) > MAX_STATES:
+        if len(known) > most:
             raise ValueError(
-                f"the product of two automata has more than {MAX_STATES:,} states: use fewer or "
+                f"the product of two automata has more than {most:,} states: use fewer or "
                 "shorter conditions"
             )
     return known

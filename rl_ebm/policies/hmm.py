@@ -7,10 +7,18 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from rl_ebm.numerals import check_real, check_whole
 from rl_ebm.automata import hidden, log_matmul
+from rl_ebm.names import bytes_text, count_text
 from rl_ebm.policies.automaton import AutomatonPolicy
 from rl_ebm.tokens import Batch, TokenSpace, length_mask
 
+MAX_ITERATIONS = 100_000
+"""of EM, which converges long before"""
+MAX_SMOOTHING = 1e100
+"""far beyond any count, far below where its sums overflow"""
+MAX_BYTES = 2**31
+"""that fitting may take"""
 Parameters = tuple[Tensor, Tensor, Tensor]
 """log of initial (H,), transition (H, H) and emission (H, A) probabilities"""
 
@@ -41,12 +49,10 @@ def fit_hmm(
     Raises:
         ValueError: a number out of range, or no responses.
     """
-    if num_states < 1:
-        raise ValueError(f"num_states must be >= 1, got {num_states}")
-    if iterations < 1:
-        raise ValueError(f"iterations must be >= 1, got {iterations}")
-    if not 0 <= smoothing < float("inf"):
-        raise ValueError(f"smoothing must be a finite number >= 0, got {smoothing}")
+    num_states = check_whole(num_states, "num_states", 1)
+    iterations = check_whole(iterations, "iterations", 1, MAX_ITERATIONS)
+    smoothing = check_real(smoothing, "smoothing", 0.0, MAX_SMOOTHING)
+    _check_memory(space, len(responses), num_states)
     if len(responses) == 0:
         raise ValueError("there are no responses to fit")
     space.check(responses.tokens, responses.lengths)
@@ -66,6 +72,17 @@ def fit_hmm(
         law = (initial, transition, emission)
     likelihood.append(expected_counts(law, batch)[1])
     return AutomatonPolicy(space, hidden(*law)), likelihood
+
+
+def _check_memory(space: TokenSpace, n: int, h: int) -> None:
+    """Raise ValueError where the tables of a round of EM would be too large."""
+    numbers = 4 * n * space.max_length * h + 4 * h * (h + space.vocab_size)
+    if 8 * numbers > MAX_BYTES:
+        raise ValueError(
+            f"{count_text(h)} hidden states and {n:,} responses of {space.max_length:,} tokens at "
+            f"most need {bytes_text(8 * numbers)} to be fitted, {bytes_text(MAX_BYTES)} are "
+            "allowed: use fewer states or responses"
+        )
 
 
 def expected_counts(law: Parameters, batch: Batch) -> tuple[Parameters, float]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rl_ebm.automata import deterministic
+from rl_ebm.numerals import check_real, check_whole
+from rl_ebm.automata import check_window, window
+from rl_ebm.names import count_text
 from rl_ebm.policies.automaton import AutomatonPolicy
 from rl_ebm.tokens import Batch, TokenSpace, length_mask
 
-MAX_TABLE = 2**28
-"""probabilities that a policy may list"""
+MAX_SMOOTHING = 1e100
+"""far beyond any count, far below where its products overflow"""
 
 
 def fit_ngram(
@@ -29,7 +31,9 @@ def fit_ngram(
         p_n(a|h) = (count(h, a) + smoothing A p_{n-1}(a|h')) / (count(h) + smoothing A)
 
     with h' the history without its oldest token, and p_0 uniform: MacKay and Peto (1995), "A
-    hierarchical Dirichlet language model". A prompt's last tokens are the first history.
+    hierarchical Dirichlet language model". A prompt's last tokens are the first history. Where
+    fewer than order - 1 tokens stand in front, the mark of the text's start is the oldest of the
+    history: what begins a text is counted by itself, and backed off to what follows anywhere.
 
     Args:
         responses: what to fit; their prompts are ``prompts[prompt_ids]``.
@@ -41,34 +45,25 @@ def fit_ngram(
     Raises:
         ValueError: an order or smoothing out of range, no responses, or tokens that are none.
     """
-    if order < 1:
-        raise ValueError(f"order must be >= 1, got {order}")
-    if not 0 <= smoothing < float("inf"):
-        raise ValueError(f"smoothing must be a finite number >= 0, got {smoothing}")
+    order = check_whole(order, "order", 1)
+    smoothing = check_real(smoothing, "smoothing", 0.0, MAX_SMOOTHING)
     a = space.vocab_size
-    # The second condition alone takes long to find out at a very large order.
-    if order > math.log2(MAX_TABLE) or sum(a**i for i in range(order)) * a > MAX_TABLE:
-        raise ValueError(
-            f"{order}-grams over {a} tokens have too many histories: use a smaller order, or "
-            "fit_hmm"
-        )
+    check_window(
+        order, a, f"an n-gram of order {count_text(order)}", "use a smaller order, or fit_hmm"
+    )
     histories = [a**i for i in range(order)]
     if len(responses) == 0:
         raise ValueError("there are no responses to fit")
     space.check(responses.tokens, responses.lengths)
-    log_p = _backed_off(_counts(space, responses, order, prompts), float(smoothing))
-    offsets = [sum(histories[:i]) for i in range(order)]
-    next_ = []
-    for i, count in enumerate(histories):
-        following = torch.arange(count * a).view(count, a)
-        if i < order - 1:
-            next_.append(following + offsets[i + 1])
-        else:
-            next_.append(following % histories[-1] + offsets[-1])
-    start = None
+    marked, plain = _counts(space, responses, order, prompts)
+    shorter = _backed_off(plain, smoothing)
+    # Histories shorter than order - 1 are those of the start.
+    log_p = [_posterior(c, x, smoothing) for c, x in zip(marked, shorter[:-1], strict=True)]
+    machine = window(a, [*log_p, shorter[-1]])
     if prompts is not None:
+        offsets = [sum(histories[:i]) for i in range(order)]
         start = torch.tensor([offsets[len(h)] + _index(h, a) for h in _tails(prompts, order, a)])
-    machine = deterministic(torch.cat(next_), torch.cat(log_p), start=start)
+        machine = replace(machine, start=start)
     return AutomatonPolicy(space, machine, prompts)
 
 
@@ -90,8 +85,13 @@ def _index(history: Sequence[int], a: int) -> int:
 
 def _counts(
     space: TokenSpace, responses: Batch, order: int, prompts: Sequence[Sequence[int]] | None
-) -> list[Float[Tensor, "H A"]]:
-    """How often each token follows each history, of every length below the order."""
+) -> tuple[list[Tensor], list[Tensor]]:
+    """How often each token follows each history, shorter histories first.
+
+    Returns:
+        Counts after histories of 0 to order - 2 tokens that the mark of the start stands before;
+        and after 0 to order - 1 tokens wherever they stand.
+    """
     a, t_max = space.vocab_size, space.max_length
     tails = _tails(prompts or [[]], order, a)
     width = max(map(len, tails))
@@ -103,32 +103,42 @@ def _counts(
     lengths = responses.lengths.cpu()
     tokens = torch.cat([front[ids], responses.clean().tokens.cpu()], 1)
     real = length_mask(lengths, t_max)
-    counts = []
+    # A tail that fills the history may go on in front: no start is seen there.
+    before = torch.tensor([len(tail) for tail in tails])[ids, None] + torch.arange(t_max)
+    marked, plain = [], []
     for n in range(order):
-        table = torch.zeros(a**n * a, dtype=torch.float64)
         history = torch.zeros(len(tokens), t_max, dtype=torch.int64)
         known = real.clone()
         for i in range(n, 0, -1):
             shifted = torch.full((len(tokens), t_max), -1)
-            first = max(0, i - width)
-            shifted[:, first:] = tokens[:, width + first - i : width + t_max - i]
+            first = min(t_max, max(0, i - width))
+            shifted[:, first:] = tokens[:, max(0, width + first - i) : max(0, width + t_max - i)]
             known &= shifted >= 0
             history = history * a + shifted.clamp(min=0)
         cell = history * a + tokens[:, width:]
-        counts.append(table.index_add(0, cell[known], torch.ones(int(known.sum())).double()))
-    return [table.view(-1, a) for table in counts]
+        plain.append(torch.bincount(cell[known], minlength=a ** (n + 1)).double().view(-1, a))
+        if n < order - 1:
+            first_ones = cell[known & (before == n)]
+            marked.append(torch.bincount(first_ones, minlength=a ** (n + 1)).double().view(-1, a))
+    return marked, plain
 
 
-def _backed_off(counts: list[Tensor], smoothing: float) -> list[Float[Tensor, "H A"]]:
+def _backed_off(counts: list[Tensor], smoothing: float) -> list[Tensor]:
     """log p of every history, shorter ones first."""
     a = counts[0].shape[1]
-    shorter = torch.full((1, a), 1.0 / a, dtype=torch.float64)
-    out = []
+    out = [torch.full((1, a), 1.0 / a, dtype=torch.float64).log()]
     for table in counts:
         # The oldest token is the first digit of an index.
-        below = shorter.repeat(table.shape[0] // shorter.shape[0], 1)
-        total = table.sum(1, keepdim=True) + smoothing * a
-        p = (table + smoothing * a * below) / total.clamp(min=1e-300)
-        shorter = torch.where(total > 0, p, below)
-        out.append(shorter.log())
-    return out
+        below = out[-1].repeat(table.shape[0] // out[-1].shape[0], 1)
+        out.append(_posterior(table, below, smoothing))
+    return out[1:]
+
+
+def _posterior(
+    counts: Float[Tensor, "H A"], below: Float[Tensor, "H A"], smoothing: float
+) -> Float[Tensor, "H A"]:
+    """log p of histories from their counts and the log p of shorter ones."""
+    a = counts.shape[1]
+    seen = counts.sum(1, keepdim=True)
+    p = (counts + smoothing * a * below.exp()) / (seen + smoothing * a)
+    return torch.where(seen > 0, p.log(), below)

@@ -8,18 +8,22 @@ from rl_ebm.rewards.automaton import Automaton
 from rl_ebm.rewards.base import Reward, check_values
 from rl_ebm.rewards.convert import as_reward
 from rl_ebm.rewards.expression import parse_reward
-from rl_ebm.rewards.function import Function, from_trl
+from rl_ebm.rewards.function import Function
+from rl_ebm.rewards.pieces import alphabet_of
 from rl_ebm.rewards.table import Table
 from rl_ebm.rewards.table_file import TableFile, read_table
 from rl_ebm.rewards.transformer import TransformerReward
+from rl_ebm.rewards.trl import TRLFunction, from_trl
 
 __all__ = [
     "Automaton",
     "Function",
     "Reward",
+    "TRLFunction",
     "Table",
     "TableFile",
     "TransformerReward",
+    "alphabet_of",
     "as_reward",
     "check_values",
     "from_trl",

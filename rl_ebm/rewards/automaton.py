@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.automata import Machine, minimise, product
+from rl_ebm.numerals import quoted
+from rl_ebm.automata import MAX_TABLE, Machine, minimise, product
 from rl_ebm.rewards import chains, counters, distances, patterns, phrases
-from rl_ebm.rewards.base import Prompts, check_values
+from rl_ebm.rewards.base import Prompts, check_space, check_values
 from rl_ebm.rewards.matrices import weighted
 from rl_ebm.tokens import TokenSpace
 
@@ -33,6 +35,12 @@ class Automaton:
     """
 
     def __init__(self, space: TokenSpace, machine: Machine) -> None:
+        check_space(space)
+        if not isinstance(machine, Machine):
+            raise TypeError(
+                f"machine must be an rl_ebm.automata.Machine, got {type(machine).__name__}: the "
+                "constructors Automaton.contains, .regex, .weighted, ... make rewards"
+            )
         if machine.vocab_size != space.vocab_size:
             raise ValueError(
                 f"the machine reads {machine.vocab_size} tokens, the space has {space.vocab_size}"
@@ -53,20 +61,38 @@ class Automaton:
 
     @classmethod
     def contains(
-        cls, space: TokenSpace, phrase: Sequence[int], score: float | int = 1.0
+        cls,
+        space: TokenSpace,
+        phrase: Sequence[int] | str,
+        score: float | int = 1.0,
+        alphabet: Sequence[str] | None = None,
+        tokenizer: Any = None,
     ) -> Automaton:
-        """``score``, once, where the phrase (token ids) occurs in the response.
+        """``score``, once, where the phrase occurs in the response.
+
+        Args:
+            phrase: token ids; or text, with an alphabet or a tokenizer as for :meth:`regex`: it
+                occurs in the text that the tokens make together, however they split it.
 
         Raises:
-            ValueError: an empty phrase, an id out of range, EOS before its end, or a score that
-                is NaN or +inf.
+            ValueError: an empty phrase, an id out of range, EOS before its end, a phrase that no
+                response can hold, or a score that is NaN or +inf.
         """
+        if isinstance(phrase, str):
+            return cls._of_text(space, phrase, score, alphabet, tokenizer)
+        _check_ids_alone(alphabet, tokenizer)
         return cls(space, phrases.contains(space, phrase, score))
 
     @classmethod
-    def avoids(cls, space: TokenSpace, phrase: Sequence[int]) -> Automaton:
+    def avoids(
+        cls,
+        space: TokenSpace,
+        phrase: Sequence[int] | str,
+        alphabet: Sequence[str] | None = None,
+        tokenizer: Any = None,
+    ) -> Automaton:
         """``-inf`` where the phrase occurs in the response, else 0. Raises as contains."""
-        return cls(space, phrases.contains(space, phrase, -torch.inf))
+        return cls.contains(space, phrase, -torch.inf, alphabet, tokenizer)
 
     @classmethod
     def counts(
@@ -76,12 +102,31 @@ class Automaton:
         return cls(space, phrases.counts(space, phrase, score))
 
     @classmethod
+    def _of_text(
+        cls,
+        space: TokenSpace,
+        text: str,
+        score: float | int,
+        alphabet: Sequence[str] | None,
+        tokenizer: Any,
+    ) -> Automaton:
+        """Pays where a text occurs."""
+        if alphabet is None and tokenizer is None:
+            raise ValueError(
+                f"the phrase {quoted(text)} is text: give alphabet= or tokenizer=, or token ids"
+            )
+        if not text:
+            raise ValueError("the phrase is empty: give at least one character")
+        return cls.regex(space, patterns.containing(text), score, alphabet, tokenizer)
+
+    @classmethod
     def regex(
         cls,
         space: TokenSpace,
         pattern: str,
         score: float | int = 1.0,
         alphabet: Sequence[str] | None = None,
+        tokenizer: Any = None,
     ) -> Automaton:
         """``score`` where the whole response, without its EOS, matches a regular expression.
 
@@ -92,11 +137,14 @@ class Automaton:
                 ids: each digit is one where there are ten tokens at most, else each number is
                 one, and white space is left out.
             alphabet: the text of every token, (A,), or of every token but EOS.
+            tokenizer: of transformers or tokenizers, instead: the text is what its ``decode``
+                makes of the response, without special tokens.
 
         Raises:
-            ValueError: a pattern that cannot be used, with the position of the fault.
+            ValueError: a pattern that cannot be used, with the position of the fault, or that no
+                response can match.
         """
-        return cls(space, patterns.regex(space, pattern, score, alphabet))
+        return cls(space, patterns.regex(space, pattern, score, alphabet, tokenizer))
 
     @classmethod
     def ngram(cls, space: TokenSpace, log_weights: Float[Tensor, "..."]) -> Automaton:
@@ -210,7 +258,8 @@ class Automaton:
             return NotImplemented
         if other.space != self.space:
             raise ValueError(f"one reward is for {self.space}, the other for {other.space}")
-        return Automaton(self.space, product(self.machine, other.machine).machine)
+        both = product(self.machine, other.machine, MAX_TABLE)
+        return Automaton(self.space, both.machine)
 
     def __radd__(self, other: int) -> Automaton:
         """0 + reward, so that ``sum`` works."""
@@ -245,6 +294,11 @@ class Automaton:
         moved.space, moved.forbids = self.space, self.forbids
         moved.machine = self.machine.to(device)
         return moved
+
+
+def _check_ids_alone(alphabet: object, tokenizer: object) -> None:
+    if alphabet is not None or tokenizer is not None:
+        raise ValueError("token ids need no alphabet and no tokenizer: they are for text")
 
 
 def total(rewards: Sequence[Automaton]) -> Automaton:

@@ -29,6 +29,39 @@ class Reward(Protocol):
     def to(self, device: torch.device | str) -> Reward: ...
 
 
+def check_space(space: object) -> None:
+    """Raise TypeError unless it is a space."""
+    if not isinstance(space, TokenSpace):
+        raise TypeError(f"space must be a TokenSpace, got {type(space).__name__}")
+
+
+def check_tensor(table: object, name: str) -> Tensor:
+    """Raise TypeError unless it is a dense tensor of real numbers."""
+    if not isinstance(table, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor, got {type(table).__name__}: torch.as_tensor makes one"
+        )
+    if table.is_complex() or table.layout != torch.strided:
+        raise TypeError(
+            f"{name} must be a dense tensor of real numbers, got {table.dtype}, {table.layout}"
+        )
+    return table
+
+
+def check_table(table: object, name: str, shape: tuple[int, ...]) -> Tensor:
+    """A table of rewards of a shape, real numbers below +inf.
+
+    Raises:
+        TypeError: no dense tensor of real numbers.
+        ValueError: another shape, NaN or +inf.
+    """
+    found = check_tensor(table, name)
+    if tuple(found.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(found.shape)}, expected {shape}")
+    check_values(found, name)
+    return found
+
+
 def check_values(reward: Shaped[Tensor, "..."], where: str) -> None:
     """Raise unless every reward is a number below +inf (``-inf`` is legal).
 

@@ -6,38 +6,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rl_ebm.automata import Machine, deterministic, hidden
-from rl_ebm.rewards.base import check_values
+from rl_ebm.automata import Machine, check_size, check_window, deterministic, hidden, window
+from rl_ebm.rewards.base import check_space, check_table, check_tensor, check_values
 from rl_ebm.tokens import TokenSpace
-
-MAX_TABLE = 2**28
-"""transitions that a machine may list"""
 
 
 def ngram(space: TokenSpace, log_weights: Float[Tensor, "..."]) -> Machine:
     """States are the last n - 1 tokens, or all of them where there are fewer."""
-    a, n = space.vocab_size, log_weights.ndim
+    check_space(space)
+    a, n = space.vocab_size, check_tensor(log_weights, "log_weights").ndim
     if n == 0 or set(log_weights.shape) != {a}:
         raise ValueError(
             f"log_weights has shape {tuple(log_weights.shape)}, expected ({a},) * n: one weight "
             "for each n tokens"
         )
+    check_window(n, a, f"a table of {n} tokens in a row", "use fewer tokens in a row")
     check_values(log_weights, "log_weights")
-    histories = [a**i for i in range(n)]
-    offsets = [sum(histories[:i]) for i in range(n)]
-    if sum(histories) * a > MAX_TABLE:
-        raise ValueError(f"{n}-grams over {a} tokens need {sum(histories):,} states: too many")
-    next_, weight = [], []
-    for i, count in enumerate(histories):
-        # The history of index h followed by a token has the index h * a + token.
-        following = torch.arange(count * a).view(count, a)
-        if i < n - 1:
-            next_.append(following + offsets[i + 1])
-            weight.append(torch.zeros(count, a, dtype=torch.float64))
-        else:
-            next_.append(following % histories[-1] + offsets[-1])
-            weight.append(log_weights.detach().double().cpu().reshape(count, a))
-    return deterministic(torch.cat(next_), torch.cat(weight))
+    free = [torch.zeros(a**i, a, dtype=torch.float64) for i in range(n - 1)]
+    return window(a, [*free, log_weights.detach().double().cpu().reshape(-1, a)])
 
 
 def chain(
@@ -46,25 +32,19 @@ def chain(
     couplings: Float[Tensor, "T1 A A"] | None = None,
 ) -> Machine:
     """States are the position, and where there are couplings the last token."""
+    check_space(space)
     a, t_max = space.vocab_size, space.max_length
-    for name, table, shape in (
-        ("fields", fields, (t_max, a)),
-        ("couplings", couplings, (t_max - 1, a, a)),
-    ):
-        if table is None:
-            continue
-        if tuple(table.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(table.shape)}, expected {shape}")
-        check_values(table, name)
+    check_table(fields, "fields", (t_max, a))
+    states = 1 + a * t_max  # the start, then (position, token) of the last token
+    if couplings is not None:
+        check_size(states, a, "a chain with couplings", "use fewer tokens or positions")
+        check_table(couplings, "couplings", (t_max - 1, a, a))
     fields = fields.detach().double().cpu()
     if couplings is None:
         # One state more than positions: what stands there is never read.
         rows = torch.cat([fields, fields.new_zeros(1, a)])
         following = torch.arange(1, t_max + 2).clamp(max=t_max)
         return deterministic(following[:, None].expand(-1, a).contiguous(), rows)
-    if t_max * a * a > MAX_TABLE:
-        raise ValueError(f"a chain of {t_max} positions and {a} tokens needs too many states")
-    states = 1 + a * t_max  # the start, then (position, token) of the last token
     next_ = torch.zeros(states, a, dtype=torch.int64)
     weight = torch.zeros(states, a, dtype=torch.float64)
     tokens = torch.arange(a)
@@ -83,13 +63,10 @@ def hmm(
     log_emission: Float[Tensor, "H A"],
 ) -> Machine:
     """A hidden part alone."""
-    h = log_initial.shape[-1] if log_initial.ndim else 0
-    for name, table, shape in (
-        ("log_initial", log_initial, (h,)),
-        ("log_transition", log_transition, (h, h)),
-        ("log_emission", log_emission, (h, space.vocab_size)),
-    ):
-        if tuple(table.shape) != shape or h == 0:
-            raise ValueError(f"{name} has shape {tuple(table.shape)}, expected {shape}")
-        check_values(table, name)
+    check_space(space)
+    # At least one hidden state.
+    h = max(1, check_tensor(log_initial, "log_initial").numel())
+    check_table(log_initial, "log_initial", (h,))
+    check_table(log_transition, "log_transition", (h, h))
+    check_table(log_emission, "log_emission", (h, space.vocab_size))
     return hidden(log_initial.detach(), log_transition.detach(), log_emission.detach())

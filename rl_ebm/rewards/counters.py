@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.automata import Machine, deterministic
-from rl_ebm.rewards.base import check_values
+from rl_ebm.numerals import check_whole, quoted
+from rl_ebm.automata import Machine, check_size, deterministic
+from rl_ebm.rewards.base import check_space, check_values
 from rl_ebm.rewards.phrases import check_ids, check_score
 from rl_ebm.tokens import TokenSpace
 
@@ -20,17 +21,28 @@ def modular(
     values: Int64[Tensor, "A"] | Sequence[int] | None = None,
 ) -> Machine:
     """States are the sum so far."""
-    final = torch.as_tensor(scores, dtype=torch.float64).detach().cpu()
+    check_space(space)
+    final = _numbers(scores, "scores").double().detach().cpu()
     if final.ndim != 1 or not len(final):
         raise ValueError(f"scores has shape {tuple(final.shape)}, expected (m,), one for each rest")
     check_values(final, "scores")
-    values = torch.arange(space.vocab_size) if values is None else torch.as_tensor(values).cpu()
-    if values.shape != (space.vocab_size,) or values.is_floating_point():
+    values = torch.arange(space.vocab_size) if values is None else _numbers(values, "values").cpu()
+    if values.shape != (space.vocab_size,) or values.is_floating_point() or values.is_complex():
         raise ValueError(f"values must be {space.vocab_size} integers, one for each token")
     if space.eos_id is not None:
         values = values.index_fill(0, torch.tensor([space.eos_id]), 0)
-    next_ = (torch.arange(len(final))[:, None] + values) % len(final)
+    check_size(len(final), space.vocab_size, "a sum modulo a number", "use fewer rests")
+    # Reduced first: large values overflow.
+    next_ = (torch.arange(len(final))[:, None] + values.long() % len(final)) % len(final)
     return deterministic(next_, torch.zeros(next_.shape), final)
+
+
+def _numbers(given: object, name: str) -> Tensor:
+    """A tensor of what may be a list."""
+    try:
+        return torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"{name} must be a list of numbers, got {quoted(given)}") from None
 
 
 def brackets(
@@ -44,14 +56,25 @@ def brackets(
         raise ValueError(
             f"opening and closing must be two tokens other than EOS, got {opening} and {closing}"
         )
-    if depth < 1:
-        raise ValueError(f"depth must be >= 1, got {depth}")
+    # Deeper than the response is long no bracket goes.
+    depth = min(check_whole(depth, "depth", 1), space.max_length)
+    check_size(depth + 2, space.vocab_size, "brackets of this depth", "give a smaller depth")
     lost = depth + 1
     levels = torch.arange(depth + 2)
     next_ = levels[:, None].repeat(1, space.vocab_size)
     next_[:, opening] = levels + 1  # beyond the last level: lost
     next_[:, closing] = levels - 1
     next_[0, closing] = next_[lost] = lost
+    _check_balance(space, opening, closing)
     final = torch.zeros(depth + 2, dtype=torch.float64)
     final[0] = float(score)
     return deterministic(next_, torch.zeros(next_.shape), final)
+
+
+def _check_balance(space: TokenSpace, opening: int, closing: int) -> None:
+    """Raise ValueError where no response can be balanced: brackets alone, an odd number of them."""
+    if space.eos_id is None and space.vocab_size == 2 and space.max_length % 2:
+        raise ValueError(
+            f"no response can be balanced: it has {space.max_length} tokens, and {opening} and "
+            f"{closing} are all that there are"
+        )

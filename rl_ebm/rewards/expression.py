@@ -15,51 +15,40 @@ kind and argument      reward
 ``parity:1``           1 where the ids of all tokens sum to this, modulo 2
 =====================  =======================================================================
 
-A phrase is token ids with spaces between them, or with an alphabet its symbols. Double quotes
-around an argument keep a `` + `` in it. A number in front multiplies the reward.
+A phrase is token ids with spaces between them, or with an alphabet its symbols (see
+:class:`rl_ebm.rewards.symbols.Symbols`). An argument without quotes loses the white space around it
+and ends at `` + ``; in double quotes it is what stands between them, white space, ``+`` and ``*``
+included, and a double quote is written twice. A number in front multiplies the reward.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from rl_ebm.numerals import quoted, real
 from rl_ebm.names import nearest
 from rl_ebm.rewards.automaton import Automaton, total
+from rl_ebm.rewards.symbols import Symbols
 from rl_ebm.tokens import TokenSpace
 
-_TERM = re.compile(
-    r"\s*(?:(?P<factor>[^\s:*\"]+)\s*\*\s*)?(?P<kind>[a-z]+)\s*:"
-    r"(?:\s*\"(?P<quoted>[^\"]*)\"\s*|(?P<plain>.*?))(?=\s\+\s|$)",
-    re.DOTALL,
-)
-Symbols = Sequence[str] | None
+_HEAD = re.compile(r"\s*(?:(?P<factor>[^\s:*\"]+)\s*\*\s*)?(?P<kind>[a-z]+)\s*:", re.IGNORECASE)
+_QUOTED = re.compile(r"\s*\"(?P<text>(?:[^\"]|\"\")*)\"(?P<rest>\s*(?:\+|\Z))?")
+_END = re.compile(r"\s\+(?:\s|\Z)|\Z")
+MAX_TERMS = 1000
 
 
 class _Reader:
     """Arguments of one expression, with the positions of their faults."""
 
-    def __init__(self, space: TokenSpace, alphabet: Symbols) -> None:
+    def __init__(self, space: TokenSpace, alphabet: Sequence[str] | None) -> None:
         self.space, self.alphabet = space, alphabet
-
-    def phrase(self, text: str) -> list[int]:
-        """Token ids of a phrase; ValueError for what is no token."""
-        if self.alphabet is None:
-            words = text.split()
-            wrong = next((word for word in words if not word.isdecimal()), None)
-            if wrong is not None:
-                raise ValueError(f"{wrong!r} is no token id")
-            return [int(word) for word in words]
-        symbols = text.split() if any(len(s) != 1 for s in self.alphabet) else text.strip()
-        places = {symbol: i for i, symbol in enumerate(self.alphabet)}
-        missing = next((symbol for symbol in symbols if symbol not in places), None)
-        if missing is not None:
-            raise ValueError(f"{missing!r} is not in the alphabet")
-        return [places[symbol] for symbol in symbols]
+        self.phrase = Symbols(space, alphabet).read
 
     def parity(self, text: str, score: float) -> Automaton:
         if text.strip() not in ("0", "1"):
-            raise ValueError(f"parity is 0 or 1, got {text.strip()!r}")
+            raise ValueError(f"parity is 0 or 1, got {quoted(text.strip())}")
         scores = [0.0, score] if text.strip() == "1" else [score, 0.0]
         return Automaton.modular(self.space, scores)
 
@@ -78,46 +67,107 @@ class _Reader:
             "avoids": avoids,
             "avoid": avoids,
             "counts": lambda text, x: Automaton.counts(space, phrase(text), x),
-            "regex": lambda text, x: Automaton.regex(space, text.strip(), x, alphabet),
+            "regex": lambda text, x: Automaton.regex(space, text, x, alphabet),
             "hamming": lambda text, x: Automaton.hamming(space, phrase(text), x),
             "edit": lambda text, x: Automaton.edit_distance(space, phrase(text), x),
             "parity": self.parity,
         }
 
 
-def parse_reward(expression: str, space: TokenSpace, alphabet: Symbols = None) -> Automaton:
+def parse_reward(
+    expression: str, space: TokenSpace, alphabet: Sequence[str] | None = None
+) -> Automaton:
     """The reward of an expression; see the module's docstring.
 
     Args:
         alphabet: the symbol of every token id; None for phrases of ids.
 
     Raises:
+        TypeError: no text, no space, or an alphabet that is no list of strings.
         ValueError: what cannot be read, with its position in the expression.
     """
+    if not isinstance(expression, str):
+        raise TypeError(f"a reward expression is text, got {quoted(expression)}")
+    if not isinstance(space, TokenSpace):
+        raise TypeError(f"space must be a TokenSpace, got {type(space).__name__}")
     kinds = _Reader(space, alphabet).kinds()
-    parts, at = [], 0
-    while True:
-        match = _TERM.match(expression, at)
-        if match is None:
-            raise _fault(expression, at, "expected KIND:ARGUMENT, for example contains:3 1")
-        factor, kind = match["factor"], match["kind"]
-        if kind not in kinds:
-            where = match.start("kind")
-            raise _fault(expression, where, f"there is no {kind!r}{nearest(kind, kinds)}")
+    parts = []
+    for term in _terms(expression):
+        if term.kind not in kinds:
+            what = f"there is no {quoted(term.kind)}{nearest(term.kind.lower(), kinds)}"
+            raise _fault(expression, term.kind_at, what)
         try:
-            score = 1.0 if factor is None else float(factor)
-        except ValueError:
-            raise _fault(expression, match.start("factor"), f"{factor!r} is no number") from None
-        group = "plain" if match["quoted"] is None else "quoted"
-        try:
-            parts.append(kinds[kind](match[group], score))
+            parts.append(kinds[term.kind](term.argument, _factor(term.factor)))
+        except _FactorError as error:
+            raise _fault(expression, term.factor_at, str(error)) from None
         except ValueError as error:
-            raise _fault(expression, match.start(group), str(error)) from None
-        rest = expression[match.end() :]
-        if not rest.strip():
-            return total(parts)
-        at = match.end() + rest.index("+") + 1
+            raise _fault(expression, term.argument_at, str(error)) from None
+    return total(parts)
+
+
+@dataclass(frozen=True)
+class _Term:
+    """One term as it is written, and where its parts stand."""
+
+    factor: str | None
+    factor_at: int
+    kind: str
+    kind_at: int
+    argument: str
+    argument_at: int
+
+
+def _terms(expression: str) -> list[_Term]:
+    """The terms of an expression, none of them read."""
+    found: list[_Term] = []
+    at: int | None = 0
+    while at is not None:
+        head = _HEAD.match(expression, at)
+        if head is None:
+            raise _fault(expression, at, "expected KIND:ARGUMENT, for example contains:3 1")
+        argument, argument_at, at = _argument(expression, head.end())
+        parts = head["factor"], head.start("factor"), head["kind"], head.start("kind")
+        found.append(_Term(*parts, argument, argument_at))
+        if len(found) > MAX_TERMS:
+            raise _fault(expression, argument_at, f"more than {MAX_TERMS:,} terms")
+    return found
+
+
+def _argument(expression: str, at: int) -> tuple[str, int, int | None]:
+    """The argument at a position, where it stands, and where the next term does."""
+    text = expression[at:]
+    if text.lstrip().startswith('"'):
+        match = _QUOTED.match(expression, at)
+        if match is None:
+            raise _fault(expression, at, "the quotes are not closed")
+        if match["rest"] is None:
+            what = 'expected " + " or the end after the quotes (a quote in them is written twice)'
+            raise _fault(expression, match.end(), what)
+        more = match["rest"].endswith("+")
+        argument = match["text"].replace('""', '"')
+        return argument, match.start("text"), match.end() if more else None
+    end = _END.search(expression, at)
+    assert end is not None, "the end is always found"
+    argument = expression[at : end.start()]
+    plus = expression.find("+", *end.span())
+    return argument.strip(), at, None if plus < 0 else plus + 1
+
+
+class _FactorError(ValueError):
+    pass
+
+
+def _factor(text: str | None) -> float:
+    """The number in front of a term, 1 without one."""
+    if text is None:
+        return 1.0
+    if text.lower() in ("nan", "inf", "+inf"):
+        return float(text)  # no score, as the reward says
+    try:
+        return real(text)
+    except ValueError as error:
+        raise _FactorError(str(error)) from None
 
 
 def _fault(expression: str, position: int, what: str) -> ValueError:
-    return ValueError(f"reward {expression!r}, position {position}: {what}")
+    return ValueError(f"reward {quoted(expression)}, position {position}: {what}")

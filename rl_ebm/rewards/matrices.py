@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rl_ebm.automata import Machine, deterministic, hidden
-from rl_ebm.rewards.base import check_values
+from rl_ebm.rewards.base import check_space, check_table, check_tensor
 from rl_ebm.tokens import TokenSpace
 
 MAX_PAIRS = 2**12
@@ -25,19 +25,18 @@ def weighted(
     A pair gives its token with the weight of the transition, and is followed by the pairs that
     begin where it ends.
     """
-    s = log_initial.shape[0] if log_initial.ndim == 1 else 0
+    check_space(space)
+    s = max(1, check_tensor(log_initial, "log_initial").numel())
     if log_end is None:
         log_end = torch.zeros(s, dtype=torch.float64)
-    parts = []
-    for name, table, shape in (
-        ("log_initial", log_initial, (s,)),
-        ("log_weight", log_weight, (space.vocab_size, s, s)),
-        ("log_end", log_end, (s,)),
-    ):
-        if tuple(table.shape) != shape or s == 0:
-            raise ValueError(f"{name} has shape {tuple(table.shape)}, expected {shape}")
-        check_values(table, name)
-        parts.append(table.detach().double().cpu())
+    parts = [
+        check_table(table, name, shape).detach().double().cpu()
+        for name, table, shape in (
+            ("log_initial", log_initial, (s,)),
+            ("log_weight", log_weight, (space.vocab_size, s, s)),
+            ("log_end", log_end, (s,)),
+        )
+    ]
     initial, weight, end = parts
     there = ~torch.isneginf(weight)
     begins = (~torch.isneginf(initial)).nonzero()[:, 0]

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from operator import index
 
 import torch
 
-from rl_ebm.automata import Machine, deterministic
+from rl_ebm.numerals import quoted
+from rl_ebm.automata import Machine, check_size, deterministic
+from rl_ebm.rewards.base import check_space
 from rl_ebm.tokens import TokenSpace
 
 
-def check_score(score: float | int) -> None:
-    """Raise ValueError unless a score is a number below +inf."""
+def check_score(score: object) -> None:
+    """Raise unless a score is a number below +inf.
+
+    Raises:
+        TypeError: no number.
+        ValueError: NaN, or +inf.
+    """
+    if not isinstance(score, Real):
+        raise TypeError(f"score must be a number, got {quoted(score)}")
     if not score < float("inf"):
         raise ValueError(f"score must be a number below +inf, got {score}")
 
@@ -21,12 +31,14 @@ def check_ids(space: TokenSpace, ids: Sequence[int], what: str) -> list[int]:
     """Token ids as ints.
 
     Raises:
+        TypeError: no token ids.
         ValueError: none, one out of range, or EOS before the end.
     """
+    check_space(space)
     try:
         found = [index(token) for token in ids]
     except TypeError:
-        raise ValueError(f"{what} must be a list of token ids, got {ids!r}") from None
+        raise TypeError(f"{what} must be a list of token ids, got {quoted(ids)}") from None
     if not found:
         raise ValueError(f"{what} is empty: give at least one token id")
     wrong = [token for token in found if not 0 <= token < space.vocab_size]
@@ -35,6 +47,17 @@ def check_ids(space: TokenSpace, ids: Sequence[int], what: str) -> list[int]:
     if space.eos_id in found[:-1]:
         raise ValueError(f"{what} goes on after EOS (id {space.eos_id}), as no response does")
     return found
+
+
+def _check_possible(space: TokenSpace, ids: list[int]) -> None:
+    """Raise ValueError where the phrase is longer than every response."""
+    ends = space.eos_id is not None and ids[-1] != space.eos_id
+    longest = space.max_length - ends
+    if len(ids) > longest:
+        raise ValueError(
+            f"no response can hold the phrase: it has {len(ids):,} tokens, and a response at most "
+            f"{longest:,}" + (" beside its EOS" if ends else "")
+        )
 
 
 def contains(space: TokenSpace, phrase: Sequence[int], score: float | int) -> Machine:
@@ -62,6 +85,8 @@ def _paid(next_: torch.Tensor, last: int, score: float | int, again: bool) -> Ma
 def _matcher(space: TokenSpace, phrase: Sequence[int]) -> tuple[torch.Tensor, int]:
     """Transitions between the lengths of the longest prefix that was just read, and the last."""
     ids = check_ids(space, phrase, "the phrase")
+    _check_possible(space, ids)
+    check_size(len(ids) + 1, space.vocab_size, "the phrase", "give a shorter one")
     next_ = torch.zeros(len(ids) + 1, space.vocab_size, dtype=torch.int64)
     border = 0  # where reading the phrase from its second token on leads
     for i, token in enumerate(ids):

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor
 
-from rl_ebm.rewards.base import Prompts, check_values
+from rl_ebm.rewards.base import Prompts, check_tensor, check_values
 from rl_ebm.tokens import TokenSpace
 
 
@@ -20,6 +20,7 @@ class Table:
     """
 
     def __init__(self, scores: Shaped[Tensor, "*P N"]) -> None:
+        check_tensor(scores, "scores")
         if scores.ndim not in (1, 2):
             raise ValueError(f"scores has shape {tuple(scores.shape)}, expected (N,) or (P, N)")
         if scores.dtype not in (torch.float32, torch.float64):
