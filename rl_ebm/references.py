@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from rl_ebm.numerals import quoted, real, whole
 from rl_ebm.names import nearest
+from rl_ebm.numerals import quoted, real, whole
 from rl_ebm.policies import Policy, Uniform, fit_hmm, fit_ngram
 from rl_ebm.rewards.symbols import Symbols
 from rl_ebm.tokens import Batch, TokenSpace

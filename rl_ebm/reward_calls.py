@@ -6,7 +6,8 @@ import torch
 
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import Solution
-from rl_ebm.rewards.function import Function, TRLFunction
+from rl_ebm.rewards.function import Function
+from rl_ebm.rewards.trl import TRLFunction
 
 
 def is_called(ebm: EBM) -> bool:

@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rl_ebm.numerals import check_real, check_whole
 from rl_ebm.automata import hidden, log_matmul
 from rl_ebm.names import bytes_text, count_text
+from rl_ebm.numerals import check_real, check_whole
 from rl_ebm.policies.automaton import AutomatonPolicy
 from rl_ebm.tokens import Batch, TokenSpace, length_mask
 

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rl_ebm.numerals import check_real, check_whole
 from rl_ebm.automata import check_window, window
 from rl_ebm.names import count_text
+from rl_ebm.numerals import check_real, check_whole
 from rl_ebm.policies.automaton import AutomatonPolicy
 from rl_ebm.tokens import Batch, TokenSpace, length_mask
 

@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.numerals import quoted
 from rl_ebm.automata import MAX_TABLE, Machine, minimise, product
+from rl_ebm.numerals import quoted
 from rl_ebm.rewards import chains, counters, distances, patterns, phrases
-from rl_ebm.rewards.base import Prompts, check_space, check_values
+from rl_ebm.rewards.base import Prompts, check_values
 from rl_ebm.rewards.matrices import weighted
-from rl_ebm.tokens import TokenSpace
+from rl_ebm.tokens import TokenSpace, check_space
 
 
 class Automaton:

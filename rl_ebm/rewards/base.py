@@ -29,12 +29,6 @@ class Reward(Protocol):
     def to(self, device: torch.device | str) -> Reward: ...
 
 
-def check_space(space: object) -> None:
-    """Raise TypeError unless it is a space."""
-    if not isinstance(space, TokenSpace):
-        raise TypeError(f"space must be a TokenSpace, got {type(space).__name__}")
-
-
 def check_tensor(table: object, name: str) -> Tensor:
     """Raise TypeError unless it is a dense tensor of real numbers."""
     if not isinstance(table, Tensor):

@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rl_ebm.automata import Machine, check_size, check_window, deterministic, hidden, window
-from rl_ebm.rewards.base import check_space, check_table, check_tensor, check_values
-from rl_ebm.tokens import TokenSpace
+from rl_ebm.rewards.base import check_table, check_tensor, check_values
+from rl_ebm.tokens import TokenSpace, check_space
 
 
 def ngram(space: TokenSpace, log_weights: Float[Tensor, "..."]) -> Machine:

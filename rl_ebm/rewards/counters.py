@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.numerals import check_whole, quoted
 from rl_ebm.automata import Machine, check_size, deterministic
-from rl_ebm.rewards.base import check_space, check_values
+from rl_ebm.numerals import check_whole, quoted
+from rl_ebm.rewards.base import check_values
 from rl_ebm.rewards.phrases import check_ids, check_score
-from rl_ebm.tokens import TokenSpace
+from rl_ebm.tokens import TokenSpace, check_space
 
 
 def modular(

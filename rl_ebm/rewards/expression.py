@@ -27,8 +27,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rl_ebm.numerals import quoted, real
 from rl_ebm.names import nearest
+from rl_ebm.numerals import quoted, real
 from rl_ebm.rewards.automaton import Automaton, total
 from rl_ebm.rewards.symbols import Symbols
 from rl_ebm.tokens import TokenSpace

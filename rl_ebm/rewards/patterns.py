@@ -14,9 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rl_ebm.numerals import quoted
 from rl_ebm.automata import Machine, check_size, deterministic
-from rl_ebm.rewards.base import check_space
+from rl_ebm.numerals import quoted
 from rl_ebm.rewards.charsets import CharacterSet
 from rl_ebm.rewards.endings import endings, shortest
 from rl_ebm.rewards.nfa import MAX_STATES, Automaton, compile_tree, literals, parse, too_large
@@ -25,7 +24,7 @@ from rl_ebm.rewards.pieces import Pieces, pieces_of
 from rl_ebm.rewards.regex_ids import decode, encode
 from rl_ebm.rewards.symbols import with_eos
 from rl_ebm.rewards.utf8 import CODES, Utf8
-from rl_ebm.tokens import TokenSpace
+from rl_ebm.tokens import TokenSpace, check_space
 
 Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]

@@ -8,10 +8,9 @@ from operator import index
 
 import torch
 
-from rl_ebm.numerals import quoted
 from rl_ebm.automata import Machine, check_size, deterministic
-from rl_ebm.rewards.base import check_space
-from rl_ebm.tokens import TokenSpace
+from rl_ebm.numerals import quoted
+from rl_ebm.tokens import TokenSpace, check_space
 
 
 def check_score(score: object) -> None:
