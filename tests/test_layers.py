@@ -21,10 +21,10 @@ ROOT = Path(rl_ebm.__file__).parent
 # From the bottom up. A name ending in "." is a package: a room for all modules below it.
 LAYERS = (
     ("tokens", "tiles", "names", "intervals", "estimates"),
-    ("prefix_tree", "soft_bellman", "backbone", "automata.", "mean_bounds"),
-    ("divergences", "bounds", "state_errors"),
+    ("prefix_tree", "soft_bellman", "backbone", "automata.", "mean_bounds", "tails"),
+    ("divergences", "bounds", "state_errors", "expectations"),
     ("rewards.", "policies."),
-    ("ebm",),
+    ("ebm", "detours"),
     ("fixed_points.",),
     ("envs.", "exact.", "agents.", "smc"),
     ("report", "audit"),

@@ -4,16 +4,66 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rl_ebm.detours import MOST, detours
 from rl_ebm.ebm import EBM
 from rl_ebm.policies.scoring import Policy, device_of, q_values, sample
 from rl_ebm.smc import smc
 from rl_ebm.soft_bellman import log_policy, sequence_log_prob
 from rl_ebm.tokens import Batch, TokenSpace
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Responses that the policy hardly gives, or all of them.
+
+    Attributes:
+        log_w, log_pi, reward: as of samples.
+        turn: log of the policy's probability of a token no likelier than the one that turns a
+            response off its way; None where these are all responses.
+    """
+
+    log_w: Float[Tensor, "e"]
+    log_pi: Float[Tensor, "e"]
+    reward: Float[Tensor, "e"]
+    turn: Float[Tensor, "e"] | None
+
+    def of_policy(self, x: Float[Tensor, "e"]) -> tuple[Tensor, Tensor]:
+        """x where the policy can be, and about how probable values as far off are under it."""
+        here = ~torch.isneginf(self.log_pi)
+        if self.turn is not None:
+            return x[here], self.turn[here].exp()
+        return x[here], _beyond(x[here], self.log_pi[here])
+
+    def of_target(self, log_z: float) -> tuple[Tensor, Tensor]:
+        """log W where the target can be, and about how probable values as far off are under it.
+
+        Args:
+            log_z: an estimate.
+        """
+        here = ~torch.isneginf(self.log_w)
+        log_w, finite = self.log_w[here], torch.isfinite(self.log_w[here])
+        # p* = pi W / Z; where pi = 0 the divergence is infinite, however probable that is.
+        log_pi = (self.log_pi if self.turn is None else self.turn)[here]
+        log_p = torch.where(finite, log_pi + log_w - log_z, 0.0)
+        if self.turn is not None:
+            return log_w, log_p.clamp(max=0.0).exp()
+        return log_w, _beyond(log_w, log_p)
+
+
+def _beyond(x: Float[Tensor, "e"], log_p: Float[Tensor, "e"]) -> Float[Tensor, "e"]:
+    """The smaller of P(X <= x) and P(X >= x) for each x, by a law that is listed."""
+    order = x.argsort()
+    p = log_p[order].exp()
+    below, above = p.cumsum(0), p.flip(0).cumsum(0).flip(0)
+    total = torch.empty_like(p)
+    total[order] = torch.minimum(below, above)
+    return total.clamp(max=1.0)
 
 
 class Sampler:
@@ -47,6 +97,30 @@ class Sampler:
         ]
         log_w, log_pi, reward = (torch.cat(column) for column in zip(*parts, strict=True))
         return log_w, log_pi, reward
+
+    def elsewhere(self, samples: int) -> Elsewhere:
+        """All responses where there are no more than samples; else detours of the policy.
+
+        They have their own generator: what is drawn by the other does not depend on them.
+        """
+        space = self.ebm.space
+        if space.num_sequences <= samples:
+            tokens, lengths = space.sequences()
+            batch, turn = Batch(tokens, lengths, self.ids(len(tokens)).cpu()), None
+            batch = batch.to(self.device)
+        else:
+            n = min(samples, MOST)
+            own = torch.Generator(self.device).manual_seed(1)
+            drawn = [
+                sample(self.policy, space, rows, own, self.ids(rows))
+                for rows in self.chunks(n, self.rows)
+            ]
+            batch, mass = detours(self.policy, space, Batch.cat(drawn), self.rows)
+            turn = mass.log().cpu()
+        rows = torch.arange(len(batch), device=self.device).split(self.rows)
+        parts = [self.score(self.policy, batch.take(some)) for some in rows]
+        log_w, log_pi, reward = (torch.cat(column) for column in zip(*parts, strict=True))
+        return Elsewhere(log_w, log_pi, reward, turn)
 
     def score(self, policy: Policy, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         space, batch = self.ebm.space, batch.clean()
