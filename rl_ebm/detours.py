@@ -20,6 +20,8 @@ from rl_ebm.tokens import Batch, TokenSpace
 
 MOST = 256
 """detours that are taken at most"""
+LISTED = 1024
+"""so many responses are all looked at, be the samples ever so few"""
 _BYTES_PER_LOGIT = 160
 
 
@@ -48,6 +50,27 @@ def _steps(policy: object, tokens: Int64[Tensor, "B T"], prompt_ids: Tensor) -> 
     state = policy.start(prompt_ids)  # type: ignore[attr-defined]
     for t in range(tokens.shape[1]):
         yield policy.step(state, tokens[:, t - 1] if t else None)  # type: ignore[attr-defined]
+
+
+def are_listed(space: TokenSpace, samples: int) -> bool:
+    """Whether all responses are looked at in place of detours from some of the samples."""
+    return space.num_sequences <= max(samples, LISTED)
+
+
+def all_responses(space: TokenSpace, prompt: int, device: torch.device | str) -> Batch:
+    """Every response to a prompt."""
+    tokens, lengths = space.sequences()
+    return Batch(tokens, lengths, torch.full_like(lengths, prompt)).to(device)
+
+
+def tail_masses(x: Float[Tensor, "e"], log_p: Float[Tensor, "e"]) -> Float[Tensor, "e"]:
+    """The smaller of P(X <= x) and P(X >= x) for each x, by a law that is listed."""
+    order = x.argsort()
+    p = log_p[order].exp()
+    below, above = p.cumsum(0), p.flip(0).cumsum(0).flip(0)
+    total = torch.empty_like(p)
+    total[order] = torch.minimum(below, above)
+    return total.clamp(max=1.0)
 
 
 @torch.no_grad()

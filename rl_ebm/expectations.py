@@ -179,7 +179,9 @@ def ratio_expectation(
     scale = weight.mean()
     others = (known.elsewhere - plain.estimate * weights) / scale
     deviation = (x - plain.estimate * weight) / scale
-    shown = replace(known, least=-INF, elsewhere=others)
+    # A bound on x may be one on no more than its own; where all values are listed so are these.
+    ends = (float(others.min()), float(others.max())) if known.most < INF else (-INF, INF)
+    shown = replace(known, least=ends[0], most=ends[1], elsewhere=others)
     interval, why = expectation(deviation, confidence, shown)
     if interval.low > -INF and interval.high < INF:
         low, high = max(plain.estimate + interval.low, 0.0), plain.estimate + interval.high

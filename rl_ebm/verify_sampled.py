@@ -9,15 +9,22 @@ that are bounded, with intervals that hold for every number of samples.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rl_ebm import bounds
-from rl_ebm.detours import MOST, detours, rows_at_once
+from rl_ebm.detours import (
+    MOST,
+    all_responses,
+    are_listed,
+    detours,
+    rows_at_once,
+    tail_masses,
+)
 from rl_ebm.estimates import Interval, check_confidence, check_samples
 from rl_ebm.exact import AutomatonSolution, Solution, summarise_automaton
 from rl_ebm.expectations import Known, bounded, certain, expectation, ratio_expectation
@@ -73,35 +80,58 @@ def verify_sampled(
 
 @dataclass(frozen=True)
 class _Along:
-    """One law's samples, and detours from them: figures, and rewards."""
+    """One law's samples, and responses that it hardly gives: figures, and rewards."""
 
     batch: Batch
     visits: Visits
     reward: Float[Tensor, "n"]
     beyond: Visits
-    """along the detours"""
+    """along detours, or along all responses that are possible under the law"""
     beyond_reward: Float[Tensor, "e"]
-    masses: Float[Tensor, "e"]
+    masses: Float[Tensor, "e"] | None
+    """of the tokens that turn the detours off; None where all responses are listed"""
 
-    def known(self, x: Float[Tensor, "e"], above: str = "") -> Known:
-        """Of a divergence, or an error, that is x along the detours."""
-        return Known(0.0, elsewhere=x, masses=self.masses, above=above, unit=1.0)
+    @property
+    def here(self) -> Bool[Tensor, "e"]:
+        """Which of the other responses are possible under the law."""
+        law = self.beyond.log_star if self.beyond.of_target else self.beyond.log_pi
+        return ~torch.isneginf(law)
+
+    def known(self, x: Float[Tensor, "e"], known: Known) -> Known:
+        """With the values of a variable along the other responses."""
+        x, here = x[self.here], self.here
+        if self.masses is not None:
+            return replace(known, elsewhere=x, masses=self.masses[here])
+        law = self.beyond.log_star if self.beyond.of_target else self.beyond.log_pi
+        masses = tail_masses(x, law[here])
+        # All values have been seen: they bound it, and where none is infinite none can be.
+        return Known(float(x.min()), float(x.max()), x, masses, unit=known.unit)
+
+    def error(self, x: Float[Tensor, "e"], above: str) -> Known:
+        """Of a divergence or an error, in nats, at least 0."""
+        return self.known(x, Known(0.0, above=above, unit=1.0))
 
 
 def _walk(policy: Policy, solution: Solution, batch: Batch, of_target: bool, memory: int) -> _Along:
-    """Walk along samples of the target, or of the policy, and along detours of that law."""
+    """Walk along samples of the target, or of the policy, and along others that it hardly gives."""
     values = bool(getattr(policy, "logits_are_values", False))
     law: Policy = solution if of_target else policy
-    some = batch.take(torch.arange(min(len(batch), MOST), device=batch.tokens.device))
-    at_once = rows_at_once(law, solution.space, memory)
-    turned, masses = detours(law, solution.space, some.to(device_of(law)), at_once)
-    batches = batch, turned.clean().to(solution.device)
+    space, n = solution.space, len(batch)
+    masses = None
+    if are_listed(space, n):
+        others = all_responses(space, int(batch.prompt_ids[0]), solution.device)
+    else:
+        some = batch.take(torch.arange(min(n, MOST), device=batch.tokens.device))
+        at_once = rows_at_once(law, space, memory)
+        others, masses = detours(law, space, some.to(device_of(law)), at_once)
+        masses = masses.cpu()
+    batches = batch, others.clean().to(solution.device)
     walks = [Visits(solution, b, of_target, values) for b in batches]
     rewards = []
     for visits, b in zip(walks, batches, strict=True):
-        visits.walk(policy, memory)
+        visits.walk(policy, memory, n)
         rewards.append(solution.ebm.reward(b.tokens, b.lengths, b.prompt_ids).double().cpu())
-    return _Along(batch, walks[0], rewards[0], walks[1], rewards[1], masses.cpu())
+    return _Along(batch, walks[0], rewards[0], walks[1], rewards[1], masses)
 
 
 class _Claims:
@@ -195,7 +225,7 @@ def _verify_prompt(
                 expectation(
                     star.kl_at[:, t],
                     confidence,
-                    of_star.known(of_star.beyond.kl_at[:, t], missing),
+                    of_star.error(of_star.beyond.kl_at[:, t], missing),
                 ).interval,
             )
             for t in range(space.max_length)
@@ -224,17 +254,17 @@ def _expectations(
         summary = summarise_automaton(solution, 0, prompt)
     figures: dict[str, Any] = {
         "kl_target_policy": claims.mean(
-            "kl_target_policy", star.kl, of_star.known(of_star.beyond.kl, missing)
+            "kl_target_policy", star.kl, of_star.error(of_star.beyond.kl, missing)
         ),
         "kl_policy_target": claims.mean(
             "kl_policy_target",
             _lost(mine, mine.kl),
-            of_mine.known(_lost(of_mine.beyond, of_mine.beyond.kl), impossible),
+            of_mine.error(_lost(of_mine.beyond, of_mine.beyond.kl), impossible),
         ),
         "occupancy": claims.mean(
             "bounds/occupancy",
             _lost(mine, mine.occupancy),
-            of_mine.known(_lost(of_mine.beyond, of_mine.beyond.occupancy), impossible or missing),
+            of_mine.error(_lost(of_mine.beyond, of_mine.beyond.occupancy), impossible or missing),
         ),
         "entropy_target": certain(summary.entropy, confidence)
         if summary is not None and summary.entropy is not None
@@ -246,17 +276,14 @@ def _expectations(
             "expected_reward_target",
             of_star.reward,
             # What has reward -inf is impossible under the target.
-            Known(least, most, elsewhere=of_star.beyond_reward, masses=of_star.masses),
+            of_star.known(of_star.beyond_reward, Known(least, most)),
         ),
         "expected_reward_policy": claims.mean(
             "expected_reward_policy",
             _impossible_reward(solution, of_mine),
-            Known(
-                least,
-                most,
-                elsewhere=of_mine.beyond_reward,
-                masses=of_mine.masses,
-                below=impossible if solution.forbids_responses else "",
+            of_mine.known(
+                of_mine.beyond_reward,
+                Known(least, most, below=impossible if solution.forbids_responses else ""),
             ),
         ),
     }
@@ -266,8 +293,8 @@ def _expectations(
             law.error,
             law.reached,
             float(space.max_length),
-            of.known(of.beyond.error, missing),
-            of.beyond.reached,
+            of.error(of.beyond.error, missing),
+            of.beyond.reached[of.here],
         )
         name = "bellman_residual_mean" + ("" if of is of_star else "_policy")
         figures[name] = None
@@ -277,8 +304,8 @@ def _expectations(
                 law.residual,
                 of.batch.lengths.double().cpu(),
                 float(space.max_length),
-                of.known(of.beyond.residual, missing if of is of_star else impossible),
-                of.beyond.batch.lengths.double().cpu(),
+                of.error(of.beyond.residual, missing if of is of_star else impossible),
+                of.beyond.batch.lengths.double().cpu()[of.here],
             )
     return figures
 

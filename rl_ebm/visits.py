@@ -63,13 +63,16 @@ class Visits:
         total: Tensor = self.kl_at.sum(1)
         return total
 
-    def walk(self, policy: Policy, memory: int) -> None:
+    def walk(self, policy: Policy, memory: int, at_once: int | None = None) -> None:
         """Add all states of all responses, so many rows at a time that memory is kept.
+
+        Args:
+            at_once: rows at a time at most; None for no further limit.
 
         Raises:
             ValueError: logits that are NaN or +inf.
         """
-        size = min(rows_at_once(policy, self.space, memory), len(self.batch))
+        size = min(rows_at_once(policy, self.space, memory), at_once or len(self.batch))
         room = torch.empty(
             5, size, self.space.vocab_size, dtype=torch.float64, device=self.solution.device
         )

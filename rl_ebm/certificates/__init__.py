@@ -14,7 +14,7 @@ https://arxiv.org/abs/1511.02543. The expectations of (4) are of variables witho
 for them there are asymptotic intervals only, and a KL is reported as asymptotic with them. An end
 of such an interval is given where nothing speaks against normal theory: not the tail of the
 sample (:mod:`rl_ebm.tails`), nor responses that the policy hardly gives
-(:mod:`rl_ebm.detours`; all responses, where they are no more than the samples). Else it is
+(:mod:`rl_ebm.detours`; all responses, where they are few). Else it is
 infinite, and a warning says why. E_pi log W and E_pi R are ``-inf`` where the policy gives mass
 to something impossible: where an EBM forbids responses, and they were not all looked at, that
 cannot be excluded, and the lower end is ``-inf``.

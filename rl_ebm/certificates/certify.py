@@ -58,7 +58,7 @@ def certify(
         policy: anything with ``logits``, on the EBM's device.
         samples: how many responses of the policy, for each prompt; some 256 more are looked at
             to see what these may have missed, or all responses where they are no more than
-            samples.
+            samples, or than 1,024.
         confidence: of every interval by itself, in (0, 1).
         target_samples: independent **exact** samples of p*, not those of a Markov chain; only
             they give an upper end close to log Z.

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rl_ebm.detours import MOST, detours
+from rl_ebm.detours import MOST, all_responses, are_listed, detours, tail_masses
 from rl_ebm.ebm import EBM
 from rl_ebm.policies.scoring import Policy, device_of, q_values, sample
 from rl_ebm.smc import smc
@@ -38,7 +38,7 @@ class Elsewhere:
         here = ~torch.isneginf(self.log_pi)
         if self.turn is not None:
             return x[here], self.turn[here].exp()
-        return x[here], _beyond(x[here], self.log_pi[here])
+        return x[here], tail_masses(x[here], self.log_pi[here])
 
     def of_target(self, log_z: float) -> tuple[Tensor, Tensor]:
         """log W where the target can be, and about how probable values as far off are under it.
@@ -53,17 +53,7 @@ class Elsewhere:
         log_p = torch.where(finite, log_pi + log_w - log_z, 0.0)
         if self.turn is not None:
             return log_w, log_p.clamp(max=0.0).exp()
-        return log_w, _beyond(log_w, log_p)
-
-
-def _beyond(x: Float[Tensor, "e"], log_p: Float[Tensor, "e"]) -> Float[Tensor, "e"]:
-    """The smaller of P(X <= x) and P(X >= x) for each x, by a law that is listed."""
-    order = x.argsort()
-    p = log_p[order].exp()
-    below, above = p.cumsum(0), p.flip(0).cumsum(0).flip(0)
-    total = torch.empty_like(p)
-    total[order] = torch.minimum(below, above)
-    return total.clamp(max=1.0)
+        return log_w, tail_masses(log_w, log_p)
 
 
 class Sampler:
@@ -99,15 +89,13 @@ class Sampler:
         return log_w, log_pi, reward
 
     def elsewhere(self, samples: int) -> Elsewhere:
-        """All responses where there are no more than samples; else detours of the policy.
+        """All responses where they are few; else detours of the policy.
 
         They have their own generator: what is drawn by the other does not depend on them.
         """
         space = self.ebm.space
-        if space.num_sequences <= samples:
-            tokens, lengths = space.sequences()
-            batch, turn = Batch(tokens, lengths, self.ids(len(tokens)).cpu()), None
-            batch = batch.to(self.device)
+        if are_listed(space, samples):
+            batch, turn = all_responses(space, self.prompt, self.device), None
         else:
             n = min(samples, MOST)
             own = torch.Generator(self.device).manual_seed(1)
