@@ -75,7 +75,7 @@ def tail_masses(x: Float[Tensor, "e"], log_p: Float[Tensor, "e"]) -> Float[Tenso
 
 @torch.no_grad()
 def detours(
-    policy: Policy, space: TokenSpace, batch: Batch, at_once: int
+    policy: Policy, space: TokenSpace, batch: Batch, at_once: int, keep_rest: bool = False
 ) -> tuple[Batch, Float[Tensor, "B"]]:
     """One detour from each response of a batch, and how probable ones like it are.
 
@@ -85,8 +85,9 @@ def detours(
     is taken from another generator.
 
     Args:
-        batch: responses of the policy, on its device.
+        batch: responses of the policy, or of another law, on the policy's device.
         at_once: how many of them are looked at together.
+        keep_rest: what follows is not the policy's but what followed before.
 
     Returns:
         The responses, and for each the policy's probability, at the state that it turns off at,
@@ -95,13 +96,18 @@ def detours(
     generator = torch.Generator(batch.tokens.device).manual_seed(0)
     rows = torch.arange(len(batch), device=batch.tokens.device)
     parts = [
-        _detours(policy, space, batch.take(some).clean(), generator) for some in rows.split(at_once)
+        _detours(policy, space, batch.take(some).clean(), generator, keep_rest)
+        for some in rows.split(at_once)
     ]
     return Batch.cat([b for b, _ in parts]), torch.cat([m for _, m in parts])
 
 
 def _detours(
-    policy: Policy, space: TokenSpace, batch: Batch, generator: torch.Generator
+    policy: Policy,
+    space: TokenSpace,
+    batch: Batch,
+    generator: torch.Generator,
+    keep_rest: bool,
 ) -> tuple[Batch, Tensor]:
     n, device = len(batch), batch.tokens.device
     mask, tokens = space.action_mask(device), batch.tokens.clone()
@@ -116,6 +122,9 @@ def _detours(
             tokens[rows, t], mass[rows] = _turn(log_p, rows % 2 == 0, generator)
         if t >= int(at.max()):
             break
+    if keep_rest:
+        # Where the end itself was turned off there is no rest.
+        at = torch.where(at < batch.lengths - 1, batch.lengths - 1, at)
     make = _ForcedSteps if hasattr(policy, "step") else _Forced
     forced = make(policy, space, tokens, at)
     return sample(forced, space, n, generator, batch.prompt_ids), mass

@@ -195,17 +195,20 @@ def ratio_expectation(
 
 
 def entropy_expectation(
-    log_pi: Float[Tensor, "n"], log_count: float, confidence: float
+    log_pi: Float[Tensor, "n"], log_count: float, confidence: float, known: Known | None = None
 ) -> Interval:
     """Of the entropy of a law over exp(log_count) responses, from log-probabilities of a sample.
 
     X = -log pi has no bound, but little of its mean is beyond c = log_count + log n: p (-log p - c)
     is at most exp(-c - 1), which is 1 / (e n) for all responses together. So where normal theory is
     in doubt min(X, c) is bounded by betting.
+
+    Args:
+        known: of X.
     """
     n, alpha = len(log_pi), 1 - confidence
     x, most = -log_pi.double(), log_count
-    found = expectation(x, confidence, Known(unit=1.0)).interval
+    found = expectation(x, confidence, known).interval
     if INF not in (-found.low, found.high):
         low, high, kind = found.low, found.high, found.kind
     else:

@@ -141,10 +141,10 @@ def rare_pay(share: float = 0.01) -> Case:
     return near(ebm, change)
 
 
-def long_tail(share: float = 0.02) -> Case:
+def long_tail(share: float = 0.02, max_length: int = 9) -> Case:
     """Responses are short, but for some that go on; there the policy is off at every state."""
-    space = rl_ebm.TokenSpace(3, 9, eos_id=0)
-    q = [torch.zeros(space.num_prefixes(t), 3, dtype=torch.float64) for t in range(9)]
+    space = rl_ebm.TokenSpace(3, max_length, eos_id=0)
+    q = [torch.zeros(space.num_prefixes(t), 3, dtype=torch.float64) for t in range(max_length)]
     g = seeded(2)
     for t, x in enumerate(q):
         x[:, 1:] = torch.randn(len(x), 2, generator=g, dtype=torch.float64)
@@ -177,7 +177,26 @@ def _lookup(space, scores):
     return reward
 
 
+def rare_branch(share: float = 0.02) -> Case:
+    """After one first token, which the target gives now and then, the policy is far off."""
+    space = rl_ebm.TokenSpace(4, 6)
+    scores = 0.5 * torch.randn(4, 1024, generator=seeded(6), dtype=torch.float64)
+    rest = scores[1:].logsumexp((0, 1)) - scores[0].logsumexp(0)
+    scores[0] += math.log(share / (1 - share)) + rest
+
+    def change(q):
+        for x in q[1:]:
+            x[: len(x) // 4, 1] += 6.0
+
+    return near(rl_ebm.EBM(space, scores.flatten()), change)
+
+
+def far_tail() -> Case:
+    """The long tail of a space whose responses are not listed."""
+    return long_tail(max_length=12)
+
+
 CASES = {
     f.__name__: f
     for f in (light, heavy, missed_branch, missed_response, impossible, rare_pay, long_tail)
-}
+} | {f.__name__: f for f in (rare_branch, far_tail)}

@@ -56,7 +56,7 @@ def certify(
 
     Args:
         policy: anything with ``logits``, on the EBM's device.
-        samples: how many responses of the policy, for each prompt; some 256 more are looked at
+        samples: how many responses of the policy, for each prompt; some hundreds more are looked at
             to see what these may have missed, or all responses where they are no more than
             samples, or than 1,024.
         confidence: of every interval by itself, in (0, 1).
@@ -129,7 +129,7 @@ def _certify_prompt(
     # log Z and the expectation of (4) may each fail half as often.
     half = 1 - (1 - confidence) / 2
     log_z_half = log_z_interval(estimates, half, **others)
-    known = _known(sampler, sampler.elsewhere(samples), log_w, targets, reward_max)
+    known = _known(sampler, sampler.elsewhere(samples, target_samples), log_w, targets, reward_max)
     elbo, why_elbo = expectation(log_w, confidence, known["elbo"])
     kl_policy = difference(log_z_half, expectation(log_w, half, known["elbo"]).interval, least=0.0)
     eubo, why_eubo = None, ""
@@ -156,7 +156,7 @@ def _certify_prompt(
         eubo=eubo,
         expected_reward_policy=expected_reward,
         entropy_policy=entropy_expectation(
-            log_pi, UniformResponses(sampler.ebm.space).log_count, confidence
+            log_pi, UniformResponses(sampler.ebm.space).log_count, confidence, known["entropy"]
         ),
         ess=ess,
         warnings=[
@@ -173,7 +173,7 @@ def _known(
     targets: Tensor | None,
     reward_max: float | None,
 ) -> dict[str, Known]:
-    """What is known of log W under either law and of R, besides the samples."""
+    """What is known of log W under either law, of R and of -log pi, besides the samples."""
     ebm, listed = sampler.ebm, elsewhere.turn is None
     least, most = reward_limits(ebm.reward_model, ebm.space, sampler.prompt)
     most = most if reward_max is None else min(most, reward_max)
@@ -187,6 +187,7 @@ def _known(
     log_z = float(log_mean(log_w))  # an estimate
     above, mass_above = elsewhere.of_target(log_z)
     rewards, masses = elsewhere.of_policy(elsewhere.reward)
+    surprise, mass_surprise = elsewhere.of_policy(-elsewhere.log_pi)
     ends = [(-math.inf, math.inf)] * 2
     if listed:
         ends = [_ends(below), _ends(above)]
@@ -203,6 +204,7 @@ def _known(
             masses=masses,
             below=impossible if ebm.reward_model.forbids else "",
         ),
+        "entropy": Known(elsewhere=surprise, masses=mass_surprise),
     }
 
 

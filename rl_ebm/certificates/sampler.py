@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from rl_ebm.detours import MOST, all_responses, are_listed, detours, tail_masses
@@ -88,8 +88,8 @@ class Sampler:
         log_w, log_pi, reward = (torch.cat(column) for column in zip(*parts, strict=True))
         return log_w, log_pi, reward
 
-    def elsewhere(self, samples: int) -> Elsewhere:
-        """All responses where they are few; else detours of the policy.
+    def elsewhere(self, samples: int, targets: Batch | None = None) -> Elsewhere:
+        """All responses where they are few; else detours of the policy, and some from targets.
 
         They have their own generator: what is drawn by the other does not depend on them.
         """
@@ -100,13 +100,17 @@ class Sampler:
             n = min(samples, MOST)
             own = torch.Generator(self.device).manual_seed(1)
             drawn = [
-                sample(self.policy, space, rows, own, self.ids(rows))
-                for rows in self.chunks(n, self.rows)
+                sample(self.policy, space, size, own, self.ids(size))
+                for size in self.chunks(n, self.rows)
             ]
-            batch, mass = detours(self.policy, space, Batch.cat(drawn), self.rows)
-            turn = mass.log().cpu()
-        rows = torch.arange(len(batch), device=self.device).split(self.rows)
-        parts = [self.score(self.policy, batch.take(some)) for some in rows]
+            found = [detours(self.policy, space, Batch.cat(drawn), self.rows)]
+            if targets is not None and len(rows := self.rows_of(targets)):
+                some = targets.take(rows[:MOST]).to(self.device)
+                found.append(detours(self.policy, space, some, self.rows, keep_rest=True))
+            batch = Batch.cat([b for b, _ in found])
+            turn = torch.cat([mass for _, mass in found]).log().cpu()
+        chunks = torch.arange(len(batch), device=self.device).split(self.rows)
+        parts = [self.score(self.policy, batch.take(chunk)) for chunk in chunks]
         log_w, log_pi, reward = (torch.cat(column) for column in zip(*parts, strict=True))
         return Elsewhere(log_w, log_pi, reward, turn)
 
@@ -121,11 +125,15 @@ class Sampler:
         log_w = torch.where(torch.isneginf(log_target), log_target, log_target - log_pi)
         return log_w.cpu(), log_pi.cpu(), reward.cpu()
 
+    def rows_of(self, batch: Batch) -> Int64[Tensor, "m"]:
+        """Which rows of a batch answer this prompt."""
+        return (batch.prompt_ids == self.prompt).nonzero()[:, 0]
+
     def score_targets(self, batch: Batch | None) -> Tensor | None:
         """log W of this prompt's target samples; None where there are none."""
         if batch is None:
             return None
-        rows = (batch.prompt_ids == self.prompt).nonzero()[:, 0]
+        rows = self.rows_of(batch)
         if len(rows) == 0:
             return None
         self.ebm.space.check(batch.tokens, batch.lengths)
