@@ -7,9 +7,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from numbers import Integral, Real
 from typing import Any, Literal
 
-Kind = Literal["finite-sample", "one-sided finite-sample", "asymptotic"]
+Kind = Literal["finite-sample", "one-sided finite-sample", "asymptotic", "worth nothing"]
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class Interval:
     """``finite-sample``: the confidence holds for every number of samples and every law of
     them. ``one-sided finite-sample``: the same, and one of the ends at least says nothing (it
     is infinite, or 0 for what cannot be negative). ``asymptotic``: the confidence is a limit for
-    many samples (normal theory); with few samples or heavy tails the truth lies outside more
-    often. An asymptotic interval, too, can have an infinite end."""
+    many samples (normal theory), and the sample shows nothing against it (:mod:`rl_ebm.tails`);
+    an end against which something speaks is infinite. ``worth nothing``: neither end says
+    anything that was not known before."""
 
     def __post_init__(self) -> None:
         if any(math.isnan(x) for x in (self.estimate, self.low, self.high)):
@@ -65,10 +67,36 @@ class Interval:
         )
 
 
+MOST_SAMPLES = 10**8
+"""whose log-weights and rewards take some GB"""
+
+
 def check_confidence(confidence: float) -> None:
-    """Raise ValueError unless 0 < confidence < 1."""
+    """Raise TypeError unless a number is given, ValueError unless 0 < confidence < 1."""
+    check_number(confidence, "confidence", "in (0, 1)")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1), got {confidence!r}")
+
+
+def check_samples(samples: int, least: int = 1, why: str = "") -> None:
+    """Raise TypeError unless a whole number is given, ValueError unless it is in range."""
+    check_whole(samples, "samples")
+    if samples < least:
+        raise ValueError(f"samples must be at least {least}, got {samples}{why}")
+    if samples > MOST_SAMPLES:
+        raise ValueError(f"samples must be at most {MOST_SAMPLES:,}, got {samples}")
+
+
+def check_whole(x: object, name: str) -> None:
+    """Raise TypeError unless x is an integer, numpy's included; a bool is none."""
+    if isinstance(x, bool) or not isinstance(x, Integral):
+        raise TypeError(f"{name} must be a whole number, got {x!r}")
+
+
+def check_number(x: object, name: str, kind: str = "") -> None:
+    """Raise TypeError unless x is a real number; a bool is none."""
+    if isinstance(x, bool) or not isinstance(x, Real):
+        raise TypeError(f"{name} must be a number{kind and ' '}{kind}, got {x!r}")
 
 
 @lru_cache(maxsize=64)
@@ -146,6 +174,8 @@ def difference(a: Interval, b: Interval, least: float = -math.inf) -> Interval:
     kind: Kind = "finite-sample" if known else "one-sided finite-sample"
     if "asymptotic" in (a.kind, b.kind):
         kind = "asymptotic"
+    if "worth nothing" in (a.kind, b.kind) and low <= least and high == math.inf:
+        kind = "worth nothing"
     low, high = max(low, least), max(high, least)
     return Interval(max(estimate, least), low, high, confidence, kind)
 
@@ -157,12 +187,15 @@ def average(intervals: Sequence[Interval]) -> Interval:
         return intervals[0]
     kinds = {interval.kind for interval in intervals}
     order: tuple[Kind, ...] = ("asymptotic", "one-sided finite-sample", "finite-sample")
+    kind: Kind = next((kind for kind in order if kind in kinds), "worth nothing")
+    if kind == "finite-sample" and "worth nothing" in kinds:
+        kind = "one-sided finite-sample"
     return Interval(
         _mean([i.estimate for i in intervals], math.inf),
         _mean([i.low for i in intervals], -math.inf),
         _mean([i.high for i in intervals], math.inf),
         round(1 - sum(1 - i.confidence for i in intervals), 12),
-        next(kind for kind in order if kind in kinds),
+        kind,
     )
 
 

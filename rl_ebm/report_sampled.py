@@ -96,6 +96,8 @@ class SampledReport:
     bounds: SampledBounds
     per_depth: list[SampledDepth]
     worst_prefixes: list[SampledPrefix]
+    warnings: list[str] = field(default_factory=list)
+    """why an interval has no end on a side where one was looked for"""
     per_prompt: list[SampledReport] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,6 +125,7 @@ class SampledReport:
             + (f", {len(self.per_prompt)} prompts (means)" if self.per_prompt else ""),
             f"  {'log Z':25s} {self.log_z:.6f} exact",
             *(f"  {_NAMES.get(name, name):25s} {x}" for name, x in self.intervals().items()),
+            *(f"  warning: {text}" for text in self.warnings),
             "",
             "  depth   visits   max logit error   E KL(target, policy)",
             *(
@@ -185,6 +188,10 @@ def combine_sampled(reports: Sequence[SampledReport]) -> SampledReport:
             figures[f.name] = worst[: len(first)]
         elif f.name == "per_prompt":
             figures[f.name] = list(reports)
+        elif f.name == "warnings":
+            figures[f.name] = [
+                f"prompt {i}: {text}" for i, texts in enumerate(column) for text in texts
+            ]
         elif f.name == "log_z":
             figures[f.name] = math.fsum(column) / len(column)
         elif isinstance(first, Interval):

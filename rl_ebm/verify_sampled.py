@@ -9,26 +9,37 @@ that are bounded, with intervals that hold for every number of samples.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rl_ebm import bounds
-from rl_ebm.certificates.limits import sample_interval
-from rl_ebm.estimates import Interval, check_confidence
+from rl_ebm.detours import (
+    MOST,
+    all_responses,
+    are_listed,
+    detours,
+    rows_at_once,
+    tail_masses,
+)
+from rl_ebm.estimates import Interval, check_confidence, check_samples
 from rl_ebm.exact import AutomatonSolution, Solution, summarise_automaton
-from rl_ebm.mean_bounds import betting_lower, betting_upper
+from rl_ebm.expectations import Known, bounded, certain, expectation, ratio_expectation
+from rl_ebm.expectations import ratio_interval as ratio_interval
 from rl_ebm.policies.scoring import Policy, device_of, evaluating, sample
 from rl_ebm.report_sampled import (
     SampledBounds,
     SampledDepth,
+    SampledPrefix,
     SampledReport,
     combine_sampled,
 )
+from rl_ebm.rewards.limits import reward_limits
 from rl_ebm.tokens import Batch
-from rl_ebm.visits import WORST, Visits, rows_at_once
+from rl_ebm.visits import WORST, Visits
 
 
 @torch.no_grad()
@@ -55,8 +66,7 @@ def verify_sampled(
             or one whose logits are NaN or +inf.
     """
     check_confidence(confidence)
-    if samples < 2:
-        raise ValueError(f"samples must be at least 2, got {samples}: one has no spread")
+    check_samples(samples, 2, ": one has no spread")
     # The means over prompts hold where every prompt's own interval does.
     each = 1 - (1 - confidence) / solution.ebm.num_prompts
     with evaluating(policy):
@@ -69,6 +79,97 @@ def verify_sampled(
     return reports[0] if len(reports) == 1 else combine_sampled(reports)
 
 
+@dataclass(frozen=True)
+class _Along:
+    """One law's samples, and responses that it hardly gives: figures, and rewards."""
+
+    batch: Batch
+    visits: Visits
+    reward: Float[Tensor, "n"]
+    beyond: Visits
+    """along detours, or along all responses that are possible under the law"""
+    beyond_reward: Float[Tensor, "e"]
+    masses: Float[Tensor, "e"] | None
+    """of the tokens that turn the detours off; None where all responses are listed"""
+
+    @property
+    def here(self) -> Bool[Tensor, "e"]:
+        """Which of the other responses are possible under the law."""
+        law = self.beyond.log_star if self.beyond.of_target else self.beyond.log_pi
+        return ~torch.isneginf(law)
+
+    def known(self, x: Float[Tensor, "e"], known: Known) -> Known:
+        """With the values of a variable along the other responses."""
+        x, here = x[self.here], self.here
+        if self.masses is not None:
+            return replace(known, elsewhere=x, masses=self.masses[here])
+        law = self.beyond.log_star if self.beyond.of_target else self.beyond.log_pi
+        masses = tail_masses(x, law[here])
+        # All values have been seen: they bound it, and where none is infinite none can be.
+        return Known(float(x.min()), float(x.max()), x, masses, unit=known.unit)
+
+    def error(self, x: Float[Tensor, "e"], above: str) -> Known:
+        """Of a divergence or an error, in nats, at least 0."""
+        return self.known(x, Known(0.0, above=above, unit=1.0))
+
+
+def _walk(policy: Policy, solution: Solution, batch: Batch, of_target: bool, memory: int) -> _Along:
+    """Walk along samples of the target, or of the policy, and along others that it hardly gives."""
+    values = bool(getattr(policy, "logits_are_values", False))
+    law: Policy = solution if of_target else policy
+    space, n = solution.space, len(batch)
+    masses = None
+    if are_listed(space, n):
+        others = all_responses(space, int(batch.prompt_ids[0]), solution.device)
+    else:
+        some = batch.take(torch.arange(min(n, MOST), device=batch.tokens.device))
+        at_once = rows_at_once(law, space, memory)
+        others, masses = detours(law, space, some.to(device_of(law)), at_once)
+        masses = masses.cpu()
+    batches = batch, others.clean().to(solution.device)
+    walks = [Visits(solution, b, of_target, values) for b in batches]
+    rewards = []
+    for visits, b in zip(walks, batches, strict=True):
+        visits.walk(policy, memory, n)
+        rewards.append(solution.ebm.reward(b.tokens, b.lengths, b.prompt_ids).double().cpu())
+    return _Along(batch, walks[0], rewards[0], walks[1], rewards[1], masses)
+
+
+class _Claims:
+    """Intervals of one confidence, and the reasons for ends that are open, by name."""
+
+    def __init__(self, confidence: float) -> None:
+        self.confidence = confidence
+        self.why: dict[str, str] = {}
+
+    def mean(self, name: str, x: Tensor, known: Known) -> Interval:
+        """Of E x."""
+        interval, why = expectation(x, self.confidence, known)
+        return self._noted(name, interval, why)
+
+    def ratio(
+        self, name: str, x: Tensor, weight: Tensor, most: float, known: Known, weights: Tensor
+    ) -> Interval:
+        """Of E x / E weight, 1 <= weight <= most; the weights of what is known of x elsewhere."""
+        found = ratio_expectation(x, weight, most, self.confidence, known, weights)
+        return self._noted(name, *found)
+
+    def _noted(self, name: str, interval: Interval, why: str) -> Interval:
+        if why:
+            self.why[name] = why
+        return interval
+
+    def warnings(self) -> list[str]:
+        """One sentence for each reason."""
+        by_reason: dict[str, list[str]] = {}
+        for name, why in self.why.items():
+            by_reason.setdefault(why, []).append(name)
+        return [
+            f"no end on one side at least for {', '.join(names)}: {why}"
+            for why, names in by_reason.items()
+        ]
+
+
 def _verify_prompt(
     policy: Policy,
     solution: Solution,
@@ -78,7 +179,7 @@ def _verify_prompt(
     generator: torch.Generator | None,
     memory: int,
 ) -> SampledReport:
-    space, ebm = solution.space, solution.ebm
+    space = solution.space
     values = bool(getattr(policy, "logits_are_values", False))
     device = device_of(policy)
     ids = torch.full((samples,), prompt, device=solution.device)
@@ -86,78 +187,170 @@ def _verify_prompt(
     parts = ids.to(device).split(rows_at_once(policy, space, memory))
     own = Batch.cat([sample(policy, space, len(part), generator, part) for part in parts])
     own = own.clean().to(solution.device)
-    star = Visits(solution, drawn, True, values)
-    mine = Visits(solution, own, False, values)
-    for visits in (star, mine):
-        visits.walk(policy, memory)
-    reward_star = ebm.reward(drawn.tokens, drawn.lengths, drawn.prompt_ids).double().cpu()
-    reward = ebm.reward(own.tokens, own.lengths, own.prompt_ids).double().cpu()
+    of_star = _walk(policy, solution, drawn, True, memory)
+    of_mine = _walk(policy, solution, own, False, memory)
+    star, mine = of_star.visits, of_mine.visits
+    claims = _Claims(confidence)
     tv = torch.cat([_shortfall(star.log_pi, star.log_star), _shortfall(mine.log_star, mine.log_pi)])
     halves = [_js(star), _js(mine)]
     lost = torch.isneginf(mine.log_star)
-    reached = bool(lost.any())
-    kl = sample_interval(mine.kl.masked_fill(lost, math.inf), confidence)
     span = max(star.max_span, mine.max_span)
-    occupancy = mine.occupancy.masked_fill(lost, math.inf)
     ratio = torch.cat([(v.log_pi - v.log_star)[~torch.isneginf(v.log_star)] for v in (star, mine)])
-    log_ratio_span = math.inf if reached else float(ratio.max() - ratio.min())
-    worst = sorted([*star.worst, *mine.worst], key=lambda x: x[:2], reverse=True)
-    seen: list[list[int]] = []
-    prefixes = []
-    for _, _, prefix in worst:
-        if prefix.prefix not in seen:
-            seen.append(prefix.prefix)
-            prefixes.append(prefix)
-    states, own_states = (x.lengths.double().cpu() for x in (drawn, own))
-    known = None
-    if isinstance(solution, AutomatonSolution):
-        known = summarise_automaton(solution, 0, prompt)
+    log_ratio_span = math.inf if bool(lost.any()) else float(ratio.max() - ratio.min())
+    missing, impossible = _uncovered(policy, solution, of_star, of_mine)
+    figures = _expectations(solution, prompt, of_star, of_mine, missing, impossible, claims)
     return SampledReport(
         mode="sampled",
         num_samples=samples,
         num_sequences=space.num_sequences,
         log_z=float(solution.log_z[prompt]),
-        kl_target_policy=_positive(sample_interval(star.kl, confidence)),
-        kl_policy_target=_positive(kl),
         tv=bounded(tv, 1.0, confidence),
         js=bounded((halves[0] + halves[1]) / 2, math.log(2), confidence),
-        entropy_target=certain(known.entropy, confidence)
-        if known is not None and known.entropy is not None
-        else entropy_interval(star, confidence),
-        entropy_policy=entropy_interval(mine, confidence),
-        expected_reward_target=certain(known.expected_reward, confidence)
-        if known is not None and known.expected_reward is not None
-        else sample_interval(reward_star, confidence),
-        expected_reward_policy=sample_interval(reward, confidence),
         mass_impossible=bounded(lost.double(), 1.0, confidence),
         logits_linf=at_least(max(*star.linf, *mine.linf), confidence),
-        logits_linf_target=ratio_interval(star.error, star.reached, confidence),
-        logits_linf_policy=ratio_interval(mine.error, mine.reached, confidence),
         logits_span=at_least(span, confidence),
         log_ratio_span=at_least(log_ratio_span, confidence),
         bellman_residual_max=at_least(max(star.max_residual, mine.max_residual), confidence)
         if values
         else None,
-        bellman_residual_mean=ratio_interval(star.residual, states, confidence) if values else None,
-        bellman_residual_mean_policy=ratio_interval(mine.residual, own_states, confidence)
-        if values
-        else None,
         bounds=SampledBounds(
             at_least(float(bounds.prop3_bound(_scalar(span), space.max_length)), confidence),
             at_least(float(bounds.span_bound(_scalar(span), space)), confidence),
-            _positive(sample_interval(occupancy, confidence)),
+            figures.pop("occupancy"),
         ),
         per_depth=[
             SampledDepth(
                 t,
                 int((drawn.lengths > t).sum()),
                 max(star.linf[t], mine.linf[t]),
-                _positive(sample_interval(star.kl_at[:, t], confidence)),
+                expectation(
+                    star.kl_at[:, t],
+                    confidence,
+                    of_star.error(of_star.beyond.kl_at[:, t], missing),
+                ).interval,
             )
             for t in range(space.max_length)
         ],
-        worst_prefixes=prefixes[:WORST],
+        worst_prefixes=_merged(star, mine),
+        warnings=claims.warnings(),
+        **figures,
     )
+
+
+def _expectations(
+    solution: Solution,
+    prompt: int,
+    of_star: _Along,
+    of_mine: _Along,
+    missing: str,
+    impossible: str,
+    claims: _Claims,
+) -> dict[str, Any]:
+    """What is a mean over responses, by its key in the report."""
+    ebm, space, star, mine = solution.ebm, solution.space, of_star.visits, of_mine.visits
+    confidence = claims.confidence
+    least, most = reward_limits(ebm.reward_model, space, prompt)
+    summary = None
+    if isinstance(solution, AutomatonSolution):
+        summary = summarise_automaton(solution, 0, prompt)
+    figures: dict[str, Any] = {
+        "kl_target_policy": claims.mean(
+            "kl_target_policy", star.kl, of_star.error(of_star.beyond.kl, missing)
+        ),
+        "kl_policy_target": claims.mean(
+            "kl_policy_target",
+            _lost(mine, mine.kl),
+            of_mine.error(_lost(of_mine.beyond, of_mine.beyond.kl), impossible),
+        ),
+        "occupancy": claims.mean(
+            "bounds/occupancy",
+            _lost(mine, mine.occupancy),
+            of_mine.error(_lost(of_mine.beyond, of_mine.beyond.occupancy), impossible or missing),
+        ),
+        "entropy_target": certain(summary.entropy, confidence)
+        if summary is not None and summary.entropy is not None
+        else entropy_interval(star, confidence),
+        "entropy_policy": entropy_interval(mine, confidence),
+        "expected_reward_target": certain(summary.expected_reward, confidence)
+        if summary is not None and summary.expected_reward is not None
+        else claims.mean(
+            "expected_reward_target",
+            of_star.reward,
+            # What has reward -inf is impossible under the target.
+            of_star.known(of_star.beyond_reward, Known(least, most)),
+        ),
+        "expected_reward_policy": claims.mean(
+            "expected_reward_policy",
+            _impossible_reward(solution, of_mine),
+            of_mine.known(
+                of_mine.beyond_reward,
+                Known(least, most, below=impossible if solution.forbids_responses else ""),
+            ),
+        ),
+    }
+    for law, of, suffix in ((star, of_star, "target"), (mine, of_mine, "policy")):
+        figures[f"logits_linf_{suffix}"] = claims.ratio(
+            f"logits_linf_{suffix}",
+            law.error,
+            law.reached,
+            float(space.max_length),
+            of.error(of.beyond.error, missing),
+            of.beyond.reached[of.here],
+        )
+        name = "bellman_residual_mean" + ("" if of is of_star else "_policy")
+        figures[name] = None
+        if law.values:
+            figures[name] = claims.ratio(
+                name,
+                law.residual,
+                of.batch.lengths.double().cpu(),
+                float(space.max_length),
+                of.error(of.beyond.residual, missing if of is of_star else impossible),
+                of.beyond.batch.lengths.double().cpu()[of.here],
+            )
+    return figures
+
+
+def _uncovered(
+    policy: Policy, solution: Solution, of_star: _Along, of_mine: _Along
+) -> tuple[str, str]:
+    """Why the policy may forbid what the target allows, and the other way round; "" where not.
+
+    A law with a softmax of finite logits forbids nothing; one that forbids somewhere was to be
+    seen to do so, with the other forbidding the same: else a KL would be infinite at that state.
+    """
+    missing = impossible = ""
+    if getattr(policy, "forbids", False) and not (of_star.visits.closed or of_star.beyond.closed):
+        missing = "the policy forbids some responses, and none that would be possible is known"
+    if solution.forbids:
+        if getattr(policy, "forbids", None) is False:
+            impossible = "the target forbids some responses, and the policy none"
+        elif not (of_mine.visits.closed_star or of_mine.beyond.closed_star):
+            impossible = "the target forbids some responses, and the policy was not seen to do so"
+    return missing, impossible
+
+
+def _lost(visits: Visits, x: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """x along samples of the policy, infinite where the response is impossible."""
+    return x.masked_fill(torch.isneginf(visits.log_star), math.inf)
+
+
+def _impossible_reward(solution: Solution, of_mine: _Along) -> Float[Tensor, "n"]:
+    """Rewards of the policy's samples; ``-inf`` where a state shows that it gives mass to such."""
+    seen = torch.isinf(of_mine.visits.kl)
+    by_reward = not bool(getattr(solution.ebm.reference, "forbids", False))
+    if by_reward and solution.forbids_responses and bool(seen.any()):
+        return of_mine.reward.masked_fill(seen, -math.inf)
+    return of_mine.reward
+
+
+def _merged(star: Visits, mine: Visits) -> list[SampledPrefix]:
+    """The worst prefixes that either visits, each once."""
+    worst = sorted([*star.worst, *mine.worst], key=lambda x: x[:2], reverse=True)
+    found: dict[tuple[int, ...], SampledPrefix] = {}
+    for _, _, prefix in worst:
+        found.setdefault(tuple(prefix.prefix), prefix)
+    return list(found.values())[:WORST]
 
 
 def _scalar(x: float) -> Tensor:
@@ -177,15 +370,6 @@ def _js(visits: Visits) -> Float[Tensor, "n"]:
     return (math.log(2) + parts[0] + parts[1]).clamp(0.0, math.log(2))
 
 
-def bounded(x: Float[Tensor, "n"], most: float, confidence: float) -> Interval:
-    """Of E x, 0 <= x <= most, by betting on either side: it holds for every n."""
-    alpha = 1 - confidence
-    log_x, mean = x.log(), float(x.mean())
-    low = float(betting_lower(log_x, alpha / 2).exp())
-    high = float(betting_upper(log_x, math.log(most), alpha / 2).exp())
-    return Interval(mean, min(low, mean), max(min(high, most), mean), confidence, "finite-sample")
-
-
 def entropy_interval(visits: Visits, confidence: float) -> Interval:
     """Of a law's entropy: no state has more than log A, so the sum of a response is bounded."""
     most = visits.space.num_decisions * math.log(visits.space.vocab_size)
@@ -194,30 +378,6 @@ def entropy_interval(visits: Visits, confidence: float) -> Interval:
     return bounded(visits.entropy.clamp(0.0, most), most, confidence)
 
 
-def certain(x: float, confidence: float) -> Interval:
-    """Of what an automaton gives exactly."""
-    return Interval(x, x, x, confidence, "finite-sample")
-
-
 def at_least(x: float, confidence: float) -> Interval:
     """Of a maximum over all states, of which some were visited."""
     return Interval(x, x, math.inf, confidence, "one-sided finite-sample")
-
-
-def ratio_interval(
-    x: Float[Tensor, "n"], weight: Float[Tensor, "n"], confidence: float
-) -> Interval:
-    """Of E x / E weight, by the delta method."""
-    mean = float(x.sum() / weight.sum())
-    if not math.isfinite(mean):
-        return Interval(mean, mean, mean, confidence, "finite-sample")
-    spread = sample_interval((x - mean * weight) / weight.mean(), confidence)
-    # The deviations have mean 0 but for rounding.
-    low, high = min(spread.low, 0.0), max(spread.high, 0.0)
-    return Interval(mean, max(mean + low, 0.0), mean + high, confidence, "asymptotic")
-
-
-def _positive(interval: Interval) -> Interval:
-    """The interval of what cannot be negative."""
-    low, high = max(interval.low, 0.0), max(interval.high, 0.0)
-    return replace(interval, estimate=max(interval.estimate, 0.0), low=low, high=high)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from rl_ebm import bounds, divergences
+from rl_ebm.detours import along, rows_at_once
 from rl_ebm.exact import Solution
-from rl_ebm.policies.scoring import Policy, check_shape
+from rl_ebm.policies.scoring import Policy
 from rl_ebm.report_sampled import SampledPrefix
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.state_errors import state_errors
@@ -20,7 +20,6 @@ from rl_ebm.tokens import Batch, TokenSpace
 WORST = 10
 _SHOWN = 64
 """actions that a worst prefix lists at most"""
-_BYTES_PER_LOGIT = 160
 _MULTIPLIER = 6364136223846793005
 
 
@@ -39,6 +38,8 @@ class Visits:
         occupancy: sum of K(L_s), what the span bound allows there.
         error: sum of the largest |delta| of each visited state that the target reaches.
         reached: how many these are.
+        closed_star, closed: whether at a visited state that the target reaches it, or the policy,
+            was seen to forbid a token.
         residual: sum of |q - r - V_q| of the transitions.
     Attributes by position, (n, T): ``kl_at``.
     """
@@ -54,6 +55,7 @@ class Visits:
         self.kl_at = torch.zeros(n, t_max, dtype=torch.float64)
         self.linf = [0.0] * t_max
         self.max_span = self.max_residual = 0.0
+        self.closed_star = self.closed = False
         self.worst: list[tuple[float, int, SampledPrefix]] = []
 
     @property
@@ -61,13 +63,16 @@ class Visits:
         total: Tensor = self.kl_at.sum(1)
         return total
 
-    def walk(self, policy: Policy, memory: int) -> None:
+    def walk(self, policy: Policy, memory: int, at_once: int | None = None) -> None:
         """Add all states of all responses, so many rows at a time that memory is kept.
+
+        Args:
+            at_once: rows at a time at most; None for no further limit.
 
         Raises:
             ValueError: logits that are NaN or +inf.
         """
-        size = min(rows_at_once(policy, self.space, memory), len(self.batch))
+        size = min(rows_at_once(policy, self.space, memory), at_once or len(self.batch))
         room = torch.empty(
             5, size, self.space.vocab_size, dtype=torch.float64, device=self.solution.device
         )
@@ -115,6 +120,7 @@ class Visits:
         if not bool(known.all()):
             # Beyond an impossible prefix the target has no conditional.
             q_star[~known] = -torch.inf
+        self._look_for_closed(q_star, q, t, known)
         found = state_errors(q_star, q, self.of_target, scratch[:, : len(q)])
         if bool((torch.isnan(found.top) | torch.isposinf(found.top)).any()):
             raise ValueError(
@@ -139,6 +145,14 @@ class Visits:
         self.log_star[rows] += log_ratio(q_star.gather(1, action)[:, 0], found.v_star).cpu()
         self.log_pi[rows] += log_ratio(chosen, found.v).cpu()
         return found.v + found.top, chosen + found.top
+
+    def _look_for_closed(self, q_star: Tensor, q: Tensor, t: int, known: Tensor) -> None:
+        # Where the space itself forbids nothing is seen of either.
+        if self.space.eos_id is not None and t == self.space.max_length - 1:
+            return
+        for name, x in (("closed_star", q_star), ("closed", q)):
+            if not getattr(self, name):
+                setattr(self, name, bool((torch.isneginf(x.amin(-1)) & known).any()))
 
     def _worst(
         self,
@@ -201,30 +215,3 @@ class Payments:
         self.left[keep] = left
         over = torch.where(self.lengths[keep] == t + 1, left - self.gain[keep], 0.0)
         return torch.stack([into, over]).abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
-
-
-def rows_at_once(policy: Policy, space: TokenSpace, memory: int) -> int:
-    """How many responses are looked at together, so that memory is about kept."""
-    per_row = _BYTES_PER_LOGIT * space.vocab_size
-    if not hasattr(policy, "step"):
-        per_row += 16 * space.vocab_size * space.max_length
-    return max(1, memory // per_row)
-
-
-def along(policy: Policy, space: TokenSpace, batch: Batch) -> Iterator[Float[Tensor, "B A"]]:
-    """Logits before every token of some responses, position by position, as the policy gives them.
-
-    By its cache where it has one, so that no (B, T, A) is made.
-    """
-    tokens = batch.clean().tokens
-    if hasattr(policy, "step"):
-        return _steps(policy, tokens, batch.prompt_ids)
-    logits = policy.logits(tokens, batch.prompt_ids)
-    check_shape(logits, space)
-    return iter(logits.unbind(1))
-
-
-def _steps(policy: object, tokens: Int64[Tensor, "B T"], prompt_ids: Tensor) -> Iterator[Tensor]:
-    state = policy.start(prompt_ids)  # type: ignore[attr-defined]
-    for t in range(tokens.shape[1]):
-        yield policy.step(state, tokens[:, t - 1] if t else None)  # type: ignore[attr-defined]

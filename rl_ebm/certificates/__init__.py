@@ -11,7 +11,13 @@ unnormalised target (:meth:`rl_ebm.ebm.EBM.log_weight`) and y drawn from the pol
 (1) to (3) hold with their confidence for every number of samples (:mod:`rl_ebm.mean_bounds`).
 (2) is bidirectional Monte Carlo: Grosse, Ghahramani and Adams (2015),
 https://arxiv.org/abs/1511.02543. The expectations of (4) are of variables without known bounds:
-for them there are asymptotic intervals only, and a KL is reported as asymptotic with them.
+for them there are asymptotic intervals only, and a KL is reported as asymptotic with them. An end
+of such an interval is given where nothing speaks against normal theory: not the tail of the
+sample (:mod:`rl_ebm.tails`), nor responses that the policy hardly gives
+(:mod:`rl_ebm.detours`; all responses, where they are few). Else it is
+infinite, and a warning says why. E_pi log W and E_pi R are ``-inf`` where the policy gives mass
+to something impossible: where an EBM forbids responses, and they were not all looked at, that
+cannot be excluded, and the lower end is ``-inf``.
 
 Without exact samples and without a bound on the reward nothing bounds log Z from above: a mode
 of p* that the policy never visits changes no sample. KL(pi, p*) then has no upper end, and the
@@ -24,9 +30,9 @@ from rl_ebm.certificates.certify import certify
 from rl_ebm.certificates.limits import (
     log_z_interval,
     log_z_limits,
-    sample_interval,
     self_normalised_kl,
 )
+from rl_ebm.expectations import sample_interval
 
 __all__ = [
     "Certificate",

@@ -13,15 +13,16 @@ from rl_ebm.certificates.certificate import Certificate, combine
 from rl_ebm.certificates.limits import (
     log_z_interval,
     log_z_limits,
-    sample_interval,
     self_normalised_kl,
 )
-from rl_ebm.certificates.sampler import Sampler, check_reward_max
+from rl_ebm.certificates.sampler import Elsewhere, Sampler, UniformResponses, check_reward_max
 from rl_ebm.ebm import EBM
-from rl_ebm.estimates import Interval, check_confidence, difference
-from rl_ebm.mean_bounds import effective_sample_size
+from rl_ebm.estimates import Interval, check_confidence, check_samples, difference
+from rl_ebm.expectations import Known, entropy_expectation, expectation
+from rl_ebm.mean_bounds import effective_sample_size, log_mean
 from rl_ebm.policies.checks import check_kind
 from rl_ebm.policies.scoring import Policy, evaluating
+from rl_ebm.rewards.limits import reward_limits
 from rl_ebm.tokens import Batch
 
 DEFAULT_MEMORY = 2**28
@@ -50,7 +51,9 @@ def certify(
 
     Args:
         policy: anything with ``logits``, on the EBM's device.
-        samples: how many responses of the policy, for each prompt.
+        samples: how many responses of the policy, for each prompt; some hundreds more are looked at
+            to see what these may have missed, or all responses where they are no more than
+            samples, or than 1,024.
         confidence: of every interval by itself, in (0, 1).
         target_samples: independent **exact** samples of p*, not those of a Markov chain; only
             they give an upper end close to log Z.
@@ -65,6 +68,7 @@ def certify(
         memory: about how many bytes one evaluation of the policy may take.
 
     Raises:
+        TypeError: samples, particles, a confidence or a ``reward_max`` that is no number.
         ValueError: fewer samples than one, a confidence out of (0, 1), a reward above
             ``reward_max``, a target sample that is impossible, a policy for other prompts, or
             fewer samples than particles.
@@ -76,9 +80,8 @@ def certify(
             "certify(policy, solution.ebm), or better verify(policy, solution)"
         )
     check_confidence(confidence)
+    check_samples(samples)
     samples, memory = whole("samples", samples), whole("memory", memory, 1)
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
     if particles is not None and not (is_whole(particles) and 1 <= particles <= samples):
         raise ValueError(f"particles must be in [1, samples = {samples}], got {shown(particles)}")
     if reward_max is not None and not (is_number(reward_max) and math.isfinite(reward_max)):
@@ -124,14 +127,22 @@ def _certify_prompt(
     # log Z and the expectation of (4) may each fail half as often.
     half = 1 - (1 - confidence) / 2
     log_z_half = log_z_interval(estimates, half, **others)
-    elbo_half = sample_interval(log_w, half)
-    eubo = None if targets is None else sample_interval(targets, confidence)
+    known = _known(sampler, sampler.elsewhere(samples, target_samples), log_w, targets, reward_max)
+    elbo, why_elbo = expectation(log_w, confidence, known["elbo"])
+    kl_policy = difference(log_z_half, expectation(log_w, half, known["elbo"]).interval, least=0.0)
+    eubo, why_eubo = None, ""
+    kl_target = self_normalised_kl(log_w, confidence)
     if targets is not None:
-        kl_target = difference(sample_interval(targets, half), log_z_half, least=0.0)
-    else:
-        kl_target = self_normalised_kl(log_w, confidence)
-    kl_policy = difference(log_z_half, elbo_half, least=0.0)
+        eubo, why_eubo = expectation(targets, confidence, known["eubo"])
+        eubo_half = expectation(targets, half, known["eubo"]).interval
+        kl_target = difference(eubo_half, log_z_half, least=0.0)
+    expected_reward, why_reward = expectation(reward, confidence, known["reward"])
     ess = float(effective_sample_size(log_w))
+    open_ends = {
+        "ELBO and KL(policy, target)": why_elbo,
+        "EUBO and KL(target, policy)": why_eubo,
+        "expected reward": why_reward,
+    }
     return Certificate(
         mode="sampled",
         num_samples=samples,
@@ -139,13 +150,65 @@ def _certify_prompt(
         log_z=log_z,
         kl_policy_target=kl_policy,
         kl_target_policy=kl_target,
-        elbo=sample_interval(log_w, confidence),
+        elbo=elbo,
         eubo=eubo,
-        expected_reward_policy=sample_interval(reward, confidence),
-        entropy_policy=sample_interval(-log_pi, confidence),
+        expected_reward_policy=expected_reward,
+        entropy_policy=entropy_expectation(
+            log_pi, UniformResponses(sampler.ebm.space).log_count, confidence, known["entropy"]
+        ),
         ess=ess,
-        warnings=_warnings(log_w, log_z, crossed, ess, particles),
+        warnings=[
+            *_warnings(log_w, log_z, crossed, ess, particles),
+            *(f"{name}: an end is open: {why}" for name, why in open_ends.items() if why),
+        ],
     )
+
+
+def _known(
+    sampler: Sampler,
+    elsewhere: Elsewhere,
+    log_w: Tensor,
+    targets: Tensor | None,
+    reward_max: float | None,
+) -> dict[str, Known]:
+    """What is known of log W under either law, of R and of -log pi, besides the samples."""
+    ebm, listed = sampler.ebm, elsewhere.turn is None
+    least, most = reward_limits(ebm.reward_model, ebm.space, sampler.prompt)
+    most = most if reward_max is None else min(most, reward_max)
+    impossible = missing = ""
+    if not listed:
+        if ebm.forbids:
+            impossible = "the EBM forbids some responses, and the policy may give mass to them"
+        if bool(getattr(sampler.policy, "forbids", False)):
+            missing = "the policy forbids some responses, and the target may give mass to them"
+    below, mass_below = elsewhere.of_policy(elsewhere.log_w)
+    log_z = float(log_mean(log_w))  # an estimate
+    above, mass_above = elsewhere.of_target(log_z)
+    rewards, masses = elsewhere.of_policy(elsewhere.reward)
+    surprise, mass_surprise = elsewhere.of_policy(-elsewhere.log_pi)
+    ends = [(-math.inf, math.inf)] * 2
+    if listed:
+        ends = [_ends(below), _ends(above)]
+        first, last = _ends(rewards)
+        least, most = max(least, first), min(most, last)
+    # Markov's inequality: pi(W >= Z e^d) <= e^-d, and p*(W <= Z e^-d) <= e^-d.
+    return {
+        "elbo": Known(*ends[0], below, mass_below, below=impossible, light_above=log_z, unit=1.0),
+        "eubo": Known(*ends[1], above, mass_above, above=missing, light_below=log_z, unit=1.0),
+        "reward": Known(
+            least,
+            most,
+            elsewhere=rewards,
+            masses=masses,
+            below=impossible if ebm.reward_model.forbids else "",
+        ),
+        "entropy": Known(elsewhere=surprise, masses=mass_surprise),
+    }
+
+
+def _ends(x: Tensor) -> tuple[float, float]:
+    """The least and the largest value that X takes, by a list; unbounded where it is empty."""
+    return (float(x.min()), float(x.max())) if len(x) else (-math.inf, math.inf)
 
 
 def _warnings(

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rl_ebm.estimates import Interval, Kind, mean_interval
+from rl_ebm.estimates import Interval, Kind
 from rl_ebm.mean_bounds import betting_lower, betting_upper, log_mean
 
 
@@ -50,12 +50,6 @@ def log_z_interval(log_w: Float[Tensor, "n"], confidence: float, **others: Any) 
     known = math.isfinite(low) and math.isfinite(high)
     kind: Kind = "finite-sample" if known else "one-sided finite-sample"
     return Interval(float(log_mean(log_w)), low, high, confidence, kind)
-
-
-def sample_interval(x: Float[Tensor, "n"], confidence: float) -> Interval:
-    """Of E x, asymptotic; certain where a sample is infinite: see :func:`mean_interval`."""
-    std = float(x.std()) if len(x) > 1 and bool(torch.isfinite(x).all()) else math.inf
-    return mean_interval(float(x.mean()), std, len(x), confidence)
 
 
 def self_normalised_kl(log_w: Tensor, confidence: float) -> Interval:

@@ -4,16 +4,56 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
+from rl_ebm.detours import MOST, all_responses, are_listed, detours, tail_masses
 from rl_ebm.ebm import EBM
 from rl_ebm.policies.scoring import Policy, device_of, q_values, sample
 from rl_ebm.smc import smc
 from rl_ebm.soft_bellman import log_policy, sequence_log_prob
 from rl_ebm.tokens import Batch, TokenSpace
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Responses that the policy hardly gives, or all of them.
+
+    Attributes:
+        log_w, log_pi, reward: as of samples.
+        turn: log of the policy's probability of a token no likelier than the one that turns a
+            response off its way; None where these are all responses.
+    """
+
+    log_w: Float[Tensor, "e"]
+    log_pi: Float[Tensor, "e"]
+    reward: Float[Tensor, "e"]
+    turn: Float[Tensor, "e"] | None
+
+    def of_policy(self, x: Float[Tensor, "e"]) -> tuple[Tensor, Tensor]:
+        """x where the policy can be, and about how probable values as far off are under it."""
+        here = ~torch.isneginf(self.log_pi)
+        if self.turn is not None:
+            return x[here], self.turn[here].exp()
+        return x[here], tail_masses(x[here], self.log_pi[here])
+
+    def of_target(self, log_z: float) -> tuple[Tensor, Tensor]:
+        """log W where the target can be, and about how probable values as far off are under it.
+
+        Args:
+            log_z: an estimate.
+        """
+        here = ~torch.isneginf(self.log_w)
+        log_w, finite = self.log_w[here], torch.isfinite(self.log_w[here])
+        # p* = pi W / Z; where pi = 0 the divergence is infinite, however probable that is.
+        log_pi = (self.log_pi if self.turn is None else self.turn)[here]
+        log_p = torch.where(finite, log_pi + log_w - log_z, 0.0)
+        if self.turn is not None:
+            return log_w, log_p.clamp(max=0.0).exp()
+        return log_w, tail_masses(log_w, log_p)
 
 
 class Sampler:
@@ -48,6 +88,32 @@ class Sampler:
         log_w, log_pi, reward = (torch.cat(column) for column in zip(*parts, strict=True))
         return log_w, log_pi, reward
 
+    def elsewhere(self, samples: int, targets: Batch | None = None) -> Elsewhere:
+        """All responses where they are few; else detours of the policy, and some from targets.
+
+        They have their own generator: what is drawn by the other does not depend on them.
+        """
+        space = self.ebm.space
+        if are_listed(space, samples):
+            batch, turn = all_responses(space, self.prompt, self.device), None
+        else:
+            n = min(samples, MOST)
+            own = torch.Generator(self.device).manual_seed(1)
+            drawn = [
+                sample(self.policy, space, size, own, self.ids(size))
+                for size in self.chunks(n, self.rows)
+            ]
+            found = [detours(self.policy, space, Batch.cat(drawn), self.rows)]
+            if targets is not None and len(rows := self.rows_of(targets)):
+                some = targets.take(rows[:MOST]).to(self.device)
+                found.append(detours(self.policy, space, some, self.rows, keep_rest=True))
+            batch = Batch.cat([b for b, _ in found])
+            turn = torch.cat([mass for _, mass in found]).log().cpu()
+        chunks = torch.arange(len(batch), device=self.device).split(self.rows)
+        parts = [self.score(self.policy, batch.take(chunk)) for chunk in chunks]
+        log_w, log_pi, reward = (torch.cat(column) for column in zip(*parts, strict=True))
+        return Elsewhere(log_w, log_pi, reward, turn)
+
     def score(self, policy: Policy, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         space, batch = self.ebm.space, batch.clean()
         rows = log_policy(q_values(policy, space, batch.tokens, batch.prompt_ids).double())
@@ -59,11 +125,15 @@ class Sampler:
         log_w = torch.where(torch.isneginf(log_target), log_target, log_target - log_pi)
         return log_w.cpu(), log_pi.cpu(), reward.cpu()
 
+    def rows_of(self, batch: Batch) -> Int64[Tensor, "m"]:
+        """Which rows of a batch answer this prompt."""
+        return (batch.prompt_ids == self.prompt).nonzero()[:, 0]
+
     def score_targets(self, batch: Batch | None) -> Tensor | None:
         """log W of this prompt's target samples; None where there are none."""
         if batch is None:
             return None
-        rows = (batch.prompt_ids == self.prompt).nonzero()[:, 0]
+        rows = self.rows_of(batch)
         if len(rows) == 0:
             return None
         self.ebm.space.check(batch.tokens, batch.lengths)
