@@ -69,7 +69,7 @@ class Accumulator:
             ValueError: logits that are NaN or +inf, or all -inf where the policy gets.
         """
         rows = slice(block.start, block.stop)
-        q_star = self.solution.q_rows(block.depth, rows, self.prompt)
+        q_star = self.solution.reduced_q_rows(block.depth, rows, self.prompt)
         q = block.logits.to(q_star.device)
         if bool((torch.isnan(q) | torch.isposinf(q)).any()):
             raise ValueError(

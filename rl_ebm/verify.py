@@ -103,11 +103,11 @@ def logit_errors(policy: Policy, solution: Solution, prompt: int = 0) -> list[St
     marginals = []
     for t in range(space.max_length):
         marginals.append(log_s_star)
-        q_star = solution.q_rows(t, slice(0, space.num_prefixes(t)), prompt)
+        q_star = solution.reduced_q_rows(t, slice(0, space.num_prefixes(t)), prompt)
         log_s_star = space.gather_children(log_s_star[:, None] + log_policy(q_star))
     with evaluating(policy):
         for t, start, stop, logits in walk(policy, space, prompt):
-            q_star = solution.q_rows(t, slice(start, stop), prompt)
+            q_star = solution.reduced_q_rows(t, slice(start, stop), prompt)
             log_s = marginals[t][start:stop, None]
             q_star = q_star.masked_fill(torch.isneginf(log_s), -torch.inf)
             allowed = torch.isfinite(q_star)

@@ -1,10 +1,10 @@
 r"""The soft backup of a whole tree, from the scores of its leaves up, in one chunked pass.
 
 Level by level, a soft backup reads and writes every level and calls exp and log on each. Where
-the log-weights of a chunk of leaves are small enough to be exponentiated as they are, one exp
-for each leaf is enough: its sums over ever larger subtrees are the values of all the states
-above, up to one log each. Nothing is subtracted before (no maximum), so nothing is lost to it.
-Where they are not small, the chunk is backed up by logsumexp, level by level, in float64.
+the log-weights of a chunk of leaves can be exponentiated as they are, or less the largest of
+them, one exp for each leaf is enough: its sums over ever larger subtrees are the values of all
+the states above, up to one log each. Where they lie too far apart for that (it would underflow
+the smaller ones, and the states above them), the chunk is backed up by logsumexp, level by level.
 """
 
 from __future__ import annotations
@@ -16,23 +16,28 @@ from torch import Tensor
 from rl_ebm.soft_bellman import soft_value
 
 _CHUNK = 2**20
-# exp(+-60) times 2**20 leaves stays a normal float32; exp(+-600) a normal float64.
-_SAFE = {torch.float32: 60.0, torch.float64: 600.0}
+PLAIN = {torch.float32: 16.0, torch.float64: 600.0}
+"""|R / beta| up to which it is exponentiated as it is, and V kept in the dtype of the scores.
+
+For float32 what 24 bits leave of it: 16 is known to 1e-6. For float64 the range of the exponent:
+exp(+-600) times 2**20 leaves is a normal number.
+"""
 
 
 def backup_leaves(
-    scores: Float[Tensor, "N"], beta: float, branching: int, v: list[Tensor]
+    scores: Float[Tensor, "N"], beta: float, branching: int, v: list[Tensor], shift: float = 0.0
 ) -> Float[Tensor, ""]:
     """Fill the values of all states of a fixed-length tree without reference.
 
     Args:
         scores: R of every sequence in enumeration order, N = branching**T.
-        beta: temperature; the log-weight of a leaf is R / beta.
+        beta: temperature; the log-weight of a leaf is (R - shift) / beta.
         branching: children of a state.
         v: written: entry t gets V of the prefixes of depth t, in its own dtype.
+        shift: taken off every R.
 
     Returns:
-        log of the sum of exp(R / beta), float64.
+        log of the sum of exp((R - shift) / beta), float64.
     """
     depth = len(v)  # of the leaves
     height = 1
@@ -41,8 +46,8 @@ def backup_leaves(
     roots = depth - height
     # Several subtrees in a chunk, where one is much smaller than a chunk.
     chunk = branching**height * max(1, _CHUNK // branching**height)
-    safe = _SAFE[scores.dtype] * beta
-    buffer = torch.empty(min(chunk, len(scores)), dtype=scores.dtype, device=scores.device)
+    safe = PLAIN[v[0].dtype]
+    buffer = torch.empty(min(chunk, len(scores)), dtype=v[0].dtype, device=scores.device)
     for first in range(0, len(scores), chunk):
         leaves = scores[first : first + chunk]
         levels = [
@@ -52,12 +57,16 @@ def backup_leaves(
             ]
             for t in range(roots, depth)
         ]
-        low, high = _finite_range(leaves)
+        low, high = finite_range(leaves)
+        base = shift if -safe <= (low - shift) / beta and (high - shift) / beta <= safe else high
         # A beta that is next to nothing in float32 is left to the other way.
-        if -safe <= low and high <= safe and 1e-30 < beta < 1e30:
-            _sum_up(leaves, beta, branching, levels, buffer[: len(leaves)])
+        if base > -torch.inf and -safe <= (low - base) / beta and 1e-30 < beta < 1e30:
+            _sum_up(leaves, beta, base, branching, levels, buffer[: len(leaves)])
+            if base != shift:
+                for level in levels:
+                    level += (base - shift) / beta
         else:
-            _logsumexp_up(leaves, beta, branching, levels)
+            _logsumexp_up(leaves, beta, shift, branching, levels)
     value = v[roots].double()
     for t in reversed(range(roots)):
         value = soft_value(value.view(-1, branching))
@@ -65,7 +74,8 @@ def backup_leaves(
     return value[0]
 
 
-def _finite_range(x: Tensor) -> tuple[float, float]:
+def finite_range(x: Tensor) -> tuple[float, float]:
+    """Smallest and largest of the entries above ``-inf``, where there is one."""
     low, high = (float(end) for end in torch.aminmax(x))
     if low == -torch.inf and high > -torch.inf:
         low = float(x.masked_fill(torch.isneginf(x), high).min())
@@ -73,9 +83,17 @@ def _finite_range(x: Tensor) -> tuple[float, float]:
 
 
 def _sum_up(
-    leaves: Tensor, beta: float, branching: int, levels: list[Tensor], buffer: Tensor
+    leaves: Tensor,
+    beta: float,
+    base: float,
+    branching: int,
+    levels: list[Tensor],
+    buffer: Tensor,
 ) -> None:
-    weight = leaves if beta == 1 else torch.div(leaves, beta, out=buffer)
+    if base or leaves.dtype != buffer.dtype:
+        weight = buffer.copy_(leaves).sub_(base).div_(beta)
+    else:
+        weight = leaves if beta == 1 else torch.div(leaves, beta, out=buffer)
     total = torch.exp(weight, out=buffer)
     for v in reversed(levels):
         total = _row_sums(total.view(-1, branching))
@@ -92,8 +110,10 @@ def _row_sums(x: Tensor) -> Tensor:
     return total
 
 
-def _logsumexp_up(leaves: Tensor, beta: float, branching: int, levels: list[Tensor]) -> None:
-    value = leaves.double() / beta
+def _logsumexp_up(
+    leaves: Tensor, beta: float, shift: float, branching: int, levels: list[Tensor]
+) -> None:
+    value = (leaves.double() - shift) / beta
     for v in reversed(levels):
         value = soft_value(value.view(-1, branching))
         v.copy_(value)

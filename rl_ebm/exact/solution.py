@@ -11,9 +11,9 @@ from torch import Tensor
 
 from rl_ebm.ebm import EBM
 from rl_ebm.exact.base import Rows
-from rl_ebm.policies.scoring import log_prob, resolve_prompt_ids, sample
-from rl_ebm.soft_bellman import backup
-from rl_ebm.tokens import Batch
+from rl_ebm.policies.scoring import resolve_prompt_ids, sample
+from rl_ebm.soft_bellman import backup, gather_tokens, log_policy
+from rl_ebm.tokens import Batch, length_mask
 
 
 @dataclass
@@ -28,10 +28,15 @@ class TreeSolution:
 
     What it keeps is the scores (the EBM's own table is not copied), V of every state, and
     log p_ref where that is more than a constant for each depth; q* is put together from them.
+    Where R / beta is large (:data:`rl_ebm.exact.backup.PLAIN`) V is kept in float64 and without
+    the R / beta of a likely response, which is in every V of a prompt: of numbers near 1e9 only
+    7 digits are left after the point, of their differences all of them.
 
     Attributes:
         ebm: what was solved.
         log_z: log Z(x) of every prompt, (P,), float64, nats.
+        shift: what is taken off the rewards of every prompt, (P,), float64, reward units; 0 as
+            a rule.
         mode: ``"exact-tree"``.
     """
 
@@ -45,10 +50,19 @@ class TreeSolution:
         v: Sequence[Tensor],
         log_ref: Sequence[float] | Sequence[Tensor],
         log_z: Float[Tensor, "P"],
+        shift: Float[Tensor, "P"],
     ) -> None:
         self.ebm, self.space, self.prompts = ebm, ebm.space, ebm.prompts
-        self.scores, self.v, self.log_ref = scores, list(v), log_ref
-        self.log_z = log_z
+        self.scores, self.reduced_v, self.log_ref = scores, list(v), log_ref
+        self.log_z, self.shift = log_z, shift
+
+    @property
+    def v(self) -> list[Tensor]:
+        """V of all prefixes by depth, (P, branching**t), in the dtype of the scores."""
+        offset = (self.shift / self.ebm.beta)[:, None]
+        if not bool(offset.any()):
+            return [v.to(self.scores.dtype) for v in self.reduced_v]
+        return [(v + offset).to(self.scores.dtype) for v in self.reduced_v]
 
     @property
     def device(self) -> torch.device:
@@ -74,22 +88,42 @@ class TreeSolution:
 
     def q_rows(self, depth: int, rows: Rows, prompt: int | Tensor = 0) -> Float[Tensor, "n A"]:
         """q* of some prefixes of one depth, float64; ``prompt`` one for all, or one each."""
-        r = self.r_rows(depth, rows, prompt)
+        return self.reduced_q_rows(depth, rows, prompt) + self._shift(prompt) / self.ebm.beta
+
+    def reduced_q_rows(
+        self, depth: int, rows: Rows, prompt: int | Tensor = 0
+    ) -> Float[Tensor, "n A"]:
+        """q* less :attr:`shift` / beta: the same differences, with all of their digits."""
+        r = self.reduced_r_rows(depth, rows, prompt)
         if depth == self.space.max_length - 1:
             return r
         width = self.space.branching
-        v_next = self.v[depth + 1][_each(prompt, width), _below(rows, width)]
+        v_next = self.reduced_v[depth + 1][_each(prompt, width), _below(rows, width)]
         return backup(r, v_next.double(), self.space)
 
     def r_rows(self, depth: int, rows: Rows, prompt: int | Tensor = 0) -> Float[Tensor, "n A"]:
         """r of some prefixes: log p_ref, plus R / beta where an action ends the response."""
-        log_ref = self.log_ref[depth]
-        if isinstance(log_ref, Tensor):
-            log_ref = log_ref[prompt, rows].double()
-        r = self.reward_rows(depth, rows, prompt) / self.ebm.beta + log_ref
-        if self.space.eos_id is not None and depth == self.space.max_length - 1:
-            r = r.masked_fill(~self.space.action_mask(r.device)[-1], -torch.inf)
-        return r
+        reward = self.reward_rows(depth, rows, prompt)
+        return self._end(depth, reward / self.ebm.beta + self._log_ref(depth, rows, prompt))
+
+    def reduced_r_rows(
+        self, depth: int, rows: Rows, prompt: int | Tensor = 0
+    ) -> Float[Tensor, "n A"]:
+        """r with R - :attr:`shift` in the place of R."""
+        reward = self.reward_rows(depth, rows, prompt)
+        # Only the actions that end a response are paid R, and R is what loses the shift.
+        if self.space.eos_id is not None:
+            reward[:, self.space.eos_id] -= self._shift(prompt).squeeze(-1)
+        elif depth == self.space.max_length - 1:
+            reward = reward - self._shift(prompt)
+        return self._end(depth, reward / self.ebm.beta + self._log_ref(depth, rows, prompt))
+
+    def log_ref_rows(
+        self, depth: int, rows: Rows, prompt: int | Tensor = 0
+    ) -> Float[Tensor, "n A"]:
+        """log p_ref of some prefixes; 0 everywhere for the counting measure."""
+        zero = torch.zeros_like(self.reward_rows(depth, rows, prompt))
+        return self._end(depth, zero + self._log_ref(depth, rows, prompt))
 
     def reward_rows(self, depth: int, rows: Rows, prompt: int | Tensor = 0) -> Float[Tensor, "n A"]:
         """R of the response that ends with each action at some prefixes; 0 where none ends."""
@@ -107,6 +141,20 @@ class TreeSolution:
                 rows = rows + first
             reward[:, space.eos_id] = self.scores[prompt, rows].double()
         return reward
+
+    def _shift(self, prompt: int | Tensor) -> Float[Tensor, "*n"]:
+        """The shift of one prompt, or of each row's, (n, 1)."""
+        return self.shift[prompt] if isinstance(prompt, int) else self.shift[prompt, None]
+
+    def _log_ref(self, depth: int, rows: Rows, prompt: int | Tensor) -> float | Tensor:
+        log_ref = self.log_ref[depth]
+        return log_ref[prompt, rows].double() if isinstance(log_ref, Tensor) else log_ref
+
+    def _end(self, depth: int, r: Tensor) -> Tensor:
+        """At the last depth of EOS mode only EOS is allowed."""
+        if self.space.eos_id is None or depth < self.space.max_length - 1:
+            return r
+        return r.masked_fill(~self.space.action_mask(r.device)[-1], -torch.inf)
 
     def tables(self) -> list[Tensor]:
         """q* of all prefixes, by depth: (P, branching**t, A) float64."""
@@ -129,20 +177,36 @@ class TreeSolution:
         prompt_ids = resolve_prompt_ids(
             len(tokens), prompt_ids, self.ebm.num_prompts, tokens.device
         )
-        index = self.space.prefix_indices(tokens)
-        rows = [self.q_rows(t, index[:, t], prompt_ids) for t in range(self.space.max_length)]
-        return torch.stack(rows, dim=1)
+        offset = (self.shift / self.ebm.beta)[prompt_ids, None, None]
+        return self._reduced_logits(tokens, prompt_ids) + offset
 
     def start(self, prompt_ids: Int64[Tensor, "B"]) -> _Decoding:
         """State of a decoding: nothing read yet."""
         return _Decoding(prompt_ids, torch.zeros_like(prompt_ids))
 
     def step(self, state: _Decoding, tokens: Int64[Tensor, "B"] | None) -> Float[Tensor, "B A"]:
-        """q* at the next position, after one more token of each row."""
+        """q* at the next position less a constant of each prompt, after one more token each."""
         if tokens is not None:
             state.index = state.index * self.space.branching + self.space.rank(tokens)
             state.depth += 1
-        return self.q_rows(state.depth, state.index, state.prompt_ids)
+        return self.reduced_q_rows(state.depth, state.index, state.prompt_ids)
+
+    def log_probs(
+        self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"] | None = None
+    ) -> Float[Tensor, "B T"]:
+        """log p* of each token after those before it, float64."""
+        return gather_tokens(log_policy(self._reduced_logits(tokens, prompt_ids)), tokens)
+
+    def _reduced_logits(
+        self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"] | None
+    ) -> Float[Tensor, "B T A"]:
+        prompt_ids = resolve_prompt_ids(
+            len(tokens), prompt_ids, self.ebm.num_prompts, tokens.device
+        )
+        index = self.space.prefix_indices(tokens)
+        depths = range(self.space.max_length)
+        rows = [self.reduced_q_rows(t, index[:, t], prompt_ids) for t in depths]
+        return torch.stack(rows, dim=1)
 
     def log_prob(
         self,
@@ -156,10 +220,10 @@ class TreeSolution:
             ValueError: tokens, lengths or prompt ids that are none of the space's.
         """
         lengths = self.space.check(tokens, lengths)
-        prompt_ids = resolve_prompt_ids(
-            len(tokens), prompt_ids, self.ebm.num_prompts, tokens.device
-        )
-        return log_prob(self, self.space, tokens, lengths, prompt_ids)
+        # What stands past the end is never read: it may be no token at all.
+        real = length_mask(lengths, self.space.max_length)
+        each = self.log_probs(tokens.masked_fill(~real, 0), prompt_ids)
+        return each.masked_fill(~real, 0.0).sum(1)
 
     def sample(
         self,
