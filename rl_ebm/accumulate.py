@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from dataclasses import dataclass
 
 import torch
@@ -112,16 +113,16 @@ class Accumulator:
             mode=self.solution.mode,
             num_sequences=self.space.num_sequences,
             log_z=float(self.solution.log_z[self.prompt]),
-            # Sums of many terms that are >= 0 up to rounding.
-            kl_target_policy=sum(max(d.kl, 0.0) for d in self.depths),
-            kl_policy_target=max(s["kl_policy"], 0.0),
-            tv=s["tv"],
-            js=max(s["js"], 0.0),
+            kl_target_policy=sum(d.kl for d in self.depths),
+            kl_policy_target=s["kl_policy"],
+            # Sums over all responses pass their bounds by rounding.
+            tv=min(s["tv"], 1.0),
+            js=min(max(0.0, s["js"]), math.log(2)),
             entropy_target=s["entropy_target"],
             entropy_policy=s["entropy_policy"],
             expected_reward_target=s["reward_target"],
             expected_reward_policy=s["reward_policy"],
-            mass_impossible=s["impossible"],
+            mass_impossible=min(s["impossible"], 1.0),
             logits_linf=max(d.linf for d in self.depths),
             logits_span=self.max_span,
             log_ratio_span=self.ratio_high - self.ratio_low,
@@ -133,7 +134,7 @@ class Accumulator:
                 occupancy=torch.inf if impossible else s["occupancy"],
             ),
             per_depth=[
-                Depth(depth=t, states=d.states, linf=d.linf, mean_kl=max(d.kl, 0.0))
+                Depth(depth=t, states=d.states, linf=d.linf, mean_kl=d.kl)
                 for t, d in enumerate(self.depths)
             ],
             worst_prefixes=[prefix for _, _, prefix in sorted(self.worst, reverse=True)],
@@ -188,7 +189,7 @@ class Accumulator:
                 probability_target=float(log_s_star[place].exp()),
                 probability_policy=float(log_s[place].exp()),
                 delta=delta[place].tolist(),
-                kl=max(float(kl_star[place]), 0.0),
+                kl=float(kl_star[place]),
             )
             entry = (error, order, prefix)
             (heapq.heappush if len(self.worst) < WORST else heapq.heappushpop)(self.worst, entry)

@@ -141,6 +141,7 @@ class Report:
 
 
 def _number(x: float) -> str:
+    x += 0.0  # -0 is 0
     return f"{x:12.6f}" if x == 0 or 1e-4 <= abs(x) < 1e5 else f"{x:12.3e}"
 
 
@@ -148,7 +149,7 @@ def plain(x: Any) -> Any:
     """A report, or a part of it, as JSON has it."""
     if isinstance(x, float):
         assert not math.isnan(x), "a report never holds nan"
-        return x if math.isfinite(x) else ("Infinity" if x > 0 else "-Infinity")
+        return x + 0.0 if math.isfinite(x) else ("Infinity" if x > 0 else "-Infinity")
     if isinstance(x, (list, tuple)):
         return [plain(item) for item in x]
     if hasattr(x, "__dataclass_fields__"):
