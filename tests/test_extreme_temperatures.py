@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from brute_force import INF, sequences
+from brute_force import INF, log_softmax, log_sum_exp, sequences
 from exact_truth import Truth, reference_log_probs
 from toy_policies import SMALL, randomised, seeded
 
@@ -265,6 +265,35 @@ def test_the_likeliest_of_equal_rewards_come_in_order():
         solution = rl_ebm.solve(rl_ebm.EBM(space, reward, beta))
         best = [list(y) for y in itertools.product((0, 1), repeat=4)]
         assert [r.tokens for r in summarise_automaton(solution, 12).top] == best[:12]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [None, "uniform", "forbids"])
+def test_values_far_below_the_best_keep_their_digits(dtype, kind):
+    """One response 1e9 nats above all others, which differ by some nats among themselves."""
+    space, beta = TokenSpace(3, 4), 1e-6
+    scores = (3e-6 * torch.randn(81, generator=seeded(4), dtype=torch.float64)).to(dtype)
+    scores[7], scores[40] = 1e3, -1e3
+    p_ref = reference(kind, space, seed=4)
+    solution = rl_ebm.solve(rl_ebm.EBM(space, scores, beta, p_ref))
+    log_ref = reference_log_probs(p_ref, space)
+    weights = [w + x / beta for w, x in zip(log_ref, scores.double().tolist(), strict=True)]
+    for t, v in enumerate(solution.reduced_v):
+        paid = solution.paid[t][0].double() / beta
+        n = 3 ** (4 - t)
+        for i, got in enumerate((paid + v[0]).tolist()):
+            rows = weights[i * n : (i + 1) * n]
+            # V of a prefix leaves out what p_ref gave for it.
+            before = 0.0 if p_ref is None else prefix_log_ref(p_ref, space, t, i)
+            want = log_sum_exp(rows) - before if before > -INF else got
+            assert got == pytest.approx(want, rel=1e-12, abs=1e-10)
+
+
+def prefix_log_ref(p_ref, space, t, i):
+    tokens = torch.zeros(1, space.max_length, dtype=torch.int64)
+    tokens[0, :t] = space.prefixes(t, i, i + 1)[0]
+    rows = p_ref.logits(tokens, torch.zeros(1, dtype=torch.int64))[0].double().tolist()
+    return sum(log_softmax(rows[d])[int(tokens[0, d])] for d in range(t))
 
 
 def test_what_float64_has_no_room_for_is_refused():

@@ -24,20 +24,45 @@ exp(+-600) times 2**20 leaves is a normal number.
 """
 
 
+def join(
+    paid: Float[Tensor, "*n A"], w: Float[Tensor, "*n A"], beta: float
+) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n A"]]:
+    """Values paid / beta + w of the actions of a state, less the paid / beta of the best of them.
+
+    Next to a large R / beta a sum has few digits left; the differences of rewards, which are
+    taken here before they are divided by beta, have all of theirs.
+
+    Args:
+        paid: R of a likely response behind each action, reward units.
+        w: what else its value is made of, nats; ``-inf`` where nothing is possible.
+
+    Returns:
+        what is taken off, in reward units, and what is left.
+    """
+    best = (paid / beta + w).argmax(-1, keepdim=True)
+    base = paid.gather(-1, best)
+    return base[..., 0], (paid - base) / beta + w
+
+
 def backup_leaves(
-    scores: Float[Tensor, "N"], beta: float, branching: int, v: list[Tensor], shift: float = 0.0
+    scores: Float[Tensor, "N"],
+    beta: float,
+    branching: int,
+    v: list[Tensor],
+    paid: list[Tensor] | None = None,
 ) -> Float[Tensor, ""]:
     """Fill the values of all states of a fixed-length tree without reference.
 
     Args:
         scores: R of every sequence in enumeration order, N = branching**T.
-        beta: temperature; the log-weight of a leaf is (R - shift) / beta.
+        beta: temperature; the log-weight of a leaf is R / beta.
         branching: children of a state.
         v: written: entry t gets V of the prefixes of depth t, in its own dtype.
-        shift: taken off every R.
+        paid: written: R of a likely response below each prefix, by depth, in the dtype of the
+            scores; V is then without this R / beta. None where V is whole.
 
     Returns:
-        log of the sum of exp((R - shift) / beta), float64.
+        log of the sum of exp(R / beta), float64.
     """
     depth = len(v)  # of the leaves
     height = 1
@@ -50,28 +75,31 @@ def backup_leaves(
     buffer = torch.empty(min(chunk, len(scores)), dtype=v[0].dtype, device=scores.device)
     for first in range(0, len(scores), chunk):
         leaves = scores[first : first + chunk]
-        levels = [
-            v[t][
-                first // branching ** (depth - t) : (first + len(leaves))
-                // branching ** (depth - t)
-            ]
-            for t in range(roots, depth)
+        part = [
+            slice(first // width, (first + len(leaves)) // width)
+            for width in (branching ** (depth - t) for t in range(roots, depth))
         ]
+        levels = [v[t][rows] for t, rows in enumerate(part, start=roots)]
+        bases = paid and [paid[t][rows] for t, rows in enumerate(part, start=roots)]
         low, high = finite_range(leaves)
-        base = shift if -safe <= (low - shift) / beta and (high - shift) / beta <= safe else high
+        base = high if bases and high > -torch.inf else 0.0
         # A beta that is next to nothing in float32 is left to the other way.
-        if base > -torch.inf and -safe <= (low - base) / beta and 1e-30 < beta < 1e30:
+        far = max(abs(low - base), abs(high - base)) / beta if high > -torch.inf else 0.0
+        if far <= safe and 1e-30 < beta < 1e30:
             _sum_up(leaves, beta, base, branching, levels, buffer[: len(leaves)])
-            if base != shift:
-                for level in levels:
-                    level += (base - shift) / beta
+            for level in bases or []:
+                level.fill_(base)
         else:
-            _logsumexp_up(leaves, beta, shift, branching, levels)
+            _logsumexp_up(leaves, beta, branching, levels, bases)
     value = v[roots].double()
+    best = None if paid is None else paid[roots].double()
     for t in reversed(range(roots)):
+        if paid is not None and best is not None:
+            best, value = join(best.view(-1, branching), value.view(-1, branching), beta)
+            paid[t].copy_(best)
         value = soft_value(value.view(-1, branching))
         v[t].copy_(value)
-    return value[0]
+    return value[0] if best is None else value[0] + best[0] / beta
 
 
 def finite_range(x: Tensor) -> tuple[float, float]:
@@ -111,9 +139,26 @@ def _row_sums(x: Tensor) -> Tensor:
 
 
 def _logsumexp_up(
-    leaves: Tensor, beta: float, shift: float, branching: int, levels: list[Tensor]
+    leaves: Tensor,
+    beta: float,
+    branching: int,
+    levels: list[Tensor],
+    bases: list[Tensor] | None = None,
 ) -> None:
-    value = (leaves.double() - shift) / beta
-    for v in reversed(levels):
+    value = leaves.double() / beta
+    best: Tensor | None = None
+    if bases is not None:
+        best, value = split(leaves.double())
+    for i, v in reversed(list(enumerate(levels))):
+        if bases is not None and best is not None:
+            best, value = join(best.view(-1, branching), value.view(-1, branching), beta)
+            bases[i].copy_(best)
         value = soft_value(value.view(-1, branching))
         v.copy_(value)
+
+
+def split(reward: Float[Tensor, "*n"]) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n"]]:
+    """Rewards as what :func:`join` takes: what is paid, and -inf nats where R is ``-inf``."""
+    forbidden = torch.isneginf(reward)
+    zero = torch.zeros_like(reward)
+    return reward.masked_fill(forbidden, 0.0), zero.masked_fill(forbidden, -torch.inf)

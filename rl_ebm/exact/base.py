@@ -48,7 +48,7 @@ class Solution(Policy, Protocol):
         ...
 
     def reduced_q_rows(self, depth: int, rows: Rows, prompt: int | Tensor = 0) -> Tensor:
-        """q* less a constant of each prompt: what its differences are taken from.
+        """q* less a constant of each prefix: what its differences are taken from.
 
         Probabilities depend on differences alone, and next to a large R / beta they lose digits.
         """

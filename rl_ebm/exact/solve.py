@@ -14,7 +14,7 @@ from rl_ebm.automata import Machine
 from rl_ebm.ebm import EBM, end_reference
 from rl_ebm.exact.automaton import AutomatonSolution
 from rl_ebm.exact.base import Solution
-from rl_ebm.exact.tree_values import fill_tree, find_shift
+from rl_ebm.exact.tree_values import bytes_of_value, fill_tree
 from rl_ebm.names import bytes_text, count_text
 from rl_ebm.policies.walk import walk
 from rl_ebm.rewards.base import check_values
@@ -64,8 +64,7 @@ def solve(ebm: EBM, memory: int | None = None, progress: bool | None = None) -> 
     if scores is None:
         scores = _all_rewards(ebm, progress)
     log_ref = _all_log_ref(ebm, progress)
-    shift, dtype = find_shift(scores, ebm.beta, isinstance(log_ref[0], Tensor))
-    return _possible(fill_tree(ebm, scores, log_ref, shift, dtype, _BLOCK))
+    return _possible(fill_tree(ebm, scores, log_ref, _BLOCK))
 
 
 def _possible(solution: AnySolution) -> AnySolution:
@@ -177,11 +176,12 @@ def check_memory(ebm: EBM, memory: int | None = None) -> None:
     """
     space, p = ebm.space, ebm.num_prompts
     scores = getattr(ebm.reward_model, "scores", None)
-    size = 8 if scores is None else scores.element_size()
+    listed = ebm.reference is not None and not hasattr(ebm.reference, "log_ref_constants")
+    size = 8 if scores is None else bytes_of_value(scores, ebm.beta, listed)
     need = 2**26 + p * space.num_states * size  # V, and room to work in
     if scores is None:
-        need += p * space.num_sequences * size
-    if ebm.reference is not None and not hasattr(ebm.reference, "log_ref_constants"):
+        need += p * space.num_sequences * 8
+    if listed:
         need += p * space.num_states * space.vocab_size * 8
     free = _free_bytes(ebm.device) if memory is None else memory
     if need > free:

@@ -15,17 +15,10 @@ from rl_ebm.soft_bellman import soft_value
 
 _LARGEST = 1e300
 """|R / beta| beyond which sums over a response could leave float64"""
-_FAR = -600.0
-"""log Z, less the shift, below which the shift is that of a response that hardly counts"""
 
 
-def find_shift(
-    scores: Float[Tensor, "P N"], beta: float, listed: bool
-) -> tuple[Float[Tensor, "P"], torch.dtype]:
-    """What to take off the rewards of every prompt, and the dtype that V needs.
-
-    Args:
-        listed: whether log p_ref is a table of float64: V in float64 is small beside it.
+def is_plain(scores: Float[Tensor, "P N"], beta: float) -> bool:
+    """Whether V has room for R / beta in the dtype of the scores.
 
     Raises:
         ValueError: an R / beta that float64 has no room for.
@@ -38,75 +31,72 @@ def find_shift(
             f"R / beta is too large for float64: |R| is up to {peak:.3g} and beta is {beta:.3g}; "
             "scale the rewards down, or beta up"
         )
-    plain = peak / beta <= PLAIN[scores.dtype]
-    best = [0.0 if plain or high == -torch.inf else high for _, high in ends]
-    dtype = scores.dtype if plain and not listed else torch.float64
-    return torch.tensor(best, dtype=torch.float64, device=scores.device), dtype
+    return peak / beta <= PLAIN[scores.dtype]
+
+
+def bytes_of_value(scores: Float[Tensor, "P N"], beta: float, listed: bool) -> int:
+    """What V of a state takes.
+
+    Args:
+        listed: whether log p_ref is a table of float64: V in float64 is small beside it.
+    """
+    if not is_plain(scores, beta):
+        return 8 + scores.element_size()
+    return 8 if listed else scores.element_size()
 
 
 def fill_tree(
     ebm: EBM,
     scores: Float[Tensor, "P N"],
     log_ref: Sequence[float] | Sequence[Tensor],
-    shift: Float[Tensor, "P"],
-    dtype: torch.dtype,
     block: int,
 ) -> TreeSolution:
     """The solution of every prompt, by Eq. (1) of :mod:`rl_ebm.soft_bellman`.
 
     Args:
-        shift, dtype: of :func:`find_shift`.
         block: logits to look at at a time.
+
+    Raises:
+        ValueError: an R / beta that float64 has no room for.
     """
-    space, device, p = ebm.space, ebm.device, ebm.num_prompts
-    v = [
-        torch.empty(p, space.num_prefixes(t), dtype=dtype, device=device)
-        for t in range(space.max_length)
-    ]
-    log_z = torch.empty(p, dtype=torch.float64, device=device)
-    solution = TreeSolution(ebm, scores, v, log_ref, log_z, shift)
+    space, p = ebm.space, ebm.num_prompts
+    plain = is_plain(scores, ebm.beta)
+    dtype = scores.dtype if plain and not isinstance(log_ref[0], Tensor) else torch.float64
+
+    def tables(dtype: torch.dtype) -> list[Tensor]:
+        sizes = [space.num_prefixes(t) for t in range(space.max_length)]
+        return [torch.empty(p, n, dtype=dtype, device=ebm.device) for n in sizes]
+
+    v, paid = tables(dtype), None if plain else tables(scores.dtype)
+    log_z = torch.empty(p, dtype=torch.float64, device=ebm.device)
+    solution = TreeSolution(ebm, scores, v, log_ref, log_z, paid)
     constants = [c for c in log_ref if isinstance(c, float)]
     for prompt in range(p):
-        if space.eos_id is None and constants:
-            levels = [level[prompt] for level in v]
-            log_z[prompt] = backup_leaves(
-                scores[prompt], ebm.beta, space.branching, levels, float(shift[prompt])
-            )
-            for t, level in enumerate(levels):
-                if any(constants[t:]):
-                    level += sum(constants[t:])
-            log_z[prompt] += sum(constants)
-            continue
-        log_z[prompt] = _by_level(solution, prompt, block)
-        if shift[prompt] and -torch.inf < float(log_z[prompt]) < _FAR:
-            # The best reward is one that the reference all but forbids.
-            shift[prompt] = _likely_reward(solution, prompt)
+        if space.eos_id is not None or not constants:
             log_z[prompt] = _by_level(solution, prompt, block)
-    log_z += shift / ebm.beta
+            continue
+        levels = [level[prompt] for level in v]
+        bases = None if paid is None else [level[prompt] for level in paid]
+        log_z[prompt] = backup_leaves(scores[prompt], ebm.beta, space.branching, levels, bases)
+        for t, level in enumerate(levels):
+            if any(constants[t:]):
+                level += sum(constants[t:])
+        log_z[prompt] += sum(constants)
     return solution
 
 
 def _by_level(solution: TreeSolution, prompt: int, block: int) -> Tensor:
     """Values, a block of states at a time, from the last depth up."""
-    space, v = solution.space, solution.reduced_v
+    space, v, paid = solution.space, solution.reduced_v, solution.paid
     block = max(1, block // space.vocab_size)
     value = torch.empty(0)
+    base = torch.zeros(1)
     for t in reversed(range(space.max_length)):
         for start in range(0, space.num_prefixes(t), block):
             rows = slice(start, min(start + block, space.num_prefixes(t)))
-            value = soft_value(solution.reduced_q_rows(t, rows, prompt))
+            base, q = solution.reduced_rows(t, rows, prompt)
+            value = soft_value(q)
             v[t][prompt, rows] = value.to(v[t].dtype)
-    return value[0]
-
-
-def _likely_reward(solution: TreeSolution, prompt: int) -> Tensor:
-    """R of the response that takes the likeliest action everywhere: of weight Z / A**T at least."""
-    space = solution.space
-    index = 0
-    for t in range(space.max_length):
-        rows = slice(index, index + 1)
-        action = int(solution.reduced_q_rows(t, rows, prompt)[0].argmax())
-        if action == space.eos_id or t == space.max_length - 1:
-            break
-        index = index * space.branching + int(space.rank(torch.tensor(action)))
-    return solution.reward_rows(t, rows, prompt)[0, action]
+            if paid is not None:
+                paid[t][prompt, rows] = base.to(paid[t].dtype)
+    return value[0] + base[0] / solution.ebm.beta
