@@ -21,12 +21,14 @@ from rl_ebm import bounds
 from rl_ebm.accumulate import WORST, Accumulator
 from rl_ebm.exact import Solution, lists
 from rl_ebm.policies.scoring import Policy, evaluating
-from rl_ebm.policies.walk import DEFAULT_MEMORY, walk
+from rl_ebm.policies.walk import DEFAULT_MEMORY, prompts_at_once, walk, walk_prompts
 from rl_ebm.report import Bounds, Depth, Prefix, Report
 from rl_ebm.report_sampled import AnyReport
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.verify_sampled import verify_sampled
 
+KEPT = 100
+"""prompts up to which a report keeps the figures of each unasked"""
 _MAXIMA = ("_linf", "_span", "_max")
 
 
@@ -38,6 +40,7 @@ def verify(
     samples: int | None = None,
     confidence: float = 0.95,
     generator: torch.Generator | None = None,
+    per_prompt: bool | None = None,
 ) -> AnyReport:
     """Compare any policy with the exact one: at every prefix, or along samples of both.
 
@@ -49,6 +52,8 @@ def verify(
             prefix where :func:`rl_ebm.exact.lists` says so, else for 1,000.
         confidence: of the intervals around what is sampled.
         generator: for the samples; None for the global one.
+        per_prompt: whether the report keeps the figures of each prompt; None for up to
+            :data:`KEPT` prompts.
 
     Returns:
         The report. With several prompts its figures are maxima for ``*_linf``, ``*_span`` and
@@ -58,24 +63,37 @@ def verify(
         ValueError: a policy for other prompts, or one whose logits are NaN or +inf.
     """
     if samples is None and lists(solution):
-        return verify_listed(policy, solution, memory)
+        return verify_listed(policy, solution, memory, per_prompt)
     samples = 1000 if samples is None else samples
-    return verify_sampled(policy, solution, samples, confidence, generator, memory)
+    report = verify_sampled(policy, solution, samples, confidence, generator, memory)
+    keep = len(report.per_prompt) <= KEPT if per_prompt is None else per_prompt
+    return report if keep else replace(report, per_prompt=[])
 
 
 @torch.no_grad()
-def verify_listed(policy: Policy, solution: Solution, memory: int = DEFAULT_MEMORY) -> Report:
+def verify_listed(
+    policy: Policy,
+    solution: Solution,
+    memory: int = DEFAULT_MEMORY,
+    per_prompt: bool | None = None,
+) -> Report:
     """Compare any policy with the exact one, prefix by prefix; see :func:`verify`."""
     solution.ebm.check_policy(policy)
     values = bool(getattr(policy, "logits_are_values", False))
+    count = solution.ebm.num_prompts
+    keep = count <= KEPT if per_prompt is None else per_prompt
+    prompts = torch.arange(count)
     reports = []
     with evaluating(policy):
-        for prompt in range(solution.ebm.num_prompts):
-            figures = Accumulator(solution, prompt, values)
-            for block in walk(policy, solution.space, prompt, memory):
+        for part in prompts.split(prompts_at_once(policy, solution.space, memory)):
+            figures = Accumulator(solution, part, values, worst_of_each=keep)
+            for block in walk_prompts(policy, solution.space, part, memory):
                 figures.add(block)
-            reports.append(figures.report())
-    return reports[0] if len(reports) == 1 else combine(reports)
+            reports += figures.reports()
+    if count == 1:
+        return reports[0]
+    whole = combine(reports)
+    return whole if keep else replace(whole, per_prompt=[])
 
 
 class State(NamedTuple):
@@ -136,6 +154,8 @@ def combine(reports: Sequence[Report]) -> Report:
             figures[f.name] = sorted(chain.from_iterable(column), key=_error, reverse=True)[:WORST]
         elif f.name == "per_prompt":
             figures[f.name] = list(reports)
+        elif f.name == "num_prompts":
+            figures[f.name] = len(reports)
         elif column[0] is None:
             figures[f.name] = None
         else:
