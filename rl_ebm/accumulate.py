@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import heapq
+import math
+from collections import defaultdict
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from rl_ebm import bounds, divergences
 from rl_ebm.exact import Solution
+from rl_ebm.exact.base import Rows
 from rl_ebm.policies.walk import Block
 from rl_ebm.report import Bounds, Depth, Prefix, Report
 from rl_ebm.soft_bellman import expectation, log_policy, soft_value
 
 WORST = 10
 """how many of the worst prefixes a report names"""
+_FIGURES = {
+    "kl_policy_target": "kl_policy",
+    "entropy_target": "entropy_target",
+    "entropy_policy": "entropy_policy",
+    "expected_reward_target": "reward_target",
+    "expected_reward_policy": "reward_policy",
+}
+_Entry = tuple[float, int, int, Prefix]
+"""a prefix with its error, and what puts the earlier prompt and state first among equals"""
 
 
 @dataclass
@@ -35,32 +48,38 @@ class _Edges:
     """of the edge in the mean residual"""
 
 
-@dataclass
-class _Depth:
-    states: int = 0
-    linf: float = 0.0
-    kl: float = 0.0
-
-
 class Accumulator:
-    """Figures of one prompt; blocks come depth first, as :func:`rl_ebm.policies.walk` has them.
+    """Figures of some prompts; blocks come depth first, as :func:`rl_ebm.policies.walk` has them.
+
+    With several prompts a block is a whole depth, the rows of one prompt after those of another.
 
     Args:
         solution: the exact solution.
-        prompt: which prompt.
+        prompts: which prompts, (P,).
         values: whether the policy's raw logits are to be q (adds the Bellman residual).
+        worst_of_each: whether the worst prefixes are looked for in each prompt, or in all of them.
     """
 
-    def __init__(self, solution: Solution, prompt: int, values: bool) -> None:
-        self.solution, self.prompt, self.values = solution, prompt, values
+    def __init__(
+        self,
+        solution: Solution,
+        prompts: Int64[Tensor, "P"],
+        values: bool,
+        worst_of_each: bool = True,
+    ) -> None:
+        self.solution, self.values = solution, values
         self.space = solution.space
+        self.prompts, self.worst_of_each = prompts.tolist(), worst_of_each
+        self.ids = prompts.to(solution.device)
         self.edges: dict[int, _Edges] = {}
-        self.depths = [_Depth() for _ in range(self.space.max_length)]
-        self.sums: dict[str, float] = {}
-        self.max_span = self.max_residual = 0.0
-        self.ratio_low, self.ratio_high = float("inf"), -float("inf")
-        self.forbidden_reached = False
-        self.worst: list[tuple[float, int, Prefix]] = []
+        zero = torch.zeros(len(prompts), dtype=torch.float64, device=solution.device)
+        self.sums: dict[str, Tensor] = {}
+        depths = range(self.space.max_length)
+        self.kl, self.linf, self.states = ([zero.clone() for _ in depths] for _ in range(3))
+        self.max_span, self.max_residual = zero.clone(), zero.clone()
+        self.ratio_low, self.ratio_high = zero + torch.inf, zero - torch.inf
+        self.forbidden_reached = zero > 0
+        self.worst_by: dict[int | None, list[_Entry]] = defaultdict(list)
 
     def add(self, block: Block) -> None:
         """Add the states of one block.
@@ -68,8 +87,8 @@ class Accumulator:
         Raises:
             ValueError: logits that are NaN or +inf, or all -inf where the policy gets.
         """
-        rows = slice(block.start, block.stop)
-        q_star = self.solution.q_rows(block.depth, rows, self.prompt)
+        rows, prompt = self._rows(block)
+        q_star = self.solution.reduced_q_rows(block.depth, rows, prompt)
         q = block.logits.to(q_star.device)
         if bool((torch.isnan(q) | torch.isposinf(q)).any()):
             raise ValueError(
@@ -86,7 +105,7 @@ class Accumulator:
         allowed = torch.isfinite(q_star) & ~torch.isneginf(log_s_star)[:, None]
 
         kl_star = divergences.kl(log_pi_star, log_pi)
-        self.depths[block.depth].kl += float(expectation(log_s_star, kl_star).sum())
+        self.kl[block.depth] += self._each(expectation(log_s_star, kl_star)).sum(1)
         self._plus("kl_policy", expectation(log_s, divergences.kl(log_pi, log_pi_star)))
         self._add_errors(block, q, q_star, allowed, log_s_star, log_s, kl_star)
 
@@ -94,7 +113,7 @@ class Accumulator:
         self._add_responses(block, log_star, log_path)
         weight = log_s_star.exp()[:, None] / allowed.sum(-1, keepdim=True).clamp(min=1)
         weight = weight.expand_as(q)
-        rest = _minus(q, self.solution.r_rows(block.depth, rows, self.prompt))
+        rest = _minus(q, self.solution.r_rows(block.depth, rows, prompt))
         self._add_residuals(block, q, rest, allowed, weight)
         if block.depth < self.space.max_length - 1:
             children = [
@@ -103,55 +122,78 @@ class Accumulator:
             first = block.start * self.space.branching
             self.edges[block.depth] = _Edges(first, *children)
 
-    def report(self) -> Report:
-        """The figures of all blocks that were added: a whole tree of them."""
-        s = self.sums
+    def reports(self) -> list[Report]:
+        """The figures of every prompt, of all blocks that were added: a whole tree of them."""
         impossible = self.forbidden_reached
-        span = torch.tensor(torch.inf if impossible else self.max_span, dtype=torch.float64)
-        return Report(
-            mode=self.solution.mode,
-            num_sequences=self.space.num_sequences,
-            log_z=float(self.solution.log_z[self.prompt]),
-            # Sums of many terms that are >= 0 up to rounding.
-            kl_target_policy=sum(max(d.kl, 0.0) for d in self.depths),
-            kl_policy_target=max(s["kl_policy"], 0.0),
-            tv=s["tv"],
-            js=max(s["js"], 0.0),
-            entropy_target=s["entropy_target"],
-            entropy_policy=s["entropy_policy"],
-            expected_reward_target=s["reward_target"],
-            expected_reward_policy=s["reward_policy"],
-            mass_impossible=s["impossible"],
-            logits_linf=max(d.linf for d in self.depths),
-            logits_span=self.max_span,
-            log_ratio_span=self.ratio_high - self.ratio_low,
-            bellman_residual_max=self.max_residual if self.values else None,
-            bellman_residual_mean=s["residual"] / s["weight"] if self.values else None,
-            bounds=Bounds(
-                prop3=float(bounds.prop3_bound(span, self.space.max_length)),
-                span=float(bounds.span_bound(span, self.space)),
-                occupancy=torch.inf if impossible else s["occupancy"],
-            ),
-            per_depth=[
-                Depth(depth=t, states=d.states, linf=d.linf, mean_kl=max(d.kl, 0.0))
-                for t, d in enumerate(self.depths)
-            ],
-            worst_prefixes=[prefix for _, _, prefix in sorted(self.worst, reverse=True)],
+        span = self.max_span.masked_fill(impossible, torch.inf)
+        found: dict[str, Tensor] = {
+            **{name: self.sums[key] for name, key in _FIGURES.items()},
+            "log_z": self.solution.log_z[self.ids],
+            "kl_target_policy": torch.stack(self.kl).sum(0),
+            # Sums over all responses pass their bounds by rounding.
+            "tv": self.sums["tv"].clamp(max=1.0),
+            "js": self.sums["js"].clamp(0.0, math.log(2)),
+            "mass_impossible": self.sums["impossible"].clamp(max=1.0),
+            "logits_linf": torch.stack(self.linf).amax(0),
+            "logits_span": self.max_span,
+            "log_ratio_span": self.ratio_high - self.ratio_low,
+        }
+        if self.values:
+            found["bellman_residual_max"] = self.max_residual
+            found["bellman_residual_mean"] = self.sums["residual"] / self.sums["weight"]
+        limits = (
+            bounds.prop3_bound(span, self.space.max_length),
+            bounds.span_bound(span, self.space),
+            self.sums["occupancy"].masked_fill(impossible, torch.inf),
         )
+        columns = {name: x.tolist() for name, x in found.items()}
+        of_bounds = list(zip(*(x.tolist() for x in limits), strict=True))
+        states, linf, kl = (torch.stack(x, 1).tolist() for x in (self.states, self.linf, self.kl))
+        worst: dict[int, list[Prefix]] = {prompt: [] for prompt in self.prompts}
+        for *_, prefix in sorted(chain.from_iterable(self.worst_by.values()), reverse=True):
+            worst[prefix.prompt_id].append(prefix)
+        none = {"bellman_residual_max": None, "bellman_residual_mean": None}
+        return [
+            Report(
+                **(none | {name: column[i] for name, column in columns.items()}),
+                mode=self.solution.mode,
+                num_sequences=self.space.num_sequences,
+                bounds=Bounds(*of_bounds[i]),
+                per_depth=[
+                    Depth(t, int(n), x, k)
+                    for t, (n, x, k) in enumerate(zip(states[i], linf[i], kl[i], strict=True))
+                ],
+                worst_prefixes=worst[prompt],
+            )
+            for i, prompt in enumerate(self.prompts)
+        ]
 
     # Parts of a block ---------------------------------------------------------------------------
+
+    def _rows(self, block: Block) -> tuple[Rows, int | Tensor]:
+        """Where the rows of a block stand: prefixes of one depth, and the prompt of each."""
+        if len(self.prompts) == 1:
+            return slice(block.start, block.stop), self.prompts[0]
+        rows = torch.arange(block.start, block.stop, device=self.ids.device)
+        return rows.repeat(len(self.ids)), self.ids.repeat_interleave(len(rows))
+
+    def _each(self, x: Tensor) -> Tensor:
+        """What belongs to each prompt, (P, ...)."""
+        return x.reshape(len(self.prompts), -1)
 
     def _arrivals(
         self, block: Block, like: Tensor
     ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
         """log-probability of each state under target and policy: what its parent handed on."""
         if block.depth == 0:
-            return like.new_zeros(1), like.new_zeros(1)
+            return like.new_zeros(len(like)), like.new_zeros(len(like))
         places = self._places(block)
         edges = self.edges[block.depth - 1]
         return edges.log_star[places], edges.log_pi[places]
 
     def _places(self, block: Block) -> slice:
+        if len(self.prompts) > 1:
+            return slice(None)
         first = self.edges[block.depth - 1].first
         return slice(block.start - first, block.stop - first)
 
@@ -169,29 +211,50 @@ class Accumulator:
         q_star = q_star.masked_fill(~allowed, -torch.inf)
         spans = bounds.logit_span(q, q_star)
         self._plus("occupancy", expectation(log_s, bounds.span_kl(spans)))
-        self.max_span = max(self.max_span, float(spans.max()))
+        self.max_span = torch.maximum(self.max_span, self._each(spans).amax(1))
         delta = bounds.centre(q - q_star.masked_fill(~allowed, 0.0), q_star)
-        linf = delta.abs().amax(-1)
-        depth = self.depths[block.depth]
-        depth.states += int(allowed.any(-1).sum())
-        depth.linf = max(depth.linf, float(linf.max()))
+        linf = self._each(delta.abs().amax(-1))
+        t = block.depth
+        self.states[t] += self._each(allowed.any(-1)).sum(1)
+        self.linf[t] = torch.maximum(self.linf[t], linf.amax(1))
         # Ties go to the state that comes first, however the tree was cut into blocks.
-        places = linf.sort(descending=True, stable=True).indices[:WORST]
-        for error, place in zip(linf[places].tolist(), places.tolist(), strict=True):
-            index = block.start + place
-            order = -self.space.state_offset(block.depth) - index
-            if error == 0 or (len(self.worst) == WORST and (error, order) <= self.worst[0][:2]):
-                continue
-            prefix = Prefix(
-                prefix=self.space.prefixes(block.depth, index, index + 1)[0].tolist(),
-                prompt_id=self.prompt,
-                probability_target=float(log_s_star[place].exp()),
-                probability_policy=float(log_s[place].exp()),
-                delta=delta[place].tolist(),
-                kl=max(float(kl_star[place]), 0.0),
-            )
-            entry = (error, order, prefix)
-            (heapq.heappush if len(self.worst) < WORST else heapq.heappushpop)(self.worst, entry)
+        if not self.worst_of_each:
+            linf = linf.reshape(1, -1)
+        width = block.stop - block.start
+        order = linf.sort(dim=1, descending=True, stable=True).indices[:, :WORST]
+        row = (order + torch.arange(len(order), device=order.device)[:, None] * linf.shape[1]).T
+        places = row.flatten()
+        errors = linf.flatten()[places].tolist()
+        for place, error in zip(places.tolist(), errors, strict=True):
+            self._see(block, place, width, error, log_s_star, log_s, delta, kl_star)
+
+    def _see(
+        self,
+        block: Block,
+        place: int,
+        width: int,
+        error: float,
+        log_s_star: Tensor,
+        log_s: Tensor,
+        delta: Tensor,
+        kl_star: Tensor,
+    ) -> None:
+        """One of the worst prefixes, where it is among those of its prompt (or of all)."""
+        prompt = self.prompts[place // width]
+        index = block.start + place % width
+        key = (error, -prompt, -self.space.state_offset(block.depth) - index)
+        heap = self.worst_by[prompt if self.worst_of_each else None]
+        if error == 0 or (len(heap) == WORST and key <= heap[0][:3]):
+            return
+        prefix = Prefix(
+            prefix=self.space.prefixes(block.depth, index, index + 1)[0].tolist(),
+            prompt_id=prompt,
+            probability_target=float(log_s_star[place].exp()),
+            probability_policy=float(log_s[place].exp()),
+            delta=delta[place].tolist(),
+            kl=float(kl_star[place]),
+        )
+        (heapq.heappush if len(heap) < WORST else heapq.heappushpop)(heap, (*key, prefix))
 
     def _add_responses(self, block: Block, log_star: Tensor, log_pi: Tensor) -> None:
         """Responses that end in this block, with their exact log-probabilities under both."""
@@ -199,8 +262,7 @@ class Accumulator:
         if eos is None and block.depth < last:
             return
         columns = slice(None) if eos is None else slice(eos, eos + 1)
-        rows = slice(block.start, block.stop)
-        reward = self.solution.reward_rows(block.depth, rows, self.prompt)[:, columns]
+        reward = self.solution.reward_rows(block.depth, *self._rows(block))[:, columns]
         log_star, log_pi = log_star[:, columns], log_pi[:, columns]
         self._plus("tv", divergences.tv(log_star, log_pi))
         self._plus("js", divergences.js(log_star, log_pi))
@@ -209,16 +271,16 @@ class Accumulator:
         self._plus("reward_target", expectation(log_star, reward))
         self._plus("reward_policy", expectation(log_pi, reward))
         impossible = torch.isneginf(log_star)
-        self._plus("impossible", log_pi[impossible].exp())
+        self._plus("impossible", log_pi.exp().masked_fill(~impossible, 0.0))
         # Not by the mass: that may be too small for a float.
-        reached = bool((~torch.isneginf(log_pi[impossible])).any())
+        reached = self._each(impossible & ~torch.isneginf(log_pi)).any(1)
         self.forbidden_reached |= reached
-        ratio = (log_pi - log_star)[~impossible]
-        if len(ratio):
-            self.ratio_low = min(self.ratio_low, float(ratio.min()))
-            self.ratio_high = max(self.ratio_high, float(ratio.max()))
-        if reached:
-            self.ratio_high = torch.inf
+        # A response that neither has is left out; one that p* forbids counts as infinite.
+        ratio = (log_pi - log_star).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+        low = self._each(ratio.masked_fill(impossible, torch.inf)).amin(1)
+        high = self._each(ratio.masked_fill(impossible, -torch.inf)).amax(1)
+        self.ratio_low = torch.minimum(self.ratio_low, low)
+        self.ratio_high = torch.maximum(self.ratio_high, high).masked_fill(reached, torch.inf)
 
     def _add_residuals(
         self, block: Block, q: Tensor, rest: Tensor, allowed: Tensor, weight: Tensor
@@ -237,15 +299,16 @@ class Accumulator:
             self._plus_residual(rest[:, eos], allowed[:, eos], weight[:, eos])
 
     def _plus_residual(self, residual: Tensor, allowed: Tensor, weight: Tensor) -> None:
-        size, weight = residual[allowed].abs(), weight[allowed]
-        if len(size):
-            self.max_residual = max(self.max_residual, float(size.max()))
+        size = residual.abs().masked_fill(~allowed, 0.0)
+        weight = weight.masked_fill(~allowed, 0.0)
+        self.max_residual = torch.maximum(self.max_residual, self._each(size).amax(1))
         infinite = torch.isinf(size)
         self._plus("residual", torch.where(infinite, size, weight * size.masked_fill(infinite, 0)))
         self._plus("weight", weight)
 
     def _plus(self, name: str, terms: Tensor) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + float(terms.sum())
+        total = self._each(terms).sum(1)
+        self.sums[name] = self.sums[name] + total if name in self.sums else total
 
 
 def _minus(x: Tensor, y: Tensor) -> Tensor:

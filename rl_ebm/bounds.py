@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rl_ebm.soft_bellman import Tables, expectation, forward_log_marginals
+from rl_ebm.soft_bellman import Tables, expectation, forward_log_marginals, rounded_up
 from rl_ebm.tokens import TokenSpace
 
 _SERIES_BELOW = 0.25
@@ -80,7 +80,7 @@ def split_kl(log_p: Float[Tensor, "... A"], log_q: Float[Tensor, "... A"]) -> Fl
     for span, (p, q) in zip(spans, masses, strict=True):
         inner = torch.where(p > 0, p * span_kl(span), 0.0)
         total = total + torch.special.xlogy(p, p / q).masked_fill(p == 0, 0.0) + inner
-    best = total.amin(-1).clamp(min=0.0) - inside
+    best = rounded_up(total.amin(-1).clamp(min=0.0) - inside, log_p.shape[-1])
     return best.masked_fill(dead, 0.0)
 
 

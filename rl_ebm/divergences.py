@@ -24,6 +24,7 @@ from rl_ebm.soft_bellman import (
     Tables,
     expectation,
     forward_log_marginals,
+    rounded_up,
     sequence_log_probs,
 )
 from rl_ebm.tokens import TokenSpace
@@ -33,13 +34,16 @@ from rl_ebm.tokens import TokenSpace
 
 def entropy(log_p: Float[Tensor, "... N"]) -> Float[Tensor, "..."]:
     """Shannon entropy H(p) = -sum p log p, over the last dimension."""
-    return -expectation(log_p, log_p).sum(-1)
+    return 0.0 - expectation(log_p, log_p).sum(-1)  # not -0 where p is certain
 
 
 def kl(log_p: Float[Tensor, "... N"], log_q: Float[Tensor, "... N"]) -> Float[Tensor, "..."]:
-    """KL(p, q) = sum p (log p - log q), over the last dimension."""
+    """KL(p, q) = sum p (log p - log q), over the last dimension.
+
+    Of normalised rows it is never negative, by rounding neither.
+    """
     # Where p = 0 the ratio may be nan: expectation does not read it there, nor its gradient.
-    return expectation(log_p, log_p - log_q).sum(-1)
+    return rounded_up(expectation(log_p, log_p - log_q).sum(-1), log_p.shape[-1])
 
 
 def tv(log_p: Float[Tensor, "... N"], log_q: Float[Tensor, "... N"]) -> Float[Tensor, "..."]:
@@ -53,7 +57,7 @@ def js(log_p: Float[Tensor, "... N"], log_q: Float[Tensor, "... N"]) -> Float[Te
     neither = torch.isneginf(log_p) & torch.isneginf(log_q)
     log_m = torch.logaddexp(log_p.masked_fill(neither, 0.0), log_q.masked_fill(neither, 0.0))
     log_m = log_m - math.log(2)
-    return 0.5 * (kl(log_p, log_m) + kl(log_q, log_m))
+    return rounded_up(0.5 * (kl(log_p, log_m) + kl(log_q, log_m)), log_p.shape[-1])
 
 
 # Per-depth tables ----------------------------------------------------------------------------

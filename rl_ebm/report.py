@@ -76,6 +76,7 @@ class Report:
     per_depth: list[Depth]
     worst_prefixes: list[Prefix]
     per_prompt: list[Report] = field(default_factory=list)
+    num_prompts: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: infinite numbers are the strings "Infinity" and "-Infinity"."""
@@ -87,14 +88,14 @@ class Report:
         out: dict[str, float] = {}
         for f in fields(self):
             value = getattr(self, f.name)
-            if isinstance(value, (int, float)):
+            if f.name != "num_prompts" and isinstance(value, (int, float)):
                 out[f.name] = float(value)
         return out | {f"bounds/{f.name}": getattr(self.bounds, f.name) for f in fields(Bounds)}
 
     def __str__(self) -> str:
         lines = [
             f"{self.mode}: {self.num_sequences:,} sequences"
-            + (f", {len(self.per_prompt)} prompts (means)" if self.per_prompt else ""),
+            + (f", {self.num_prompts} prompts (means)" if self.num_prompts > 1 else ""),
             f"  log Z                      {self.log_z:14.6f}",
             "",
             f"  KL(target, policy)         {_number(self.kl_target_policy)} nats",
@@ -130,7 +131,7 @@ class Report:
         ]
         for w in self.worst_prefixes[:5]:
             name = " ".join(map(str, w.prefix)) or "(empty)"
-            if self.per_prompt:
+            if self.num_prompts > 1:
                 name = f"prompt {w.prompt_id}: {name}"
             error = max((abs(x) for x in w.delta), default=0.0)
             lines.append(
@@ -141,6 +142,7 @@ class Report:
 
 
 def _number(x: float) -> str:
+    x += 0.0  # -0 is 0
     return f"{x:12.6f}" if x == 0 or 1e-4 <= abs(x) < 1e5 else f"{x:12.3e}"
 
 
@@ -148,11 +150,14 @@ def plain(x: Any) -> Any:
     """A report, or a part of it, as JSON has it."""
     if isinstance(x, float):
         assert not math.isnan(x), "a report never holds nan"
-        return x if math.isfinite(x) else ("Infinity" if x > 0 else "-Infinity")
+        return x + 0.0 if math.isfinite(x) else ("Infinity" if x > 0 else "-Infinity")
     if isinstance(x, (list, tuple)):
         return [plain(item) for item in x]
     if hasattr(x, "__dataclass_fields__"):
-        # Without prompts there is no per_prompt.
-        kept = [f.name for f in fields(x) if f.name != "per_prompt" or x.per_prompt]
+        # Without prompts there is no per_prompt; their number is told where they are not there.
+        some = bool(getattr(x, "per_prompt", False))
+        told = not some and getattr(x, "num_prompts", 1) > 1
+        optional = {"per_prompt": some, "num_prompts": told}
+        kept = [f.name for f in fields(x) if optional.get(f.name, True)]
         return {name: plain(getattr(x, name)) for name in kept}
     return x

@@ -18,6 +18,7 @@ mode the last entry is ``-inf`` off EOS. Leading dimensions (prompts) pass throu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -185,6 +186,18 @@ def expectation(log_p: Float[Tensor, "..."], x: Float[Tensor, "..."]) -> Float[T
     # exp underflows to 0 where the probability is not: infinite x stay infinite there.
     infinite = torch.isinf(x)
     return torch.where(infinite, x, log_p.exp() * x.masked_fill(infinite, 0.0))
+
+
+def rounded_up(x: Float[Tensor, "..."], terms: int) -> Float[Tensor, "..."]:
+    """x, and 0 where it is below 0 by no more than what rounding makes of ``terms`` terms.
+
+    For sums that are nonnegative in exact arithmetic, such as a KL. A number that is further
+    below is an error (or the figure of a part) and stays as it is. The gradient is that of x.
+    """
+    slack = 64 * torch.finfo(x.dtype).eps * (1 + math.log(max(terms, 1)))
+    with torch.no_grad():
+        lift = -x.masked_fill((x > 0) | (x < -slack), 0.0)
+    return x + lift
 
 
 def check_tables(space: TokenSpace, **named: Tables) -> None:

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rl_ebm.soft_bellman import rounded_up
+
 
 @dataclass(frozen=True)
 class StateErrors:
@@ -79,11 +81,11 @@ def state_errors(
     absent = torch.isneginf(work)
     if bool(absent.any()):
         work.masked_fill_(absent, 0.0)
-    entropy = -work.mul_(p).sum(-1)
+    entropy = 0.0 - work.mul_(p).sum(-1)  # not -0 where one action is certain
     # Sum of p (log pi - log p*); a row without a law has p = 0.
     delta.sub_((v - v_star).nan_to_num(neginf=0.0, posinf=0.0)[:, None])
     ratio = delta.mul_(p).sum(-1)
-    kl = (-ratio if of_target else ratio).clamp(min=0.0)
+    kl = rounded_up(-ratio if of_target else ratio, q.shape[-1])
     beyond = lost if of_target else (forbidden & ~absent).any(-1)
     return StateErrors(
         kl.masked_fill(beyond, torch.inf),

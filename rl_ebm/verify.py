@@ -24,12 +24,14 @@ from rl_ebm.ebm import EBM
 from rl_ebm.exact import Solution, lists
 from rl_ebm.policies.checks import check_kind
 from rl_ebm.policies.scoring import Policy, evaluating
-from rl_ebm.policies.walk import DEFAULT_MEMORY, walk
+from rl_ebm.policies.walk import DEFAULT_MEMORY, prompts_at_once, walk, walk_prompts
 from rl_ebm.report import Bounds, Depth, Prefix, Report
 from rl_ebm.report_sampled import AnyReport
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.verify_sampled import verify_sampled
 
+KEPT = 100
+"""prompts up to which a report keeps the figures of each unasked"""
 _MAXIMA = ("_linf", "_span", "_max")
 
 
@@ -41,6 +43,7 @@ def verify(
     samples: int | None = None,
     confidence: float = 0.95,
     generator: torch.Generator | None = None,
+    per_prompt: bool | None = None,
 ) -> AnyReport:
     """Compare any policy with the exact one: at every prefix, or along samples of both.
 
@@ -52,6 +55,8 @@ def verify(
             prefix where :func:`rl_ebm.exact.lists` says so, else for 1,000.
         confidence: of the intervals around what is sampled.
         generator: for the samples; None for the global one.
+        per_prompt: whether the report keeps the figures of each prompt; None for up to
+            :data:`KEPT` prompts.
 
     Returns:
         The report. With several prompts its figures are maxima for ``*_linf``, ``*_span`` and
@@ -67,9 +72,11 @@ def verify(
     check_solution(solution)
     memory = whole("memory", memory, 1)
     if samples is None and lists(solution):
-        return verify_listed(policy, solution, memory)
+        return verify_listed(policy, solution, memory, per_prompt)
     samples = 1000 if samples is None else whole("samples", samples)
-    return verify_sampled(policy, solution, samples, confidence, generator, memory)
+    report = verify_sampled(policy, solution, samples, confidence, generator, memory)
+    keep = len(report.per_prompt) <= KEPT if per_prompt is None else per_prompt
+    return report if keep else replace(report, per_prompt=[])
 
 
 def check_solution(solution: object) -> None:
@@ -87,20 +94,31 @@ def check_solution(solution: object) -> None:
 
 
 @torch.no_grad()
-def verify_listed(policy: Policy, solution: Solution, memory: int = DEFAULT_MEMORY) -> Report:
+def verify_listed(
+    policy: Policy,
+    solution: Solution,
+    memory: int = DEFAULT_MEMORY,
+    per_prompt: bool | None = None,
+) -> Report:
     """Compare any policy with the exact one, prefix by prefix; see :func:`verify`."""
     check_kind(policy)
     check_solution(solution)
     values = bool(getattr(policy, "logits_are_values", False))
+    count = solution.ebm.num_prompts
+    keep = count <= KEPT if per_prompt is None else per_prompt
+    prompts = torch.arange(count)
     reports = []
     with evaluating(policy):
         solution.ebm.check_policy(policy)
-        for prompt in range(solution.ebm.num_prompts):
-            figures = Accumulator(solution, prompt, values)
-            for block in walk(policy, solution.space, prompt, memory):
+        for part in prompts.split(prompts_at_once(policy, solution.space, memory)):
+            figures = Accumulator(solution, part, values, worst_of_each=keep)
+            for block in walk_prompts(policy, solution.space, part, memory):
                 figures.add(block)
-            reports.append(figures.report())
-    return reports[0] if len(reports) == 1 else combine(reports)
+            reports += figures.reports()
+    if count == 1:
+        return reports[0]
+    combined = combine(reports)
+    return combined if keep else replace(combined, per_prompt=[])
 
 
 class State(NamedTuple):
@@ -128,11 +146,11 @@ def logit_errors(policy: Policy, solution: Solution, prompt: int = 0) -> list[St
     marginals = []
     for t in range(space.max_length):
         marginals.append(log_s_star)
-        q_star = solution.q_rows(t, slice(0, space.num_prefixes(t)), prompt)
+        q_star = solution.reduced_q_rows(t, slice(0, space.num_prefixes(t)), prompt)
         log_s_star = space.gather_children(log_s_star[:, None] + log_policy(q_star))
     with evaluating(policy):
         for t, start, stop, logits in walk(policy, space, prompt):
-            q_star = solution.q_rows(t, slice(start, stop), prompt)
+            q_star = solution.reduced_q_rows(t, slice(start, stop), prompt)
             log_s = marginals[t][start:stop, None]
             q_star = q_star.masked_fill(torch.isneginf(log_s), -torch.inf)
             allowed = torch.isfinite(q_star)
@@ -161,6 +179,8 @@ def combine(reports: Sequence[Report]) -> Report:
             figures[f.name] = sorted(chain.from_iterable(column), key=_error, reverse=True)[:WORST]
         elif f.name == "per_prompt":
             figures[f.name] = list(reports)
+        elif f.name == "num_prompts":
+            figures[f.name] = len(reports)
         elif column[0] is None:
             figures[f.name] = None
         else:

@@ -30,7 +30,7 @@ class Prefixes:
     Attributes:
         whole: of reference and reward together; its log-weights begin with those of the prefix.
         reference: of the reference alone; None for the counting measure.
-        reward: of R / beta alone.
+        reward: of R alone, in reward units.
     """
 
     whole: Reading
@@ -62,6 +62,8 @@ class AutomatonSolution:
     def __init__(self, ebm: EBM, reference: Machine | None, reward: Machine) -> None:
         self.ebm, self.space, self.prompts = ebm, ebm.space, ebm.prompts
         self.reference, self.reward = reference, reward
+        # R itself, in its own units: sums of them are often exact, those of R / beta are not.
+        self.payment: Machine = getattr(ebm.reward_model, "machine")  # noqa: B009
         self.values: Values = find_values(reference, reward, ebm.space)
         self.log_z = self.values.log_z.expand(ebm.num_prompts)
 
@@ -85,7 +87,7 @@ class AutomatonSolution:
         """Nothing read yet."""
         reference = None if self.reference is None else self.reference.begin(prompt_ids)
         whole = self.values.machine.begin(prompt_ids)
-        return Prefixes(whole, reference, self.reward.begin(prompt_ids))
+        return Prefixes(whole, reference, self.payment.begin(prompt_ids))
 
     def read(self, state: Prefixes, tokens: Int64[Tensor, "B"]) -> Prefixes:
         """One more token of each row."""
@@ -93,7 +95,7 @@ class AutomatonSolution:
         if self.reference is not None and reference is not None:
             reference = self.reference.read(reference, tokens)
         whole = self.values.machine.read(state.whole, tokens)
-        return Prefixes(whole, reference, self.reward.read(state.reward, tokens))
+        return Prefixes(whole, reference, self.payment.read(state.reward, tokens))
 
     def q(self, state: Prefixes, t: int | Int64[Tensor, "B"]) -> Float[Tensor, "B A"]:
         """q* after some prefixes of t tokens, float64."""
@@ -160,7 +162,8 @@ class AutomatonSolution:
                 total = torch.logsumexp(state.log_alpha + values.end_last[:, state.k].T, 1)
             out = torch.where(lengths == t + 1, total, out)
             state = machine.read(state, tokens[:, t])
-        return out - self.log_z[prompt_ids]
+        # Both are rounded, and of large numbers the difference can come out above 0.
+        return (out - self.log_z[prompt_ids]).clamp(max=0.0)
 
     def sample(
         self,
@@ -185,10 +188,23 @@ class AutomatonSolution:
         """q* of some prefixes of one depth, float64; ``prompt`` one for all, or one each."""
         return self.q(self._prefixes(depth, rows, prompt), depth)
 
+    def reduced_q_rows(
+        self, depth: int, rows: Rows, prompt: int | Tensor = 0
+    ) -> Float[Tensor, "n A"]:
+        """q* itself: an automaton's R has no table that something could be taken off."""
+        return self.q_rows(depth, rows, prompt)
+
     def r_rows(self, depth: int, rows: Rows, prompt: int | Tensor = 0) -> Float[Tensor, "n A"]:
         """r of some prefixes: log p_ref, plus R / beta where an action ends the response."""
-        r = self.reward_rows(depth, rows, prompt) / self.ebm.beta
+        reward = self.reward_rows(depth, rows, prompt)
+        return reward / self.ebm.beta + self.log_ref_rows(depth, rows, prompt)
+
+    def log_ref_rows(
+        self, depth: int, rows: Rows, prompt: int | Tensor = 0
+    ) -> Float[Tensor, "n A"]:
+        """log p_ref of some prefixes; 0 everywhere for the counting measure."""
         state = self._prefixes(depth, rows, prompt)
+        log_ref = state.log_ref.expand(-1, self.space.vocab_size)
         if self.reference is not None and state.reference is not None:
             machine, here = self.reference, state.reference
             x = torch.logsumexp(here.log_alpha[..., None] + machine.log_emission, 1)
@@ -197,19 +213,17 @@ class AutomatonSolution:
             log_ref = log_ref.masked_fill(dead, -torch.inf)
             if self.space.eos_id is not None and depth == self.space.max_length - 1:
                 log_ref[:, self.space.eos_id] = 0.0
-            r = r + log_ref
-        return r.masked_fill(~self.space.action_mask(r.device)[depth], -torch.inf)
+        return log_ref.masked_fill(~self.space.action_mask(log_ref.device)[depth], -torch.inf)
 
     def reward_rows(self, depth: int, rows: Rows, prompt: int | Tensor = 0) -> Float[Tensor, "n A"]:
         """R of the response that ends with each action at some prefixes; 0 where none ends."""
         state = self._prefixes(depth, rows, prompt).reward
-        machine, eos = self.reward, self.space.eos_id
+        machine, eos = self.payment, self.space.eos_id
         if eos is None and depth < self.space.max_length - 1:
             return state.log_alpha.new_zeros(len(state.k), self.space.vocab_size)
         last = machine.log_emission + machine.log_end[:, None]
         x = torch.logsumexp(state.log_alpha[..., None] + last, 1)
-        x = x + machine.log_weight[state.k] + machine.final[machine.next[state.k].long()]
-        reward = x * self.ebm.beta
+        reward = x + machine.log_weight[state.k] + machine.final[machine.next[state.k].long()]
         if eos is None:
             return reward
         return torch.zeros_like(reward).index_copy(

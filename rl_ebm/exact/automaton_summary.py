@@ -10,8 +10,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rl_ebm.exact.automaton import AutomatonSolution
-from rl_ebm.exact.automaton_marginals import expected_weight, find_flow
+from rl_ebm.exact.automaton_marginals import (
+    Flow,
+    entropy,
+    expected_weight,
+    find_flow,
+    token_shares,
+)
 from rl_ebm.exact.figures import Response, Summary
+
+_SPARE = 16
+"""responses looked at beyond those asked for, where they are as likely but for rounding"""
 
 
 @torch.no_grad()
@@ -23,29 +32,22 @@ def summarise_automaton(solution: AutomatonSolution, top: int = 10, prompt: int 
     is listed.
     """
     space, log_z = solution.space, float(solution.log_z[prompt])
-    values, reward, reference = solution.values, solution.reward, solution.reference
+    values = solution.values
     flow = find_flow(values, space, prompt)
     gain = None
-    if reward.num_hidden == 1:
-        gain = expected_weight(values, flow, space, reward, values.of_reward)
-    log_ref: float | None = 0.0
-    if reference is not None:
-        log_ref = None
-        if reference.num_hidden == 1:
-            log_ref = expected_weight(
-                values, flow, space, reference, values.of_reference, last_eos_is_free=True
-            )
-    listed = [] if values.machine.num_hidden > 1 else most_probable(solution, top, prompt)
+    if solution.payment.num_hidden == 1:
+        gain = expected_weight(values, flow, space, solution.payment, values.of_reward)
+    sums = values.machine.num_hidden == 1  # whether log p* is a sum along the response
     return Summary(
         log_z=log_z,
-        entropy=None if gain is None or log_ref is None else log_z - gain - log_ref,
-        expected_reward=None if gain is None else gain * solution.ebm.beta,
+        entropy=entropy(values, flow) if sums else None,
+        expected_reward=gain,
         num_sequences=space.num_sequences,
-        top=listed,
+        top=most_probable(solution, flow, top, prompt) if sums else [],
     )
 
 
-def most_probable(solution: AutomatonSolution, top: int, prompt: int) -> list[Response]:
+def most_probable(solution: AutomatonSolution, flow: Flow, top: int, prompt: int) -> list[Response]:
     """The likeliest responses of a machine without a hidden part, by best-first search.
 
     A prefix is ordered by what its best response loses against the best of all, which is exact
@@ -57,35 +59,81 @@ def most_probable(solution: AutomatonSolution, top: int, prompt: int) -> list[Re
     best = _best_after(solution)
     ids = torch.full((1,), prompt, device=machine.device)
     start = int(machine.begin(ids).k)
-    log_z = float(solution.log_z[prompt])
+    # Losses are differences of sums of this size. What they round to one another is set in order
+    # afterwards, by the probabilities themselves.
+    slack = 1e-14 * space.max_length * abs(float(best[0][start]))
     # Ties are broken by the tokens, as in enumeration order.
-    queue: list[tuple[float, list[int], int, float, bool]] = []
+    queue: list[tuple[float, list[int], int, bool]] = []
     if float(best[0][start]) > -math.inf:
-        queue.append((0.0, [], start, 0.0, False))
-    found: list[Response] = []
-    known: dict[tuple[int, int], list[tuple[int, float, float, bool]]] = {}
-    while queue and len(found) < top:
-        lost, tokens, k, weight, ended = heapq.heappop(queue)
+        queue.append((0.0, [], start, False))
+    found: list[tuple[float, list[int]]] = []
+    known: dict[tuple[int, int], list[tuple[int, float, bool]]] = {}
+    while queue and len(found) < top + _SPARE:
+        lost, tokens, k, ended = heapq.heappop(queue)
+        if len(found) >= top and lost > found[top - 1][0] + slack:
+            break
         if ended:
-            batch = torch.tensor([tokens + [0] * (space.max_length - len(tokens))])
-            batch = batch.to(machine.device)
-            lengths = torch.tensor([len(tokens)], device=machine.device)
-            score = float(solution.ebm.reward(batch, lengths, ids)[0])
-            found.append(Response(tokens, math.exp(weight - log_z), score))
+            found.append((lost, tokens))
             continue
         place = (len(tokens), k)
         if place not in known:
             known[place] = _children(solution, best, *place, top)
-        for token, loss, gain, done in known[place]:
+        for token, loss, done in known[place]:
             state = int(machine.next[k, token])
-            heapq.heappush(queue, (lost + loss, [*tokens, token], state, weight + gain, done))
-    return found
+            heapq.heappush(queue, (lost + loss, [*tokens, token], state, done))
+    return _in_order(solution, flow, [tokens for _, tokens in found], prompt)[:top]
+
+
+def _in_order(
+    solution: AutomatonSolution, flow: Flow, found: list[list[int]], prompt: int
+) -> list[Response]:
+    """Responses with their probabilities and rewards, likeliest first; ties by their tokens."""
+    if not found:
+        return []
+    space, device = solution.space, solution.device
+    t_max = space.max_length
+    tokens = torch.tensor([y + [0] * (t_max - len(y)) for y in found], device=device)
+    lengths = torch.tensor([len(y) for y in found], device=device)
+    ids = torch.full_like(lengths, prompt)
+    scores = solution.ebm.reward(tokens, lengths, ids).double()
+    log_ref = solution.ebm.log_ref(tokens, lengths, ids).double().sum(1)
+    # Of large R / beta the difference, which is exact, has the digits. Sums of the same numbers
+    # in another order are ties as well.
+    order = (log_ref - log_ref[0] + (scores - scores[0]) / solution.ebm.beta).tolist()
+    probabilities = _probabilities(solution, flow, found)
+    responses = [
+        Response(y, p, r) for y, p, r in zip(found, probabilities, scores.tolist(), strict=True)
+    ]
+    ranked = sorted((-round(x, 11), y, r) for x, y, r in zip(order, found, responses, strict=True))
+    return [response for _, _, response in ranked]
+
+
+def _probabilities(solution: AutomatonSolution, flow: Flow, found: list[list[int]]) -> list[float]:
+    """By the chain rule: what each edge takes of its state, each token of its edge."""
+    machine, edges, eos = solution.values.machine, solution.values.edges, solution.space.eos_id
+    shares: dict[int, Tensor] = {}
+    start = int(flow.state[0, 0].argmax())
+    out = []
+    for tokens in found:
+        log_p, k = 0.0, start
+        for t, token in enumerate(tokens):
+            before = flow.state[t, 0, k]
+            if token == eos:
+                log_p += float(flow.end[t, 0, k] - before)
+                break
+            if k not in shares:
+                shares[k] = token_shares(solution.values, k)[0]
+            edge = flow.edge[t, 0, edges.of_token[k, token]]
+            log_p += float(edge - before + shares[k][token])
+            k = int(machine.next[k, token])
+        out.append(math.exp(log_p))
+    return out
 
 
 def _children(
     solution: AutomatonSolution, best: Tensor, t: int, k: int, top: int
-) -> list[tuple[int, float, float, bool]]:
-    """The best next tokens: token, what is lost, what it adds, and whether the response ends."""
+) -> list[tuple[int, float, bool]]:
+    """The best next tokens: token, what is lost, and whether the response ends."""
     space, values, machine = solution.space, solution.values, solution.values.machine
     last = t == space.max_length - 1
     row = machine.log_weight[k].clone()
@@ -97,11 +145,10 @@ def _children(
     total = row + rest
     order = total.sort(descending=True, stable=True).indices[:top].tolist()
     return [
-        (token, float(best[t][k] - total[token]), float(row[token] + (rest[token] if last else 0)),
-         last or token == space.eos_id)
+        (token, float(best[t][k] - total[token]), last or token == space.eos_id)
         for token in order
         if float(total[token]) > -math.inf
-    ]  # fmt: skip
+    ]
 
 
 def _best_after(solution: AutomatonSolution) -> Float[Tensor, "T1 K"]:

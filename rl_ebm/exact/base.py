@@ -47,6 +47,17 @@ class Solution(Policy, Protocol):
         """q* of some prefixes of one depth, (n, A) float64."""
         ...
 
+    def reduced_q_rows(self, depth: int, rows: Rows, prompt: int | Tensor = 0) -> Tensor:
+        """q* less a constant of each prefix: what its differences are taken from.
+
+        Probabilities depend on differences alone, and next to a large R / beta they lose digits.
+        """
+        ...
+
+    def log_ref_rows(self, depth: int, rows: Rows, prompt: int | Tensor = 0) -> Tensor:
+        """log p_ref of some prefixes; 0 everywhere for the counting measure."""
+        ...
+
     def r_rows(self, depth: int, rows: Rows, prompt: int | Tensor = 0) -> Tensor:
         """r of some prefixes: log p_ref, plus R / beta where an action ends the response."""
         ...

@@ -34,11 +34,11 @@ def problems(solution: Solution) -> list[Problem]:
         log_ref, g = [], []
         for t in range(space.max_length):
             rows = slice(0, space.num_prefixes(t))
-            reward = solution.reward_rows(t, rows, p) / ebm.beta
-            log_ref.append(solution.r_rows(t, rows, p) - reward)
-            g.append(reward)
+            log_ref.append(solution.log_ref_rows(t, rows, p))
+            g.append(solution.reward_rows(t, rows, p) / ebm.beta)
         q = [
-            solution.q_rows(t, slice(0, space.num_prefixes(t)), p) for t in range(space.max_length)
+            solution.reduced_q_rows(t, slice(0, space.num_prefixes(t)), p)
+            for t in range(space.max_length)
         ]
         log_target = sequence_log_probs([log_policy(x) for x in q], space)
         found.append(Problem(space, log_ref, g, log_target, ebm.beta))

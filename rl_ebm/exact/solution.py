@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from rl_ebm.ebm import EBM
+from rl_ebm.exact.backup import join, split
 from rl_ebm.exact.base import Rows
-from rl_ebm.policies.scoring import log_prob, resolve_prompt_ids, sample
-from rl_ebm.soft_bellman import backup
-from rl_ebm.tokens import Batch
+from rl_ebm.policies.scoring import resolve_prompt_ids, sample
+from rl_ebm.soft_bellman import backup, gather_tokens, log_policy
+from rl_ebm.tokens import Batch, length_mask
 
 
 @dataclass
@@ -28,10 +30,16 @@ class TreeSolution:
 
     What it keeps is the scores (the EBM's own table is not copied), V of every state, and
     log p_ref where that is more than a constant for each depth; q* is put together from them.
+    Where R / beta is large (:data:`rl_ebm.exact.backup.PLAIN`) V is kept in float64 and in two
+    parts, R / beta of a likely response below the state and the rest: of numbers near 1e9 only
+    7 digits are left after the point, of their differences all of them.
 
     Attributes:
         ebm: what was solved.
         log_z: log Z(x) of every prompt, (P,), float64, nats.
+        paid: by depth R of a likely response below each prefix, (P, branching**t), where
+            R / beta is large; else None.
+        reduced_v: by depth V of each prefix, less paid / beta.
         mode: ``"exact-tree"``.
     """
 
@@ -45,10 +53,22 @@ class TreeSolution:
         v: Sequence[Tensor],
         log_ref: Sequence[float] | Sequence[Tensor],
         log_z: Float[Tensor, "P"],
+        paid: list[Tensor] | None = None,
     ) -> None:
         self.ebm, self.space, self.prompts = ebm, ebm.space, ebm.prompts
-        self.scores, self.v, self.log_ref = scores, list(v), log_ref
-        self.log_z = log_z
+        self.scores, self.reduced_v, self.log_ref = scores, list(v), log_ref
+        self.log_z, self.paid = log_z, paid
+
+    @property
+    def v(self) -> list[Tensor]:
+        """V of all prefixes by depth, (P, branching**t), in the dtype of the scores."""
+        return [self._v(t).to(self.scores.dtype) for t in range(self.space.max_length)]
+
+    def _v(self, depth: int, prompt: Any = slice(None), rows: Rows = slice(None)) -> Tensor:
+        v = self.reduced_v[depth][prompt, rows].double()
+        if self.paid is None:
+            return v
+        return v + self.paid[depth][prompt, rows].double() / self.ebm.beta
 
     @property
     def device(self) -> torch.device:
@@ -78,18 +98,44 @@ class TreeSolution:
         if depth == self.space.max_length - 1:
             return r
         width = self.space.branching
-        v_next = self.v[depth + 1][_each(prompt, width), _below(rows, width)]
-        return backup(r, v_next.double(), self.space)
+        v_next = self._v(depth + 1, _each(prompt, width), _below(rows, width))
+        return backup(r, v_next, self.space)
+
+    def reduced_q_rows(
+        self, depth: int, rows: Rows, prompt: int | Tensor = 0
+    ) -> Float[Tensor, "n A"]:
+        """q* less a constant of each prefix: the same differences, with all of their digits."""
+        return self.reduced_rows(depth, rows, prompt)[1]
+
+    def reduced_rows(
+        self, depth: int, rows: Rows, prompt: int | Tensor = 0
+    ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n A"]]:
+        """What is taken off, in reward units, and what is left."""
+        if self.paid is None:
+            q = self.q_rows(depth, rows, prompt)
+            return q.new_zeros(len(q)), q
+        paid, w = split(self.reward_rows(depth, rows, prompt))
+        w = w + self.log_ref_rows(depth, rows, prompt)
+        if depth < self.space.max_length - 1:
+            # An action pays R where it ends the response, else what follows does.
+            width = self.space.branching
+            below = _each(prompt, width), _below(rows, width)
+            paid_next, v_next = self.paid[depth + 1][below], self.reduced_v[depth + 1][below]
+            paid = paid + self.space.spread(paid_next.double(), fill=0.0)
+            w = w + self.space.spread(v_next, fill=0.0)
+        return join(paid, w, self.ebm.beta)
 
     def r_rows(self, depth: int, rows: Rows, prompt: int | Tensor = 0) -> Float[Tensor, "n A"]:
         """r of some prefixes: log p_ref, plus R / beta where an action ends the response."""
-        log_ref = self.log_ref[depth]
-        if isinstance(log_ref, Tensor):
-            log_ref = log_ref[prompt, rows].double()
-        r = self.reward_rows(depth, rows, prompt) / self.ebm.beta + log_ref
-        if self.space.eos_id is not None and depth == self.space.max_length - 1:
-            r = r.masked_fill(~self.space.action_mask(r.device)[-1], -torch.inf)
-        return r
+        reward = self.reward_rows(depth, rows, prompt)
+        return self._end(depth, reward / self.ebm.beta + self._log_ref(depth, rows, prompt))
+
+    def log_ref_rows(
+        self, depth: int, rows: Rows, prompt: int | Tensor = 0
+    ) -> Float[Tensor, "n A"]:
+        """log p_ref of some prefixes; 0 everywhere for the counting measure."""
+        zero = torch.zeros_like(self.reward_rows(depth, rows, prompt))
+        return self._end(depth, zero + self._log_ref(depth, rows, prompt))
 
     def reward_rows(self, depth: int, rows: Rows, prompt: int | Tensor = 0) -> Float[Tensor, "n A"]:
         """R of the response that ends with each action at some prefixes; 0 where none ends."""
@@ -107,6 +153,16 @@ class TreeSolution:
                 rows = rows + first
             reward[:, space.eos_id] = self.scores[prompt, rows].double()
         return reward
+
+    def _log_ref(self, depth: int, rows: Rows, prompt: int | Tensor) -> float | Tensor:
+        log_ref = self.log_ref[depth]
+        return log_ref[prompt, rows].double() if isinstance(log_ref, Tensor) else log_ref
+
+    def _end(self, depth: int, r: Tensor) -> Tensor:
+        """At the last depth of EOS mode only EOS is allowed."""
+        if self.space.eos_id is None or depth < self.space.max_length - 1:
+            return r
+        return r.masked_fill(~self.space.action_mask(r.device)[-1], -torch.inf)
 
     def tables(self) -> list[Tensor]:
         """q* of all prefixes, by depth: (P, branching**t, A) float64."""
@@ -126,23 +182,40 @@ class TreeSolution:
         self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"] | None = None
     ) -> Float[Tensor, "B T A"]:
         """Exact q* before every token, float64; ``-inf`` where forbidden."""
-        prompt_ids = resolve_prompt_ids(
-            len(tokens), prompt_ids, self.ebm.num_prompts, tokens.device
-        )
-        index = self.space.prefix_indices(tokens)
-        rows = [self.q_rows(t, index[:, t], prompt_ids) for t in range(self.space.max_length)]
-        return torch.stack(rows, dim=1)
+        return self._rows(self.q_rows, tokens, prompt_ids)
 
     def start(self, prompt_ids: Int64[Tensor, "B"]) -> _Decoding:
         """State of a decoding: nothing read yet."""
         return _Decoding(prompt_ids, torch.zeros_like(prompt_ids))
 
     def step(self, state: _Decoding, tokens: Int64[Tensor, "B"] | None) -> Float[Tensor, "B A"]:
-        """q* at the next position, after one more token of each row."""
+        """q* at the next position less a constant of each row, after one more token of each."""
         if tokens is not None:
             state.index = state.index * self.space.branching + self.space.rank(tokens)
             state.depth += 1
-        return self.q_rows(state.depth, state.index, state.prompt_ids)
+        return self.reduced_q_rows(state.depth, state.index, state.prompt_ids)
+
+    def log_probs(
+        self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"] | None = None
+    ) -> Float[Tensor, "B T"]:
+        """log p* of each token after those before it, float64."""
+        return gather_tokens(
+            log_policy(self._rows(self.reduced_q_rows, tokens, prompt_ids)), tokens
+        )
+
+    def _rows(
+        self,
+        of: Callable[[int, Rows, Tensor], Tensor],
+        tokens: Tensor,
+        prompt_ids: Tensor | None,
+    ) -> Tensor:
+        """What a method gives for the prefixes of some sequences, (B, T, A)."""
+        prompt_ids = resolve_prompt_ids(
+            len(tokens), prompt_ids, self.ebm.num_prompts, tokens.device
+        )
+        index = self.space.prefix_indices(tokens)
+        rows = [of(t, index[:, t], prompt_ids) for t in range(self.space.max_length)]
+        return torch.stack(rows, dim=1)
 
     def log_prob(
         self,
@@ -156,10 +229,10 @@ class TreeSolution:
             ValueError: tokens, lengths or prompt ids that are none of the space's.
         """
         lengths = self.space.check(tokens, lengths)
-        prompt_ids = resolve_prompt_ids(
-            len(tokens), prompt_ids, self.ebm.num_prompts, tokens.device
-        )
-        return log_prob(self, self.space, tokens, lengths, prompt_ids)
+        # What stands past the end is never read: it may be no token at all.
+        real = length_mask(lengths, self.space.max_length)
+        each = self.log_probs(tokens.masked_fill(~real, 0), prompt_ids)
+        return each.masked_fill(~real, 0.0).sum(1)
 
     def sample(
         self,

@@ -12,14 +12,13 @@ from tqdm.auto import tqdm
 from rl_ebm.automata import Machine
 from rl_ebm.ebm import EBM, end_reference
 from rl_ebm.exact.automaton import AutomatonSolution
-from rl_ebm.exact.backup import backup_leaves
 from rl_ebm.exact.base import Solution
-from rl_ebm.exact.solution import TreeSolution
+from rl_ebm.exact.tree_values import bytes_of_value, fill_tree
 from rl_ebm.memory import free_bytes
 from rl_ebm.names import bytes_text, count_text
 from rl_ebm.policies.walk import walk
 from rl_ebm.rewards.base import check_values
-from rl_ebm.soft_bellman import log_policy, soft_value
+from rl_ebm.soft_bellman import log_policy
 
 AnySolution = TypeVar("AnySolution", bound=Solution)
 
@@ -51,7 +50,6 @@ def solve(ebm: EBM, memory: int | None = None, progress: bool | None = None) -> 
         TooLargeError: it does not fit; with the number of sequences and the bytes.
         ValueError: every response of some prompt is impossible, or a reward is NaN or +inf.
     """
-    space, device = ebm.space, ebm.device
     machines = find_machines(ebm)
     if machines is not None:
         found = _by_automaton(ebm, *machines, memory)
@@ -66,30 +64,7 @@ def solve(ebm: EBM, memory: int | None = None, progress: bool | None = None) -> 
     if scores is None:
         scores = _all_rewards(ebm, progress)
     log_ref = _all_log_ref(ebm, progress)
-    p = ebm.num_prompts
-    v = [
-        torch.empty(p, space.num_prefixes(t), dtype=scores.dtype, device=device)
-        for t in range(space.max_length)
-    ]
-    log_z = torch.empty(p, dtype=torch.float64, device=device)
-    solution = TreeSolution(ebm, scores, v, log_ref, log_z)
-    constants = [c for c in log_ref if isinstance(c, float)]
-    for prompt in range(p):
-        if space.eos_id is None and constants:
-            levels = [level[prompt] for level in v]
-            log_z[prompt] = backup_leaves(scores[prompt], ebm.beta, space.branching, levels)
-            for t, level in enumerate(levels):
-                if any(constants[t:]):
-                    level += sum(constants[t:])
-            log_z[prompt] += sum(constants)
-        else:
-            log_z[prompt] = _by_level(solution, prompt)
-    if not bool((log_z < torch.finfo(scores.dtype).max).all()):
-        raise ValueError(
-            f"R / beta is too large for {str(scores.dtype).removeprefix('torch.')}: log Z is "
-            f"{log_z.max():.3g}; scale the rewards down, or beta up"
-        )
-    return _possible(solution)
+    return _possible(fill_tree(ebm, scores, log_ref, _BLOCK))
 
 
 def _possible(solution: AnySolution) -> AnySolution:
@@ -134,19 +109,6 @@ def _by_automaton(
             "conditions or a smaller reference, or pass memory= where there is more"
         )
     return AutomatonSolution(ebm, reference, reward)
-
-
-def _by_level(solution: TreeSolution, prompt: int) -> Tensor:
-    """Values by Eq. (1), a block of states at a time, from the last depth up."""
-    space = solution.space
-    block = max(1, _BLOCK // space.vocab_size)
-    value = torch.empty(0)
-    for t in reversed(range(space.max_length)):
-        for start in range(0, space.num_prefixes(t), block):
-            rows = slice(start, min(start + block, space.num_prefixes(t)))
-            value = soft_value(solution.q_rows(t, rows, prompt))
-            solution.v[t][prompt, rows] = value.to(solution.v[t].dtype)
-    return value[0]
 
 
 def _all_rewards(ebm: EBM, progress: bool | None) -> Float[Tensor, "P N"]:
@@ -214,11 +176,12 @@ def check_memory(ebm: EBM, memory: int | None = None) -> None:
     """
     space, p = ebm.space, ebm.num_prompts
     scores = getattr(ebm.reward_model, "scores", None)
-    size = 8 if scores is None else scores.element_size()
+    listed = ebm.reference is not None and not hasattr(ebm.reference, "log_ref_constants")
+    size = 8 if scores is None else bytes_of_value(scores, ebm.beta, listed)
     need = 2**26 + p * space.num_states * size  # V, and room to work in
     if scores is None:
-        need += p * space.num_sequences * size
-    if ebm.reference is not None and not hasattr(ebm.reference, "log_ref_constants"):
+        need += p * space.num_sequences * 8
+    if listed:
         need += p * space.num_states * space.vocab_size * 8
     free = _free_bytes(ebm.device) if memory is None else memory
     if need > free:

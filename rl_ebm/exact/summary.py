@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from rl_ebm.exact.automaton import AutomatonSolution
@@ -11,6 +13,8 @@ from rl_ebm.exact.figures import Response, Summary
 from rl_ebm.soft_bellman import expectation
 
 _BLOCK = 2**18
+_LARGE = 600.0
+"""|log Z| from which on differences of rewards are taken before they are divided by beta"""
 
 
 @torch.no_grad()
@@ -18,8 +22,12 @@ def summarise(solution: Solution, top: int = 10, prompt: int = 0) -> Summary:
     """Exact figures of p*(.|x), and its ``top`` most probable responses, likeliest first."""
     if isinstance(solution, AutomatonSolution) and not lists(solution):
         return summarise_automaton(solution, top, prompt)
-    space = solution.space
-    entropy = expected_reward = 0.0
+    space, beta = solution.space, solution.ebm.beta
+    log_z = float(solution.log_z[prompt])
+    # log Z next to a large R / beta lost its digits. So rewards lose what is in all that count,
+    # and the sums are divided by their own total.
+    shift, base = (beta * log_z, 0.0) if abs(log_z) > _LARGE else (0.0, log_z)
+    mass = log_mean = gain = 0.0
     best_log_p = torch.empty(0, dtype=torch.float64, device=solution.device)
     best_score, best_index = best_log_p, best_log_p.long()
     last = space.max_length - 1
@@ -30,16 +38,17 @@ def summarise(solution: Solution, top: int = 10, prompt: int = 0) -> Summary:
         block = max(1, _BLOCK // space.vocab_size)
         for start in range(0, len(path), block):
             rows = slice(start, min(start + block, len(path)))
-            log_weight = path[rows, None] + solution.r_rows(t, rows, prompt)
+            log_ref = path[rows, None] + solution.log_ref_rows(t, rows, prompt)
             if t < last:
-                children.append(space.gather_children(log_weight))
+                children.append(space.gather_children(log_ref))
             if space.eos_id is None and t < last:
                 continue
             columns = slice(None) if space.eos_id is None else slice(space.eos_id, space.eos_id + 1)
-            log_p = log_weight[:, columns].flatten() - solution.log_z[prompt]
             score = solution.reward_rows(t, rows, prompt)[:, columns].flatten()
-            entropy -= float(expectation(log_p, log_p).sum())
-            expected_reward += float(expectation(log_p, score).sum())
+            log_p = log_ref[:, columns].flatten() + ((score - shift) / beta - base)
+            mass += float(log_p.exp().sum())
+            log_mean += float(expectation(log_p, log_p).sum())
+            gain += float(expectation(log_p, score - shift).sum())
             first = (
                 start * space.vocab_size
                 if space.eos_id is None
@@ -55,16 +64,15 @@ def summarise(solution: Solution, top: int = 10, prompt: int = 0) -> Summary:
             )
         if t < last:
             path = torch.cat(children)
+    probabilities = (best_log_p.exp() / mass).tolist()
     responses = [
         Response(_tokens(solution, i), p, s)
-        for i, p, s in zip(
-            best_index.tolist(), best_log_p.exp().tolist(), best_score.tolist(), strict=True
-        )
+        for i, p, s in zip(best_index.tolist(), probabilities, best_score.tolist(), strict=True)
         if p > 0
     ]
-    return Summary(
-        float(solution.log_z[prompt]), entropy, expected_reward, space.num_sequences, responses
-    )
+    # An entropy of 0 comes out as what rounding leaves of it, of either sign.
+    entropy = max(math.log(mass) - log_mean / mass, 0.0)
+    return Summary(log_z, entropy, shift + gain / mass, space.num_sequences, responses)
 
 
 def _tokens(solution: Solution, index: int) -> list[int]:

@@ -43,7 +43,8 @@ from rl_ebm.fixed_points.problem import FixedPoint, Penalty, Problem
 from rl_ebm.soft_bellman import expectation, sequence_log_probs
 
 RULES = {"k2": softmax_rule, "k3": hyperbolic_rule}
-Law = Callable[[float], Tensor]
+Law = Callable[[Problem, float], Tensor]
+"""log-law of a problem with its rewards divided by a scale"""
 
 
 def penalised(problem: Problem, penalty: Penalty) -> FixedPoint:
@@ -65,15 +66,15 @@ def penalised(problem: Problem, penalty: Penalty) -> FixedPoint:
             return FixedPoint(None, degenerate=None, how="not computed", sampler=True)
         return best_response(problem)
 
-    def law(scale: float) -> Tensor:
+    def law(case: Problem, scale: float) -> Tensor:
         if shortened:
-            return normalised(problem, estimator, level, scale, baseline)
-        return in_loss(problem, estimator, level, scale)
+            return normalised(case, estimator, level, scale, baseline)
+        return in_loss(case, estimator, level, scale)
 
     if group_std:
         return _group_scaled(problem, law)
     how = "root" if shortened else "closed form"
-    return FixedPoint(law(1.0), how=how, sampler=True)
+    return FixedPoint(law(problem, 1.0), how=how, sampler=True)
 
 
 def best_response(problem: Problem) -> FixedPoint:
@@ -101,27 +102,36 @@ def in_loss(problem: Problem, estimator: str, level: str, scale: float) -> Float
 
 def deviation(log_law: Float[Tensor, "N"], g: Float[Tensor, "N"]) -> float:
     """Standard deviation of g under a law."""
-    mean = expectation(log_law, g).sum()
-    return float(expectation(log_law, (g - mean).square()).sum().sqrt())
+    off = g - expectation(log_law, g).sum()
+    # Squares leave float64 long before the numbers do.
+    unit = off.masked_fill(torch.isneginf(log_law), 0.0).abs().max()
+    if not float(unit) > 0:
+        return 0.0
+    return float(unit * expectation(log_law, (off / unit).square()).sum().sqrt())
 
 
-def _group_scaled(problem: Problem, law: Law, points: int = 60) -> FixedPoint:
-    """Roots s of beta * sigma(law of g / s) = s, and the one that p_ref leads to.
+def _group_scaled(problem: Problem, law_of: Law, points: int = 60) -> FixedPoint:
+    """Roots s of sigma(law of R / (beta s)) = s, and the one that p_ref leads to.
 
-    s = beta * sigma(g) is the standard deviation of R: rewards R / sigma against beta.
+    R and its standard deviation s under the law are in units of R's range, whatever size that is.
     """
-    g, beta = problem.g_responses, problem.beta
-    start = problem.start_law
-    span = float(g[problem.allowed].max() - g[problem.allowed].min())
+    start, beta = problem.start_law, problem.beta
+    allowed = problem.g_responses[problem.allowed]
+    span = float(allowed.max() - allowed.min())
     if span == 0:  # a constant reward: no advantage, the penalty alone
         return FixedPoint(start, sampler=True)
-    first = beta * deviation(start, g)
+    case = problem.with_returns(problem.g_responses / span)
+    g = case.g_responses
+    first = deviation(start, g)
+
+    def law(scale: float) -> Tensor:
+        return law_of(case, beta * scale)
 
     def excess(scale: float) -> float:
-        return beta * deviation(law(scale), g) / scale - 1
+        return deviation(law(scale), g) / scale - 1
 
     # sigma is at most half of the range of g; below, the law is all but deterministic.
-    powers = torch.logspace(0, -8, points, dtype=torch.float64) * beta * span
+    powers = torch.logspace(0, -8, points, dtype=torch.float64)
     grid = sorted([*powers.tolist(), first])
     values = [excess(s) for s in grid]
     roots = [

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from rl_ebm.policies.scoring import Policy, device_of, tree_logits
@@ -41,9 +41,7 @@ def walk(
         memory: about how many bytes one evaluation may take.
     """
     device = device_of(policy)
-    per_node = getattr(policy, "tree_bytes_per_node", _DEFAULT_BYTES_PER_NODE)
-    per_node += 16 * space.vocab_size
-    max_nodes = max(space.vocab_size, memory // per_node)
+    max_nodes = max(space.vocab_size, memory // _bytes_per_node(policy, space))
     b, depths = space.branching, space.max_length
     prompt_ids = torch.tensor([prompt], device=device)
     forced = ~space.action_mask(device)
@@ -67,3 +65,31 @@ def walk(
             scale = b ** (end - depth)
             starts = range(start * scale, stop * scale, piece)
             stack += [(end, i, min(i + piece, stop * scale)) for i in reversed(starts)]
+
+
+def prompts_at_once(policy: Policy, space: TokenSpace, memory: int) -> int:
+    """How many prompts' whole trees may be evaluated together: 1 where one is too large already."""
+    return max(1, memory // (4 * space.num_states * _bytes_per_node(policy, space)))
+
+
+@torch.no_grad()
+def walk_prompts(
+    policy: Policy, space: TokenSpace, prompts: Int64[Tensor, "P"], memory: int = DEFAULT_MEMORY
+) -> Iterator[Block]:
+    """The same for some prompts at once, a whole depth at a time: rows of one after another's."""
+    if len(prompts) == 1:
+        yield from walk(policy, space, int(prompts[0]), memory)
+        return
+    device = device_of(policy)
+    tree = PrefixTree.full(space, str(device))
+    logits = tree_logits(policy, tree, prompts.to(device), space)
+    forced = ~space.action_mask(device)
+    for t in range(space.max_length):
+        rows = logits[:, space.state_offset(t) : space.state_offset(t + 1)].flatten(0, 1)
+        rows = rows.double().masked_fill(forced[t], -torch.inf)
+        yield Block(t, 0, space.num_prefixes(t), rows)
+
+
+def _bytes_per_node(policy: Policy, space: TokenSpace) -> int:
+    own = int(getattr(policy, "tree_bytes_per_node", _DEFAULT_BYTES_PER_NODE))
+    return own + 16 * space.vocab_size
