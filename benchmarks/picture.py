@@ -1,6 +1,6 @@
 """The README's report, and its picture: learned against exact logits, where the policy errs.
 
-    python -m benchmarks.picture runs/demo            # of the demo's run
+    OMP_NUM_THREADS=1 python -m benchmarks.picture runs/demo    # of the demo's run, as it verifies
 
 Writes ``benchmarks/results/demo.png`` and ``demo.txt``.
 """

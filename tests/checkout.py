@@ -42,22 +42,32 @@ def copy_tree(target: Path, in_place: str) -> Path:
     return target
 
 
-def run(*args: str | Path, at: Path, path: Path | None = None) -> str:
-    """What a Python prints that runs in a folder, with at most one more folder on its path.
+def start(
+    *args: str | Path, at: Path, path: Path | None = None, python: str | Path = sys.executable
+) -> subprocess.CompletedProcess[str]:
+    """A Python that runs in a folder, with at most one more folder on its path."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    env |= {"PYTHONSAFEPATH": "1", "PYTHONPATH": "" if path is None else str(path)}
+    return subprocess.run(
+        [str(python), *map(str, args)], cwd=at, env=env, capture_output=True, text=True
+    )
+
+
+def run(
+    *args: str | Path, at: Path, path: Path | None = None, python: str | Path = sys.executable
+) -> str:
+    """What it prints.
 
     Raises:
         AssertionError: it failed; with what it said.
     """
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    env |= {"PYTHONSAFEPATH": "1", "PYTHONPATH": "" if path is None else str(path)}
-    done = subprocess.run(
-        [sys.executable, *map(str, args)], cwd=at, env=env, capture_output=True, text=True
-    )
+    done = start(*args, at=at, path=path, python=python)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def pip(*args: str | Path, at: Path) -> str:
-    """pip with what is installed here alone: no index, no other build environment."""
+def pip(command: str, *args: str | Path, at: Path, python: str | Path = sys.executable) -> str:
+    """pip into an environment, with what is installed here alone: no index, nothing to build in."""
     own = ("--no-deps", "--no-build-isolation", "--no-index")
-    return run("-m", "pip", "--disable-pip-version-check", *args[:1], *own, *args[1:], at=at)
+    of = ("-m", "pip", "--disable-pip-version-check", "--python", python)
+    return run(*of, command, *own, *args, at=at)

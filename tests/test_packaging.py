@@ -15,7 +15,7 @@ from shutil import make_archive, which
 from zipfile import ZipFile
 
 import pytest
-from checkout import ENTRIES, ROOT, copy_tree, pip, run
+from checkout import ENTRIES, ROOT, copy_tree, pip, run, start
 
 import rl_ebm
 from rl_ebm.version import UNKNOWN, find_version
@@ -93,7 +93,7 @@ def test_a_tree_that_is_neither_checkout_nor_installed_has_no_version(tmp_path, 
 
 def test_only_one_module_asks_for_the_version():
     files = [p for room in ("rl_ebm", "agents", "envs") for p in (ROOT / room).rglob("*.py")]
-    asking = {path.name for path in files if "importlib.metadata" in path.read_text()}
+    asking = {p.name for p in files if re.search(r"\bversion\([\"']rl-ebm", p.read_text("utf-8"))}
     assert asking == {"version.py"}
 
 
@@ -203,7 +203,7 @@ def test_the_tests_of_a_source_distribution_run(tmp_path):
     made = ("dist/", "rl_ebm.egg-info/", "rl_ebm/agents/", "rl_ebm/envs/")
     missing = {p for p in files if not (unpacked / p).is_file() and not str(p).startswith(made)}
     assert missing == set()
-    quick = ["tests/test_layers.py", "tests/test_tokens.py", "tests/test_envs_flat.py"]
+    quick = ["tests/test_layers.py", "tests/test_lowest.py", "tests/test_tokens.py"]
     said = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *quick, at=unpacked)
     assert re.search(r"\d+ passed", said)
 
@@ -240,12 +240,7 @@ def editable(tmp_path_factory):
     libraries = {str(Path(m.__file__).parents[1]) for m in (pytest, sys.modules["torch"])}
     (site / "libraries.pth").write_text("\n".join(libraries))
     python = folder / "env/bin/python"
-    flags = ("--python", str(python), "--disable-pip-version-check")
-    own = ("--no-deps", "--no-build-isolation", "--no-index", "-e", str(tree))
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", *flags, "install", *own], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    pip("install", "-e", tree, at=folder, python=python)
     return python, tree
 
 
@@ -259,12 +254,7 @@ def test_type_checkers_find_an_editable_install(editable, tmp_path):
         "wrong: int = space\n"
         "rl_ebm.agents.SoftQConfig(lr='fast')\n"
     )
-    found = subprocess.run(
-        [python, "-m", "mypy", "--no-incremental", "mine.py"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    ).stdout
+    found = start("-m", "mypy", "--no-incremental", "mine.py", at=tmp_path, python=python).stdout
     assert "import-not-found" not in found
     assert "import-untyped" not in found
     lines = re.findall(r"^mine\.py:(\d+): error", found, flags=re.M)
@@ -274,14 +264,11 @@ def test_type_checkers_find_an_editable_install(editable, tmp_path):
 @pytest.mark.slow
 def test_an_editable_install_is_the_checkout(editable, tmp_path):
     python, tree = editable
-    names = subprocess.run(
-        [python, "-c", "import rl_ebm.agents.soft_q as m, os; print(os.path.realpath(m.__file__))"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert Path(names.strip()) == (tree / "agents/soft_q.py").resolve()
+    where = "import os, rl_ebm.agents.soft_q as m; print(os.path.realpath(m.__file__))"
+    found = run("-c", where, at=tmp_path, python=python).strip()
+    assert Path(found) == (tree / "agents/soft_q.py").resolve()
     for bare in ENTRIES:
-        done = subprocess.run([python, "-c", f"import {bare}"], cwd=tmp_path, capture_output=True)
-        assert b"ModuleNotFoundError" in done.stderr
+        assert (
+            "ModuleNotFoundError"
+            in start("-c", f"import {bare}", at=tmp_path, python=python).stderr
+        )
