@@ -228,7 +228,7 @@ def run_limited(args: list[str], log: Path, seconds: int = 10, memory: int = 4 *
             os.dup2(file, 2)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             # Not pytest's: these are the child's own.
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+            sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
             signal.signal(signal.SIGALRM, signal.SIG_DFL)

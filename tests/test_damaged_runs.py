@@ -9,7 +9,7 @@ from pathlib import Path
 import damage
 import pytest
 import torch
-from run_cases import NETWORK, REPLAY, TASK_FLAGS, NETWORK_FLAGS, small_options
+from run_cases import NETWORK, NETWORK_FLAGS, REPLAY, TASK_FLAGS, small_options
 
 import rl_ebm
 from rl_ebm.cli import main
