@@ -25,7 +25,7 @@ from rl_ebm.pace import Pace
 from rl_ebm.report_sampled import AnyReport
 from rl_ebm.runs import cut_back, load_weights, remove_parts
 from rl_ebm.saved_state import check_state
-from rl_ebm.stopping import Asked, stops_between_steps
+from rl_ebm.stopping import Asked, Interrupted, stops_between_steps
 from rl_ebm.tensor_files import holds, save_tensors
 from rl_ebm.tensorboard import Board
 from rl_ebm.verify import logit_errors, verify
@@ -168,7 +168,8 @@ class Trainer:
                 now = time.monotonic()
                 due = now - evaluated >= max(self.config.eval_every, 9 * evaluation)
                 if self.evaluates and due and self.step != looked:
-                    self._evaluate()
+                    with asked.looking():
+                        self._evaluate()
                     evaluated = time.monotonic()
                     evaluation = evaluated - now
                     self._show(bar, metrics)
@@ -187,7 +188,8 @@ class Trainer:
                 self.save()
                 return self.report
             if self.evaluates:
-                self._evaluate(pictures=True)
+                with asked.looking():
+                    self._evaluate(pictures=True)
                 self._show(bar, metrics)
             self.check_finite()
             if self.board is not None and self.report is not None and self.description is not None:
@@ -195,6 +197,8 @@ class Trainer:
             if self.run is not None and self.report is not None:
                 write_text(self.run / REPORT, json.dumps(self.report.to_dict(), indent=1) + "\n")
             self.complete = True
+            self.save()
+        except Interrupted:
             self.save()
         finally:
             bar.close()

@@ -410,6 +410,25 @@ def test_a_signal_between_steps_saves_what_was_trained(number, code, tmp_path, c
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_signal_while_it_is_verified_does_not_wait(tmp_path, capsys):
+    """The last look may take long: the run is saved at once, and goes on with that look."""
+    from rl_ebm import training
+
+    def verify(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal waits")
+
+    run, args = tmp_path / "run", train_args(steps=4, checkpoint_every=3600, eval_every=3600)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "verify", verify)
+        assert main([*args, "--out", str(run)]) == 143
+    assert "--resume" in capsys.readouterr().err
+    state = load_state(run)
+    assert (state["step"], state["complete"]) in ((0, False), (4, False))
+    assert main(["train", "--resume", str(run)]) == 0
+    assert load_state(run)["complete"]
+
+
 def test_training_in_a_thread_leaves_signals_alone(tmp_path):
     ebm = rl_ebm.EBM(SPACE, torch.zeros(27))
     failed = []
