@@ -21,10 +21,24 @@ class Terminated(SystemExit):
         super().__init__(code)
 
 
+class Interrupted(BaseException):
+    """A signal came while nothing was changed."""
+
+
 class Asked:
     """Whether a signal has asked to stop, and which."""
 
     signal: int | None = None
+    at_once = False
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Nothing that is to be saved changes inside: a signal raises :class:`Interrupted`."""
+        self.at_once = True
+        try:
+            yield
+        finally:
+            self.at_once = False
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -49,6 +63,8 @@ def stops_between_steps() -> Iterator[Asked]:
     def note(number: int, frame: FrameType | None) -> None:
         if not asked:
             asked.signal = number
+            if asked.at_once:
+                raise Interrupted
             return
         restore()
         os.kill(os.getpid(), number)

@@ -26,7 +26,7 @@ from rl_ebm.report_sampled import AnyReport
 from rl_ebm.reward_calls import calls_of
 from rl_ebm.runs import cut_back, load_weights, remove_parts
 from rl_ebm.saved_state import check_state
-from rl_ebm.stopping import Asked, stops_between_steps
+from rl_ebm.stopping import Asked, Interrupted, stops_between_steps
 from rl_ebm.tensor_files import holds, save_tensors
 from rl_ebm.tensorboard import Board
 from rl_ebm.train_config import LOG_SECONDS
@@ -144,7 +144,8 @@ class Trainer:
                 now = time.monotonic()
                 due = now - evaluated >= max(self.config.eval_every, 9 * evaluation)
                 if self.evaluates and due and self.step != looked:
-                    self._evaluate()
+                    with asked.looking():
+                        self._evaluate()
                     evaluated = time.monotonic()
                     evaluation = evaluated - now
                     self._show(bar, metrics)
@@ -169,7 +170,8 @@ class Trainer:
                 self.save()
                 return self.report
             if self.evaluates:
-                self._evaluate(pictures=True)
+                with asked.looking():
+                    self._evaluate(pictures=True)
                 self._show(bar, metrics)
             self.check_finite()
             if self.board is not None and self.report is not None and self.description is not None:
@@ -177,6 +179,8 @@ class Trainer:
             if self.run is not None and self.report is not None:
                 write_text(self.run / REPORT, json.dumps(self.report.to_dict(), indent=1) + "\n")
             self.complete = True
+            self.save()
+        except Interrupted:
             self.save()
         finally:
             bar.close()

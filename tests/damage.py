@@ -228,11 +228,17 @@ def run_limited(args: list[str], log: Path, seconds: int = 10, memory: int = 4 *
             os.dup2(file, 2)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             # Not pytest's: these are the child's own.
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+            sys.stdout, sys.stderr = (
+                os.fdopen(n, "w", errors="backslashreplace", closefd=False) for n in (1, 2)
+            )
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
+            # Of the processor: others may use it. What waits for ever uses none.
+            spent = resource.getrusage(resource.RUSAGE_SELF)
+            limit = int(spent.ru_utime + spent.ru_stime) + seconds + 1
+            resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(seconds)
+            signal.alarm(6 * seconds)
             code = main(args)
         except BaseException:
             traceback.print_exc()
