@@ -22,7 +22,7 @@ def show(kind: str, seeds: list[int]) -> int:
 
 
 def main(args: list[str]) -> int:
-    if len(args) > 1 and all(arg.isdecimal() for arg in args[1:]):
+    if len(args) > 1 and all(arg.lstrip("-").isdecimal() for arg in args[1:]):
         return show(args[0], [int(arg) for arg in args[1:]])
     bad = 0
     for kind in args or KINDS:
