@@ -124,7 +124,9 @@ def test_killed_at_random_moments(agent, tmp_path):
         assert tries < 20 * EACH, "the run ends before it can be killed"
         state = run / "state.pt"
         if state.exists() and load_state(run)["step"] > STEPS - 5:
-            (run / "config.json").unlink()  # all but done: a new run for the kills that are left
+            (run / "config.json").unlink(
+                missing_ok=True
+            )  # all but done: a new run for the kills that are left
         kills += killed_after(rng.uniform(0, took), go_on(run, flags))
     assert wait(start(go_on(run, flags))) == 0
     assert differences(load_state(whole), load_state(run)) == []

@@ -21,12 +21,16 @@ def show(kind: str, seeds: list[int]) -> int:
     return 0
 
 
+def tell(text: str) -> None:
+    print(text, flush=True)
+
+
 def main(args: list[str]) -> int:
-    if len(args) > 1 and all(arg.isdecimal() for arg in args[1:]):
+    if len(args) > 1 and all(arg.lstrip("-").isdecimal() for arg in args[1:]):
         return show(args[0], [int(arg) for arg in args[1:]])
     bad = 0
     for kind in args or KINDS:
-        found = run((kind, seed) for seed in range(module_of(kind).COUNT))
+        found = run(((kind, seed) for seed in range(module_of(kind).COUNT)), tell=tell)
         print(f"{kind}: {found.text()}", flush=True)
         bad += len(found.findings)
     return int(bad > 0)

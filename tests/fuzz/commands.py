@@ -36,7 +36,7 @@ LINES = (
     "train --resume RUN",
     "train --resume RUN --device cpu",
     "verify RUN",
-    "verify RUN --max-kl 10 --samples 5 --seed 1 --confidence 0.9 --memory 100000",
+    "verify RUN --max-kl 10 --samples 5 --seed 1 --confidence 0.9 --memory 9",
     "verify RUN --reward-max 3",
     "solve --task prompts --top 2 --json",
     "solve --task random --vocab-size 3 --max-length 3 --eos-id 1 --beta 0.5 --task-seed 4",

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,14 +112,21 @@ class Found:
         return "\n".join(parts)
 
 
-def run(cases: Iterable[tuple[str, int]], workers: int = 1, seconds: float = SECONDS) -> Found:
-    """Try cases with so many processes at a time."""
+def run(
+    cases: Iterable[tuple[str, int]],
+    workers: int = 1,
+    seconds: float = SECONDS,
+    tell: Callable[[str], object] | None = None,
+) -> Found:
+    """Try cases with so many processes at a time; ``tell`` hears of findings as they come."""
     found, lock, rest = Found(), threading.Lock(), iter(cases)
 
     def attend() -> None:
         for reply in _replies(_locked(rest, lock), seconds):
             with lock:
                 found.add(reply)
+                if tell is not None and reply["end"] not in ("success", "sentence"):
+                    tell(f"{reply['kind']} {reply['seed']}: {reply['place']}")
 
     threads = [threading.Thread(target=attend) for _ in range(workers)]
     for thread in threads:

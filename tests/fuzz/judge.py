@@ -8,7 +8,8 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ from typing import Any
 import gymnasium
 
 import rl_ebm
+from rl_ebm import flags
 from rl_ebm.cli import main
 
 HOUSE = os.path.realpath(Path(rl_ebm.__file__).parent)
@@ -54,12 +56,9 @@ def call(function: Callable[[], Any]) -> Outcome:
 def of_exception(error: BaseException) -> Outcome:
     """Whether an exception is one sentence that the library says on purpose."""
     text = str(error)
-    trace = error.__traceback__
-    said = isinstance(error, (ValueError, TypeError)) and _raised_in(trace, ROOMS)
-    said |= isinstance(error, gymnasium.error.Error) and _raised_in(trace, (*ROOMS, GYMNASIUM))
-    said |= isinstance(error, TypeError) and _raised_in(trace, (GYMNASIUM,))
+    said = isinstance(error, (ValueError, TypeError, gymnasium.error.Error)) and _own(error)
     # Unknown or missing arguments: Python says so itself, before anything of ours is run.
-    python = isinstance(error, TypeError) and not _library_frames(trace)
+    python = isinstance(error, TypeError) and not _library_frames(error.__traceback__)
     if (said or python) and (fault := _no_sentence(text)) is None:
         return Outcome("sentence", text)
     what = f"{type(error).__name__}: {text}"
@@ -71,32 +70,60 @@ def of_exception(error: BaseException) -> Outcome:
 def command(args: Sequence[str], output: Callable[[], tuple[str, str]]) -> Outcome:
     """Of a command line: exit code 0 (or 1 of ``--max-kl``), or 2 and one line on stderr.
 
+    What the command line passes on must be the library's own words, not those of another.
+
     Args:
         args: after ``rl-ebm``.
         output: what was printed on stdout and stderr since the last call.
     """
     output()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _told() as told:
             warnings.simplefilter("default")  # each process of a user's shows a warning anew
             code = main(list(args))
         sys.stdout.flush()
     except BaseException as error:
-        return Outcome(
-            "finding", _cut(f"{type(error).__name__}: {error}"), _place(error), _trace(error)
-        )
+        what = f"{type(error).__name__}: {error}"
+        return Outcome("finding", _cut(what), _place(error), _trace(error))
     _, err = output()
     if code == 0 or (code == 1 and "--max-kl" in " ".join(args)):
         return Outcome("success", _cut(err))
     lines = err.splitlines()
     fault = _no_sentence(err.removesuffix("\n"))
+    place = f"rl-ebm {args[0] if args else ''}: "
     if code != 2:
         fault = f"exit code {code}"
     elif len(lines) != 1 or not lines[0].startswith("rl-ebm: "):
         fault = f"{len(lines)} lines on stderr"
+    foreign = [x for x in told if isinstance(x, (ValueError, TypeError)) and not _own(x)]
+    if fault is None and foreign:
+        fault, place = "the words of another library", f"passed on: {_place(foreign[0])}"
+        return Outcome("finding", _cut(f"{fault}: {err}"), place, _trace(foreign[0]))
     if fault is None:
         return Outcome("sentence", err)
-    return Outcome("finding", _cut(f"{fault}: {err}"), f"rl-ebm {args[0] if args else ''}: {fault}")
+    return Outcome("finding", _cut(f"{fault}: {err}"), place + fault)
+
+
+@contextmanager
+def _told() -> Iterator[list[BaseException]]:
+    """The exceptions that the command line makes its sentences of."""
+    told, fail = [], flags.fail
+
+    def listening(message: str) -> int:
+        error = sys.exception()
+        told.extend([] if error is None else [error])
+        return fail(message)
+
+    flags.fail = listening
+    try:
+        yield told
+    finally:
+        flags.fail = fail
+
+
+def _own(error: BaseException) -> bool:
+    """Whether a ``raise`` of the library's, or of Gymnasium's in its place, made an exception."""
+    return _raised_in(error.__traceback__, (*ROOMS, GYMNASIUM))
 
 
 def _no_sentence(text: str) -> str | None:
