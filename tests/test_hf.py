@@ -309,5 +309,5 @@ def test_without_the_extra_one_sentence_says_so():
     code = "import sys; sys.modules['transformers'] = None; import rl_ebm.policies as p\n"
     code += "try: p.HuggingFace\nexcept ImportError as e: print(e)\nprint(hasattr(p, 'Other'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    sentence = "rl_ebm.policies.HuggingFace needs the extra hf: pip install 'rl-ebm[hf]'"
-    assert done.stdout.splitlines() == [sentence, "False"]
+    sentence = "rl_ebm.policies.HuggingFace needs the extra hf: pip install '.[hf]' in a checkout"
+    assert done.stdout.splitlines() == [f"{sentence} of rl-ebm", "False"]
