@@ -170,7 +170,7 @@ def entry_of_run(name: object) -> AgentEntry:
     )
 
 
-def make_options(name: str, entry: AgentEntry, options: Mapping[str, Any]) -> Any:
+def make_options(name: str, entry: AgentEntry, options: Any) -> Any:
     """The config of an agent, from options by name.
 
     Raises:

@@ -88,7 +88,10 @@ def audit_table(quick: bool) -> str:
     def number(v: float | None) -> str:
         return "not settled" if v is None else "∞" if v == float("inf") else f"{v:.3g}"
 
-    others = [x for x in lines if not x["is_target"]]
+    others = [x for x in lines if x["is_target"] is False]
+    unknown = [
+        f"`{x['objective']}` {options_of(x)}".strip() for x in lines if x["is_target"] is None
+    ]
     keys = ("tv", "kl_target_fixed_point", "expected_reward", "kl_reference")
     for x in sorted(others, key=lambda x: 9.0 if x["tv"] is None else x["tv"]):
         end = {True: "on the boundary", False: "elsewhere", None: "not known"}[x["degenerate"]]
@@ -98,7 +101,7 @@ def audit_table(quick: bool) -> str:
     return (
         f"These end at the EBM (E[R] {star['expected_reward']:.3g}, KL(target, reference) "
         f"{star['kl_reference']:.3g}): {', '.join(named)}. These do not:\n\n" + "\n".join(rows)
-    )
+    ) + (f"\n\nNot known: {', '.join(unknown)}." if unknown else "")
 
 
 def small(seed: int, beta: float) -> Problem:
