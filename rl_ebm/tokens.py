@@ -131,6 +131,8 @@ class TokenSpace:
                 f"eos_id must be a token id in [0, {self.vocab_size}), or None for responses "
                 f"of fixed length, got {eos!r}"
             )
+        if eos is not None:
+            object.__setattr__(self, "eos_id", int(eos))
 
     # Sizes --------------------------------------------------------------------------------
 
@@ -278,6 +280,29 @@ class TokenSpace:
 
     # Checks at the door -------------------------------------------------------------------
 
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise unless these are full rows of token ids, (B, T).
+
+        Reading the values waits for a GPU: there the look-up that uses them does that check.
+
+        Raises:
+            TypeError: no tensor of integers.
+            ValueError: another shape, or a token id out of range.
+        """
+        check_integers(tokens, "tokens")
+        if tokens.ndim != 2 or tokens.shape[1] != self.max_length:
+            raise ValueError(
+                f"tokens has shape {tuple(tokens.shape)}, expected (B, {self.max_length})"
+            )
+        if tokens.device.type != "cpu" or not len(tokens):
+            return
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.vocab_size:
+            raise ValueError(
+                f"token ids must be in [0, {self.vocab_size}), got {low} to {high}: past the end "
+                "of a response any legal id will do, such as 0"
+            )
+
     def check(
         self,
         tokens: Int64[Tensor, "..."],
@@ -286,10 +311,14 @@ class TokenSpace:
         """Check responses and return their lengths (found from the first EOS where None).
 
         Raises:
+            TypeError: tokens or lengths that are no tensors of integers.
             ValueError: wrong shape, a token id out of range, a length out of [1, T], a row
                 without EOS, or one with something after it, in EOS mode.
         """
         t_max = self.max_length
+        check_integers(tokens, "tokens")
+        if lengths is not None:
+            check_integers(lengths, "lengths")
         if tokens.ndim != 2 or tokens.shape[1] != t_max:
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}, expected (B, {t_max})")
         n = tokens.shape[0]
@@ -350,6 +379,30 @@ def _action_mask(space: TokenSpace, device: str) -> Tensor:
         mask[-1] = False
         mask[-1, space.eos_id] = True
     return mask
+
+
+def check_integers(x: object, name: str) -> None:
+    """Raise TypeError unless x is a tensor of integers."""
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor of integers, got {type(x).__name__}: use torch.tensor(...)"
+        )
+    if x.dtype == torch.bool or x.dtype.is_floating_point or x.dtype.is_complex:
+        kind = str(x.dtype).removeprefix("torch.")
+        raise TypeError(f"{name} must be a tensor of integers, got dtype {kind}: use {name}.long()")
+
+
+def check_count(n: object, name: str = "n") -> None:
+    """Raise unless n is an integer >= 0.
+
+    Raises:
+        TypeError: no integer.
+        ValueError: a negative one.
+    """
+    if not _is_integer(n):
+        raise TypeError(f"{name} must be an integer >= 0, got {n!r}")
+    if isinstance(n, Integral) and n < 0:
+        raise ValueError(f"{name} must be an integer >= 0, got {n!r}")
 
 
 def _is_integer(x: object) -> bool:

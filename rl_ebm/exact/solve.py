@@ -47,9 +47,15 @@ def solve(ebm: EBM, memory: int | None = None, progress: bool | None = None) -> 
             where standard error is a terminal.
 
     Raises:
+        TypeError: no EBM.
         TooLargeError: it does not fit; with the number of sequences and the bytes.
         ValueError: every response of some prompt is impossible, or a reward is NaN or +inf.
     """
+    if not isinstance(ebm, EBM):
+        raise TypeError(
+            f"solve needs an rl_ebm.EBM, got {type(ebm).__name__}: rl_ebm.EBM(space, reward) "
+            "makes one"
+        )
     machines = find_machines(ebm)
     if machines is not None:
         found = _by_automaton(ebm, *machines, memory)

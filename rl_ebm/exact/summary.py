@@ -11,6 +11,7 @@ from rl_ebm.exact.automaton_summary import summarise_automaton
 from rl_ebm.exact.base import Solution, lists
 from rl_ebm.exact.figures import Response, Summary
 from rl_ebm.soft_bellman import expectation
+from rl_ebm.tokens import check_count
 
 _BLOCK = 2**18
 _LARGE = 600.0
@@ -19,7 +20,15 @@ _LARGE = 600.0
 
 @torch.no_grad()
 def summarise(solution: Solution, top: int = 10, prompt: int = 0) -> Summary:
-    """Exact figures of p*(.|x), and its ``top`` most probable responses, likeliest first."""
+    """Exact figures of p*(.|x), and its ``top`` most probable responses, likeliest first.
+
+    Raises:
+        TypeError, ValueError: a ``top`` that is no integer >= 0, or a prompt that is not there.
+    """
+    check_count(top, "top")
+    check_count(prompt, "prompt")
+    if prompt >= solution.ebm.num_prompts:
+        raise ValueError(f"prompt must be in [0, {solution.ebm.num_prompts}), got {prompt}")
     if isinstance(solution, AutomatonSolution) and not lists(solution):
         return summarise_automaton(solution, top, prompt)
     space, beta = solution.space, solution.ebm.beta

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from rl_ebm.prefix_tree import PrefixTree
 from rl_ebm.soft_bellman import log_policy, sequence_log_prob
-from rl_ebm.tokens import Batch, TokenSpace, length_mask
+from rl_ebm.tokens import Batch, TokenSpace, check_integers, length_mask
 
 
 @runtime_checkable
@@ -222,6 +222,7 @@ def resolve_prompt_ids(
                 f"{n} rows"
             )
         return torch.zeros(n, dtype=torch.int64, device=device)
+    check_integers(prompt_ids, "prompt_ids")
     if prompt_ids.shape != (n,):
         raise ValueError(f"prompt_ids has shape {tuple(prompt_ids.shape)}, expected ({n},)")
     # Reading the values waits for a GPU: there the gather that uses them does the checking.
