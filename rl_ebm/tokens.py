@@ -29,12 +29,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
+
+from rl_ebm.checks import check_integers, is_integer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -120,13 +121,13 @@ class TokenSpace:
             ("vocab_size", self.vocab_size, 2, 2**31),
             ("max_length", self.max_length, 1, 2**20),
         ):
-            if not _is_integer(value) or value < least:
+            if not is_integer(value) or value < least:
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
             if value > most:
                 raise ValueError(f"{name} must be at most {most}, got {value!r}")
             object.__setattr__(self, name, int(value))
         eos = self.eos_id
-        if eos is not None and not (_is_integer(eos) and 0 <= eos < self.vocab_size):
+        if eos is not None and not (is_integer(eos) and 0 <= eos < self.vocab_size):
             raise ValueError(
                 f"eos_id must be a token id in [0, {self.vocab_size}), or None for responses "
                 f"of fixed length, got {eos!r}"
@@ -379,34 +380,6 @@ def _action_mask(space: TokenSpace, device: str) -> Tensor:
         mask[-1] = False
         mask[-1, space.eos_id] = True
     return mask
-
-
-def check_integers(x: object, name: str) -> None:
-    """Raise TypeError unless x is a tensor of integers."""
-    if not isinstance(x, Tensor):
-        raise TypeError(
-            f"{name} must be a tensor of integers, got {type(x).__name__}: use torch.tensor(...)"
-        )
-    if x.dtype == torch.bool or x.dtype.is_floating_point or x.dtype.is_complex:
-        kind = str(x.dtype).removeprefix("torch.")
-        raise TypeError(f"{name} must be a tensor of integers, got dtype {kind}: use {name}.long()")
-
-
-def check_count(n: object, name: str = "n") -> None:
-    """Raise unless n is an integer >= 0.
-
-    Raises:
-        TypeError: no integer.
-        ValueError: a negative one.
-    """
-    if not _is_integer(n):
-        raise TypeError(f"{name} must be an integer >= 0, got {n!r}")
-    if isinstance(n, Integral) and n < 0:
-        raise ValueError(f"{name} must be an integer >= 0, got {n!r}")
-
-
-def _is_integer(x: object) -> bool:
-    return isinstance(x, Integral) and not isinstance(x, bool)
 
 
 # Cached by device: a tensor made from a list would wait for a GPU.

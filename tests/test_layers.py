@@ -20,6 +20,7 @@ ROOT = Path(rl_ebm.__file__).parent
 
 # From the bottom up. A name ending in "." is a package: a room for all modules below it.
 LAYERS = (
+    ("checks",),
     ("tokens", "tiles", "names", "intervals", "estimates"),
     ("prefix_tree", "soft_bellman", "backbone", "automata.", "mean_bounds"),
     ("divergences", "bounds", "state_errors"),

@@ -9,12 +9,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from rl_ebm.automata import Machine, Reading
+from rl_ebm.checks import check_count
 from rl_ebm.ebm import EBM
 from rl_ebm.exact.automaton_sample import sample_paths
 from rl_ebm.exact.automaton_values import Values, find_values, q_rows
 from rl_ebm.exact.base import Rows
 from rl_ebm.policies.scoring import resolve_prompt_ids
-from rl_ebm.tokens import Batch, check_count, length_mask
+from rl_ebm.tokens import Batch, length_mask
 
 
 @dataclass

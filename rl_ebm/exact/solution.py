@@ -10,12 +10,13 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from rl_ebm.checks import check_count
 from rl_ebm.ebm import EBM
 from rl_ebm.exact.backup import join, split
 from rl_ebm.exact.base import Rows
 from rl_ebm.policies.scoring import resolve_prompt_ids, sample
 from rl_ebm.soft_bellman import backup, gather_tokens, log_policy
-from rl_ebm.tokens import Batch, check_count, length_mask
+from rl_ebm.tokens import Batch, length_mask
 
 
 @dataclass

@@ -6,12 +6,12 @@ import math
 
 import torch
 
+from rl_ebm.checks import check_count
 from rl_ebm.exact.automaton import AutomatonSolution
 from rl_ebm.exact.automaton_summary import summarise_automaton
 from rl_ebm.exact.base import Solution, lists
 from rl_ebm.exact.figures import Response, Summary
 from rl_ebm.soft_bellman import expectation
-from rl_ebm.tokens import check_count
 
 _BLOCK = 2**18
 _LARGE = 600.0

@@ -26,9 +26,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from rl_ebm.checks import check_integers
 from rl_ebm.prefix_tree import PrefixTree
 from rl_ebm.soft_bellman import log_policy, sequence_log_prob
-from rl_ebm.tokens import Batch, TokenSpace, check_integers, length_mask
+from rl_ebm.tokens import Batch, TokenSpace, length_mask
 
 
 @runtime_checkable
