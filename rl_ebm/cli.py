@@ -126,7 +126,8 @@ def run_verify(args: Sequence[str]) -> int:
     policy, ebm = load(a.run, device=device)
     report: AnyReport | Certificate
     try:
-        report = verify(policy, solve(ebm), a.memory, a.samples, a.confidence, generator)
+        each = True if a.per_prompt else None
+        report = verify(policy, solve(ebm), a.memory, a.samples, a.confidence, generator, each)
         path = a.run / REPORT
         if a.reward_max is not None:
             print("--reward-max is not read: log Z is exact here", file=sys.stderr)

@@ -29,11 +29,40 @@ from rl_ebm.soft_bellman import (
 )
 from rl_ebm.tokens import TokenSpace
 
+_ABOVE = 1e-3
+"""by which rounding may leave a log-probability above 0, in any dtype"""
+
 # Rows --------------------------------------------------------------------------------------
+
+
+def check_rows(**named: Tensor) -> None:
+    """Raise unless the arguments are rows of log-probabilities over the same outcomes.
+
+    Reading the values waits for a GPU: there only shapes are looked at.
+
+    Raises:
+        TypeError: no tensor of floats.
+        ValueError: rows of another length, or a log-probability above 0.
+    """
+    lengths = set()
+    for name, x in named.items():
+        if not (isinstance(x, Tensor) and x.dtype.is_floating_point):
+            got = f"dtype {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name} must be a tensor of log-probabilities, got {got}")
+        lengths.add(x.shape[-1] if x.ndim else 0)
+        if x.device.type == "cpu" and x.numel() and float(x.detach().amax()) > _ABOVE:
+            raise ValueError(
+                f"{name} has an entry of {float(x.detach().amax()):.3g}: log-probabilities are at "
+                "most 0; normalise with torch.log_softmax"
+            )
+    if len(lengths) > 1:
+        shapes = " and ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
+        raise ValueError(f"the rows must be over the same outcomes, got shapes {shapes}")
 
 
 def entropy(log_p: Float[Tensor, "... N"]) -> Float[Tensor, "..."]:
     """Shannon entropy H(p) = -sum p log p, over the last dimension."""
+    check_rows(log_p=log_p)
     return 0.0 - expectation(log_p, log_p).sum(-1)  # not -0 where p is certain
 
 
@@ -42,17 +71,20 @@ def kl(log_p: Float[Tensor, "... N"], log_q: Float[Tensor, "... N"]) -> Float[Te
 
     Of normalised rows it is never negative, by rounding neither.
     """
+    check_rows(log_p=log_p, log_q=log_q)
     # Where p = 0 the ratio may be nan: expectation does not read it there, nor its gradient.
     return rounded_up(expectation(log_p, log_p - log_q).sum(-1), log_p.shape[-1])
 
 
 def tv(log_p: Float[Tensor, "... N"], log_q: Float[Tensor, "... N"]) -> Float[Tensor, "..."]:
     """Total variation, half of sum |p - q|, over the last dimension."""
+    check_rows(log_p=log_p, log_q=log_q)
     return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
 
 
 def js(log_p: Float[Tensor, "... N"], log_q: Float[Tensor, "... N"]) -> Float[Tensor, "..."]:
     """Jensen-Shannon divergence, (KL(p, m) + KL(q, m)) / 2 with m = (p + q) / 2; <= log 2."""
+    check_rows(log_p=log_p, log_q=log_q)
     # The gradient of logaddexp is nan where both are -inf; kl does not read log_m there.
     neither = torch.isneginf(log_p) & torch.isneginf(log_q)
     log_m = torch.logaddexp(log_p.masked_fill(neither, 0.0), log_q.masked_fill(neither, 0.0))
@@ -131,6 +163,13 @@ def kl_from_samples(
     Raises:
         ValueError: an unknown kind, fewer than 2 samples, or a sample that P cannot give.
     """
+    if not (isinstance(log_p, Tensor) and isinstance(log_q, Tensor)):
+        raise TypeError("log_p and log_q must be tensors: use torch.tensor(...)")
+    if log_p.shape != log_q.shape:
+        raise ValueError(
+            "log_p and log_q must be of the same samples, got shapes "
+            f"{tuple(log_p.shape)} and {tuple(log_q.shape)}"
+        )
     if len(log_p) < 2:
         raise ValueError(f"a standard error needs at least 2 samples, got {len(log_p)}")
     if bool(torch.isneginf(log_p).any()):

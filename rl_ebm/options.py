@@ -169,6 +169,8 @@ class Verify:
     reward_max: float | None = None
     """a number that no reward exceeds: an upper bound on log Z, and so on KL(policy, target), where
     there is no exact solution"""
+    per_prompt: bool = False
+    """keep the figures of each prompt in report.json, also of more than 100 prompts"""
     seed: int = 0
     """of the samples"""
     device: str | None = None

@@ -201,8 +201,26 @@ def rounded_up(x: Float[Tensor, "..."], terms: int) -> Float[Tensor, "..."]:
 
 
 def check_tables(space: TokenSpace, **named: Tables) -> None:
-    """Raise ValueError unless every argument holds the per-depth tables of ``space``."""
+    """Raise unless every argument holds the per-depth tables of ``space``.
+
+    Raises:
+        TypeError: no list of floating-point tensors, or a space that is none.
+        ValueError: other sizes.
+    """
+    if not isinstance(space, TokenSpace):
+        raise TypeError(f"space must be a TokenSpace, got {type(space).__name__}")
     for name, tables in named.items():
+        if not isinstance(tables, (list, tuple)):
+            raise TypeError(
+                f"{name} must be a list with a tensor for each depth, got {type(tables).__name__}"
+            )
+        for t, table in enumerate(tables):
+            if not (isinstance(table, Tensor) and table.dtype.is_floating_point):
+                got = table.dtype if isinstance(table, Tensor) else type(table).__name__
+                raise TypeError(
+                    f"{name}[{t}] must be a tensor of floats, got {got}: use "
+                    "torch.tensor(..., dtype=torch.float64)"
+                )
         if len(tables) != space.max_length:
             raise ValueError(
                 f"{name} has {len(tables)} tables, expected one for each of the "

@@ -278,6 +278,29 @@ class TokenSpace:
 
     # Checks at the door -------------------------------------------------------------------
 
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise unless these are full rows of token ids, (B, T).
+
+        Reading the values waits for a GPU: there the look-up that uses them does that check.
+
+        Raises:
+            TypeError: no tensor of integers.
+            ValueError: another shape, or a token id out of range.
+        """
+        tokens = ids_tensor("tokens", tokens, 2)
+        if tokens.ndim != 2 or tokens.shape[1] != self.max_length:
+            raise ValueError(
+                f"tokens has shape {tuple(tokens.shape)}, expected (B, {self.max_length})"
+            )
+        if tokens.device.type != "cpu" or not len(tokens):
+            return
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.vocab_size:
+            raise ValueError(
+                f"token ids must be in [0, {self.vocab_size}), got {low} to {high}: past the end "
+                "of a response any legal id will do, such as 0"
+            )
+
     def check(
         self,
         tokens: Int64[Tensor, "..."],

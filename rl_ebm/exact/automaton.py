@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from rl_ebm.arguments import whole
 from rl_ebm.automata import Machine, Reading
 from rl_ebm.ebm import EBM
 from rl_ebm.exact.automaton_sample import sample_paths
@@ -110,7 +111,13 @@ class AutomatonSolution:
     def logits(
         self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"] | None = None
     ) -> Float[Tensor, "B T A"]:
-        """Exact q* before every token, float64; ``-inf`` where forbidden."""
+        """Exact q* before every token, float64; ``-inf`` where forbidden.
+
+        Raises:
+            TypeError: tokens that are no tensor of integers.
+            ValueError: tokens of another shape or out of range, or prompt ids that are.
+        """
+        self.space.check_tokens(tokens)
         found = self.prefixes(tokens, self._prompt_ids(tokens, prompt_ids))
         b, t_max = tokens.shape
         t = torch.arange(t_max, device=tokens.device).expand(b, -1)
@@ -174,8 +181,10 @@ class AutomatonSolution:
         """Exact samples of p*; with several prompts, ``prompt_ids`` says which each answers.
 
         Raises:
-            ValueError: prompt ids missing, of another length than n, or out of range.
+            TypeError: an n that is no integer.
+            ValueError: a negative n; prompt ids missing, of another length than n, or out of range.
         """
+        n = whole("n", n, 0)
         prompt_ids = resolve_prompt_ids(n, prompt_ids, self.ebm.num_prompts, self.device)
         return sample_paths(self.values, self.space, prompt_ids, generator)
 

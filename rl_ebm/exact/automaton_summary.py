@@ -68,7 +68,7 @@ def most_probable(solution: AutomatonSolution, flow: Flow, top: int, prompt: int
         queue.append((0.0, [], start, False))
     found: list[tuple[float, list[int]]] = []
     known: dict[tuple[int, int], list[tuple[int, float, bool]]] = {}
-    while queue and len(found) < top + _SPARE:
+    while queue and top > 0 and len(found) < top + _SPARE:
         lost, tokens, k, ended = heapq.heappop(queue)
         if len(found) >= top and lost > found[top - 1][0] + slack:
             break

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from rl_ebm.arguments import whole
 from rl_ebm.ebm import EBM
 from rl_ebm.exact.backup import join, split
 from rl_ebm.exact.base import Rows
@@ -181,7 +182,13 @@ class TreeSolution:
     def logits(
         self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"] | None = None
     ) -> Float[Tensor, "B T A"]:
-        """Exact q* before every token, float64; ``-inf`` where forbidden."""
+        """Exact q* before every token, float64; ``-inf`` where forbidden.
+
+        Raises:
+            TypeError: tokens that are no tensor of integers.
+            ValueError: tokens of another shape or out of range, or prompt ids that are.
+        """
+        self.space.check_tokens(tokens)
         return self._rows(self.q_rows, tokens, prompt_ids)
 
     def start(self, prompt_ids: Int64[Tensor, "B"]) -> _Decoding:
@@ -243,8 +250,10 @@ class TreeSolution:
         """Exact samples of p*; with several prompts, ``prompt_ids`` says which each answers.
 
         Raises:
-            ValueError: prompt ids missing, of another length than n, or out of range.
+            TypeError: an n that is no integer.
+            ValueError: a negative n; prompt ids missing, of another length than n, or out of range.
         """
+        n = whole("n", n, 0)
         prompt_ids = resolve_prompt_ids(n, prompt_ids, self.ebm.num_prompts, self.device)
         return sample(self, self.space, n, generator, prompt_ids)
 

@@ -16,7 +16,7 @@ from rl_ebm.exact.base import Solution
 from rl_ebm.exact.tree_values import bytes_of_value, fill_tree
 from rl_ebm.memory import free_bytes
 from rl_ebm.names import bytes_text, count_text
-from rl_ebm.policies.walk import walk
+from rl_ebm.policies.walk import DEFAULT_MEMORY, prompts_at_once, walk_prompts
 from rl_ebm.rewards.base import check_values
 from rl_ebm.soft_bellman import log_policy
 
@@ -47,9 +47,15 @@ def solve(ebm: EBM, memory: int | None = None, progress: bool | None = None) -> 
             where standard error is a terminal.
 
     Raises:
+        TypeError: no EBM.
         TooLargeError: it does not fit; with the number of sequences and the bytes.
         ValueError: every response of some prompt is impossible, or a reward is NaN or +inf.
     """
+    if not isinstance(ebm, EBM):
+        raise TypeError(
+            f"solve needs an rl_ebm.EBM, got {type(ebm).__name__}: rl_ebm.EBM(space, reward) "
+            "makes one"
+        )
     machines = find_machines(ebm)
     if machines is not None:
         found = _by_automaton(ebm, *machines, memory)
@@ -156,11 +162,13 @@ def _all_log_ref(ebm: EBM, progress: bool | None) -> list[float] | list[Tensor]:
         unit_scale=True,
         disable=_hide(progress),
     ) as bar:
-        for prompt in range(ebm.num_prompts):
-            for depth, start, stop, logits in walk(ebm.reference, space, prompt):
+        at_once = prompts_at_once(ebm.reference, space, DEFAULT_MEMORY)
+        for part in torch.arange(ebm.num_prompts).split(at_once):
+            for depth, start, stop, logits in walk_prompts(ebm.reference, space, part):
                 offset = space.state_offset(depth)
-                table[prompt, offset + start : offset + stop] = log_policy(logits)
-                bar.update(stop - start)
+                rows = log_policy(logits).unflatten(0, (len(part), stop - start))
+                table[int(part[0]) : int(part[-1]) + 1, offset + start : offset + stop] = rows
+                bar.update(len(logits))
     sizes = [space.num_prefixes(t) for t in range(space.max_length)]
     tables = list(table.split(sizes, dim=1))
     # Only the last depth has an entry that p_ref does not decide.

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from rl_ebm.arguments import whole
 from rl_ebm.exact.automaton import AutomatonSolution
 from rl_ebm.exact.automaton_summary import summarise_automaton
 from rl_ebm.exact.base import Solution, lists
@@ -19,7 +20,15 @@ _LARGE = 600.0
 
 @torch.no_grad()
 def summarise(solution: Solution, top: int = 10, prompt: int = 0) -> Summary:
-    """Exact figures of p*(.|x), and its ``top`` most probable responses, likeliest first."""
+    """Exact figures of p*(.|x), and its ``top`` most probable responses, likeliest first.
+
+    Raises:
+        TypeError, ValueError: a ``top`` that is no integer >= 0, or a prompt that is not there.
+    """
+    top = whole("top", top, 0)
+    prompt = whole("prompt", prompt, 0)
+    if prompt >= solution.ebm.num_prompts:
+        raise ValueError(f"prompt must be in [0, {solution.ebm.num_prompts}), got {prompt}")
     if isinstance(solution, AutomatonSolution) and not lists(solution):
         return summarise_automaton(solution, top, prompt)
     space, beta = solution.space, solution.ebm.beta
