@@ -1,4 +1,4 @@
-"""Tables of sequences of different lengths, and of words: read, solved, trained, resumed, sampled."""
+"""Tables of words, and of sequences of different lengths: read, solved, trained, sampled."""
 
 from __future__ import annotations
 
