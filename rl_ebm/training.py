@@ -27,7 +27,12 @@ from rl_ebm.verify import logit_errors, verify
 
 MAX_EVALUATED = 2**17
 """more states than this are listed only when asked to: it would take longer than training"""
-SAMPLES = 100  # responses of target and policy each, along which it is verified then
+SAMPLES = 100  # responses of target and policy each, along which it is verified then, at most
+
+
+def samples_at(max_length: int) -> int:
+    """How many responses a verification while training reads: what each takes is quadratic."""
+    return max(8, min(SAMPLES, 2**25 // max_length**2))
 
 
 @dataclass(frozen=True)
@@ -236,7 +241,7 @@ class Trainer:
         self.check_finite()
         policy: Any = self.agent.policy
         try:
-            samples = None if self.lists else SAMPLES
+            samples = None if self.lists else samples_at(self.solution.space.max_length)
             generator = torch.Generator(self.solution.device).manual_seed(self.step)
             report = verify(policy, self.solution, samples=samples, generator=generator)
             self.report = report
