@@ -27,12 +27,6 @@ from rl_ebm.verify import logit_errors, verify
 
 MAX_EVALUATED = 2**17
 """more states than this are listed only when asked to: it would take longer than training"""
-SAMPLES = 100  # responses of target and policy each, along which it is verified then, at most
-
-
-def samples_at(max_length: int) -> int:
-    """How many responses a verification while training reads: what each takes is quadratic."""
-    return max(8, min(SAMPLES, 2**25 // max_length**2))
 
 
 @dataclass(frozen=True)
