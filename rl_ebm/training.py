@@ -24,6 +24,7 @@ from rl_ebm.report_sampled import AnyReport
 from rl_ebm.runs import METRICS, POLICY, REPORT, STATE, forget_reports, load_weights
 from rl_ebm.tensorboard import EVENTS, Board
 from rl_ebm.verify import logit_errors, verify
+from rl_ebm.verify_sampled import samples_at
 
 MAX_EVALUATED = 2**17
 """more states than this are listed only when asked to: it would take longer than training"""
