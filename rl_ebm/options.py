@@ -34,6 +34,11 @@ class Target:
     alphabet: str | None = None
     """order of the table's tokens, ACGT for example; else the sorted set seen. With --reward the
     symbols of all tokens, in which phrases and patterns are written"""
+    separator: str | None = None
+    """what stands between two symbols of a table's sequences and of --alphabet, " " for words; then
+    sequences may be of different lengths, each ended by an EOS of its own"""
+    ragged: bool = False
+    """the table's sequences may be of different lengths though there is no --separator"""
     normalise: Literal["minmax"] | None = None
     """minmax maps the table's scores to [0, 1] first"""
     missing: Literal["error", "forbid"] = "error"
@@ -60,6 +65,8 @@ class Target:
         if self.table is None:
             if self.alphabet or self.normalise or self.missing != "error":
                 raise ValueError("--alphabet, --normalise and --missing need a --table")
+            if self.separator is not None or self.ragged:
+                raise ValueError("--separator and --ragged need a --table")
             name = self.task or "random"
             if name not in TASKS:
                 raise ValueError(f"there is no task {name!r}{nearest(name, TASKS)}")
@@ -80,7 +87,14 @@ class Target:
                 "a --table has its own sequences: leave out --task, --vocab-size, --max-length "
                 "and --eos-id"
             )
-        table = read_table(self.table, self.alphabet, self.normalise, self.missing)
+        table = read_table(
+            self.table,
+            self.alphabet,
+            self.normalise,
+            self.missing,
+            self.separator,
+            True if self.ragged else None,
+        )
         given = None
         if self.reference is not None:
             given = parse_reference(self.reference, table.space, table.alphabet)
@@ -88,29 +102,32 @@ class Target:
         return ebm, {"alphabet": list(table.alphabet), "separator": table.separator}
 
     def _automaton(self) -> tuple[EBM, dict[str, Any]]:
-        if self.task or self.table or self.normalise or self.missing != "error":
+        if self.task or self.table or self.normalise or self.missing != "error" or self.ragged:
             raise ValueError("--reward is a target of its own: leave out --task and --table")
-        size = self.vocab_size
-        if size is None and self.alphabet is not None:
-            size = len(self.alphabet)
+        size, symbols = self.vocab_size, None
+        if self.alphabet is not None:
+            words = self.separator and self.alphabet.split(self.separator)
+            symbols = words or list(self.alphabet)
+        if size is None and symbols is not None:
+            size = len(symbols)
         if size is None or self.max_length is None:
             raise ValueError("--reward needs --vocab-size (or --alphabet) and --max-length")
-        if self.alphabet is not None and len(set(self.alphabet)) < len(self.alphabet):
+        if symbols is not None and len(set(symbols)) < len(symbols):
             raise ValueError(f"--alphabet {self.alphabet!r} has a symbol twice: each is one token")
-        if self.alphabet is not None and len(self.alphabet) != size:
+        if symbols is not None and len(symbols) != size:
             raise ValueError(
-                f"--alphabet has {len(self.alphabet)} symbols, expected one for each of the {size} "
+                f"--alphabet has {len(symbols)} symbols, expected one for each of the {size} "
                 "tokens (EOS included)"
             )
         assert self.reward is not None
         space = TokenSpace(size, self.max_length, self.eos_id)
-        reward = parse_reward(self.reward, space, self.alphabet)
+        reward = parse_reward(self.reward, space, symbols)
         given = None
         if self.reference is not None:
-            given = parse_reference(self.reference, space, self.alphabet)
+            given = parse_reference(self.reference, space, symbols)
         source: dict[str, Any] = {}
-        if self.alphabet is not None:
-            source = {"alphabet": list(self.alphabet), "separator": ""}
+        if symbols is not None:
+            source = {"alphabet": symbols, "separator": self.separator or ""}
         return EBM(space, reward, self.beta, given), source
 
 

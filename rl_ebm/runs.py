@@ -117,7 +117,11 @@ def describe_ebm(ebm: EBM, source: dict[str, Any] | None = None) -> dict[str, An
 def decode(config: dict[str, Any], tokens: Sequence[int]) -> str:
     """Tokens as the run's table file writes them; ids where there is none."""
     alphabet = config.get("alphabet")
-    symbols = map(str, tokens) if alphabet is None else (alphabet[i] for i in tokens)
+    if alphabet is None:
+        symbols = [str(token) for token in tokens]
+    else:
+        # The EOS of a table has no symbol.
+        symbols = [alphabet[token] for token in tokens if alphabet[token]]
     return str(config.get("separator", " ")).join(symbols)
 
 

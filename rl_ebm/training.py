@@ -32,12 +32,12 @@ from rl_ebm.tensorboard import Board
 from rl_ebm.train_config import LOG_SECONDS
 from rl_ebm.train_config import TrainConfig as TrainConfig
 from rl_ebm.verify import logit_errors, verify
+from rl_ebm.verify_sampled import samples_at
 
 MAX_EVALUATED = 2**17
 """more states than this are listed only when asked to: it would take longer than training"""
 SMALL = 2**20
 """parameters below which a checkpoint, of up to 16 MB, is never put off"""
-SAMPLES = 100  # responses of target and policy each, along which it is verified then
 
 
 class NonFiniteError(RunError):
@@ -243,7 +243,7 @@ class Trainer:
         self.check_finite()
         policy: Any = self.agent.policy
         try:
-            samples = None if self.lists else SAMPLES
+            samples = None if self.lists else samples_at(self.solution.space.max_length)
             generator = torch.Generator(self.solution.device).manual_seed(self.step)
             report = verify(policy, self.solution, samples=samples, generator=generator)
             self.report = report

@@ -41,6 +41,14 @@ from rl_ebm.rewards.limits import reward_limits
 from rl_ebm.tokens import Batch
 from rl_ebm.visits import WORST, Visits
 
+SAMPLES = 100
+"""responses of target and policy each that a verification while training reads, at most"""
+
+
+def samples_at(max_length: int) -> int:
+    """How many responses a verification while training reads: what each takes is quadratic."""
+    return max(8, min(SAMPLES, 2**25 // max_length**2))
+
 
 @torch.no_grad()
 def verify_sampled(

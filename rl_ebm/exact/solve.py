@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from rl_ebm.automata import Machine
 from rl_ebm.ebm import EBM, end_reference
 from rl_ebm.exact.automaton import AutomatonSolution
+from rl_ebm.exact.automaton_bytes import need
 from rl_ebm.exact.base import Solution
 from rl_ebm.exact.tree_values import bytes_of_value, fill_tree
 from rl_ebm.memory import free_bytes
@@ -100,18 +101,12 @@ def find_machines(ebm: EBM) -> tuple[Machine | None, Machine] | None:
 def _by_automaton(
     ebm: EBM, reference: Machine | None, reward: Machine, memory: int | None
 ) -> AutomatonSolution:
-    states = reward.num_states * reward.num_hidden
-    hidden = reward.num_hidden
-    if reference is not None:
-        hidden *= reference.num_hidden
-        states *= reference.num_states * reference.num_hidden
-    tables = 2 * (ebm.space.max_length + 1) * states * 8
-    machine = 20 * (states // hidden + hidden) * ebm.space.vocab_size
+    found = need(reference, reward, ebm.space.max_length)
     free = _free_bytes(ebm.device) if memory is None else memory
-    if tables + machine > free:
+    if found.bytes > free:
         raise TooLargeError(
-            f"the product of the automata has up to {states:,} states and needs up to "
-            f"{bytes_text(tables + machine)}, and {bytes_text(free)} may be used: use fewer "
+            f"the product of the automata has up to {found.states:,} states and needs up to "
+            f"{bytes_text(found.bytes)}, and {bytes_text(free)} may be used: use fewer "
             "conditions or a smaller reference, or pass memory= where there is more"
         )
     return AutomatonSolution(ebm, reference, reward)

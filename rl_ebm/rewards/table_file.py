@@ -9,12 +9,17 @@ A sequence is space-separated integers where the first cell, or the alphabet tha
 white space between symbols; else every character is a token. So ``12`` alone is two characters:
 responses of a single integer token need an alphabet such as ``"0 1 12"``. A score is a number
 or ``-inf`` (an impossible response).
+
+A separator that is given stands between symbols of any length, and a cell is then read as it
+stands: ``" "`` for words, ``""`` for characters of which white space is one. With a separator the
+sequences may be of different lengths, and without one where that is asked for (``ragged``): the
+table is then one of EOS mode, in which each response ends by a token of its own, the last one of
+the vocabulary; an empty cell is the empty response.
 """
 
 from __future__ import annotations
 
 import csv
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +33,14 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from rl_ebm.rewards.table_cells import (
+    Writing,
+    minmax,
+    read_columns,
+    read_scores,
+    short,
+    size_text,
+)
 from rl_ebm.tokens import TokenSpace
 
 X = TypeVar("X")
@@ -42,11 +55,11 @@ class TableFile:
     """What a table file holds. ``separator`` stands between the symbols of a sequence."""
 
     scores: Float64[Tensor, "N"]
-    """R of each sequence in enumeration order, N = A**T; ``-inf`` where it is impossible"""
+    """R of each sequence in enumeration order; ``-inf`` where it is impossible"""
     space: TokenSpace
-    """of fixed length"""
+    """of fixed length, or with the last token as EOS where the sequences have different ones"""
     alphabet: tuple[str, ...]
-    """symbol of each token id; of an integer token its decimal digits"""
+    """symbol of each token id; of an integer token its decimal digits, of EOS nothing"""
     separator: str = ""
     """a space where the tokens are integers"""
 
@@ -59,7 +72,8 @@ class TableFile:
         wrong = [token for token in tokens if not 0 <= token < len(self.alphabet)]
         if wrong:
             raise ValueError(f"token ids must be in [0, {len(self.alphabet)}), got {wrong[0]}")
-        return self.separator.join(self.alphabet[token] for token in tokens)
+        symbols = (self.alphabet[token] for token in tokens if token != self.space.eos_id)
+        return self.separator.join(symbols)
 
 
 def read_table(
@@ -67,6 +81,8 @@ def read_table(
     alphabet: str | None = None,
     normalise: str | None = None,
     missing: str = "error",
+    separator: str | None = None,
+    ragged: bool | None = None,
 ) -> TableFile:
     """Read a table file; see the module's docstring for the format.
 
@@ -76,6 +92,10 @@ def read_table(
             for those in the file, sorted (integers as numbers).
         normalise: ``"minmax"`` maps the finite scores to [0, 1]; None leaves them.
         missing: ``"error"``, or ``"forbid"`` to give a missing sequence the score ``-inf``.
+        separator: what stands between two symbols, in the alphabet as well; None for integers with
+            spaces between them, or characters.
+        ragged: whether sequences may be of different lengths; None: where a separator is given.
+            They make a table of EOS mode where they are (with True in any case).
 
     Raises:
         ValueError: a file that cannot be read or is not as described, with the line; a
@@ -86,10 +106,12 @@ def read_table(
         raise ValueError(f'normalise must be "minmax" or None, got {normalise!r}')
     if missing not in ("error", "forbid"):
         raise ValueError(f'missing must be "error" or "forbid", got {missing!r}')
+    if separator is not None and not isinstance(separator, str):
+        raise TypeError(f"separator must be text, got {short(separator)}")
     try:
         # newline="": the csv module does its own, inside quotes as well.
         with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = _Rows(file, os.fspath(path), alphabet)
+            rows = _Rows(file, os.fspath(path), alphabet, separator, ragged)
     except OSError as error:
         raise ValueError(f"cannot read the table file {path}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -97,31 +119,54 @@ def read_table(
     try:
         scores, symbols = rows.fill(forbid=missing == "forbid")
         if normalise is not None:
-            _minmax(scores)
+            minmax(scores)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    space = TokenSpace(len(symbols), rows.length)
-    return TableFile(torch.from_numpy(scores), space, symbols, rows.separator)
+    if not rows.ends:
+        space = TokenSpace(len(symbols), rows.length)
+    else:
+        space = TokenSpace(len(symbols) + 1, rows.length + 1, eos_id=len(symbols))
+        symbols = (*symbols, "")
+    return TableFile(torch.from_numpy(scores), space, symbols, rows.writing.separator)
 
 
 class _Rows:
-    """All rows of a file as arrays: ids of the tokens by first appearance, score, line."""
+    """All rows of a file as arrays: ids of the tokens by first appearance, length, score, line.
 
-    def __init__(self, file: TextIO, path: str, alphabet: str | None) -> None:
+    Attributes:
+        ends: whether the sequences end by an EOS.
+        length: tokens of the longest one.
+    """
+
+    def __init__(
+        self,
+        file: TextIO,
+        path: str,
+        alphabet: str | None,
+        separator: str | None,
+        ragged: bool | None,
+    ) -> None:
         self.path = path
+        self.ragged = separator is not None if ragged is None else ragged
         first = True
-        codes, scores, lines = [], [], []
+        codes, sizes, scores, lines = [], [], [], []
         for line, sequence_cells, score_cells in self._chunks(file):
             if first:
-                self._begin(sequence_cells[0], alphabet)
+                self._begin(sequence_cells[0], alphabet, separator)
                 first = False
-            codes.append(self._locate(self._codes, sequence_cells, line))
-            scores.append(self._locate(_scores, score_cells, line))
+            tokens, lengths = self._locate(self._codes, sequence_cells, line)
+            codes.append(tokens)
+            sizes.append(lengths)
+            scores.append(self._locate(read_scores, score_cells, line))
             lines.append(np.array(line))
         if first:
             raise ValueError(f"the table file {path} has no rows below its header")
-        self.codes, self.scores = np.concatenate(codes), np.concatenate(scores)
-        self.lines = np.concatenate(lines)
+        self.codes, self.sizes = np.concatenate(codes), np.concatenate(sizes)
+        self.scores, self.lines = np.concatenate(scores), np.concatenate(lines)
+        self.length = int(self.sizes.max())
+        self.ends = ragged is True or int(self.sizes.min()) < self.length
+        if self.length == 0:
+            raise ValueError(f"the table file {path} has the empty sequence alone")
 
     def _chunks(self, file: TextIO) -> Iterator[tuple[list[int], list[str], list[str]]]:
         """Line numbers, sequences and scores of many rows at a time."""
@@ -132,7 +177,7 @@ class _Rows:
                 break
         else:
             raise ValueError(f"the table file {self.path} is empty")
-        delimiter, columns = _columns(begin[-1], self.path)
+        delimiter, columns = read_columns(begin[-1], self.path)
         sequence, score = columns.index("sequence"), columns.index("score")
         reader = csv.reader(chain(begin, file), delimiter=delimiter, strict=True)
         lines: list[int] = []
@@ -164,17 +209,13 @@ class _Rows:
         if lines:
             yield lines, sequence_cells, score_cells
 
-    def _begin(self, first: str, alphabet: str | None) -> None:
+    def _begin(self, first: str, alphabet: str | None, separator: str | None) -> None:
         """Decide from the first sequence what a token is, and T."""
-        # Without white space split() finds one symbol: the cell is characters.
-        self.integers = len(first.split()) > 1 or len((alphabet or "").split()) > 1
-        self.separator = " " if self.integers else ""
-        self.length = len(self._split(first))
-        self.alphabet = None if alphabet is None else _alphabet(alphabet, self.integers)
-        self.ids = _Ids(self.integers, self.alphabet)
-
-    def _split(self, cell: str) -> Sequence[str]:
-        return cell.split() if self.integers else cell.strip()
+        self.writing = Writing.of(first, alphabet, separator)
+        self.length = len(self.writing.split(first))
+        least = 1 if self.ragged else 2
+        self.alphabet = None if alphabet is None else self.writing.alphabet(alphabet, least)
+        self.ids = _Ids(self.writing, self.alphabet)
 
     def _locate(self, parse: Callable[[list[str]], X], cells: list[str], lines: list[int]) -> X:
         """Parse a column; what is wrong with it is said of the first wrong cell's line."""
@@ -188,42 +229,43 @@ class _Rows:
                     raise ValueError(f"{self.path}, line {line}: {error}") from None
             raise
 
-    def _codes(self, cells: list[str]) -> npt.NDArray[Any]:
-        """(n, T) ids; errors are about the first cell."""
-        rows = list(map(self._split, cells))
-        if any(len(row) != self.length for row in rows) or not self.length:
+    def _codes(self, cells: list[str]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Ids of all cells one after the other, and lengths; errors are about the first cell."""
+        rows = list(map(self.writing.split, cells))
+        wrong = any(len(row) != self.length for row in rows) or not self.length
+        if wrong and not self.ragged:
             raise ValueError(
-                f"the sequence {_short(cells[0])} has {len(rows[0])} tokens, expected "
+                f"the sequence {short(cells[0])} has {len(rows[0])} tokens, expected "
                 + (f"the {self.length} of the first row" if self.length else "at least one")
             )
         tokens = map(self.ids.__getitem__, chain.from_iterable(rows))
-        codes = np.fromiter(tokens, np.int32, len(rows) * self.length)
+        codes = np.fromiter(tokens, np.int32, sum(map(len, rows)))
+        sizes = np.fromiter(map(len, rows), np.int64, len(rows))
         # The ids of 16.7 million rows stay small: usually one byte each.
-        return codes.astype(np.min_scalar_type(len(self.ids))).reshape(-1, self.length)
+        codes = codes.astype(np.min_scalar_type(len(self.ids)))
+        return codes, sizes.astype(np.min_scalar_type(int(sizes.max())))
 
     def fill(self, forbid: bool) -> tuple[npt.NDArray[np.float64], tuple[str, ...]]:
         """Scores in enumeration order, and the symbols in the order of their token ids."""
         names, rows = list(self.ids.names), len(self.scores)
         symbols = self.alphabet
         if symbols is None:
-            symbols = tuple(sorted(names, key=int) if self.integers else sorted(names))
-        if len(symbols) < 2:
+            numbers = self.writing.integers or all(re.fullmatch("[0-9]{1,18}", n) for n in names)
+            symbols = tuple(sorted(names, key=int) if numbers else sorted(names))
+        if len(symbols) < 2 and not self.ends:
             raise ValueError(
-                f"{_short(symbols[0])} is the only symbol, and a token space needs 2: give the "
+                f"{short(symbols[0])} is the only symbol, and a token space needs 2: give the "
                 "alphabet"
             )
-        count = len(symbols) ** self.length
+        count = self._offset(len(symbols), self.length) + len(symbols) ** self.length
         if count > max(_ALWAYS_FITS, _MOST_MISSING * rows):
             raise ValueError(
-                f"{len(symbols)} symbols and length {self.length} make {_size(count)} sequences "
-                f"({_size(8 * count)} bytes of scores), but the file has {rows} rows: that is no "
-                "table"
+                f"{len(symbols)} symbols and length {self.length} make {size_text(count)} "
+                f"sequences ({size_text(8 * count)} bytes of scores), but the file has {rows} "
+                "rows: that is no table"
             )
         place = {symbol: i for i, symbol in enumerate(symbols)}
-        rank = np.array([place[name] for name in names])
-        index = np.zeros(rows, dtype=np.int64)
-        for column in self.codes.T:
-            index = index * len(symbols) + rank[column]
+        index = self._indices(np.array([place[name] for name in names]), len(symbols))
         # Of equal indices the last write stays: backwards, that is the first row.
         row_of = np.full(count, -1, dtype=np.int64)
         row_of[index[::-1]] = np.arange(rows)[::-1]
@@ -244,109 +286,45 @@ class _Rows:
         scores[index] = self.scores
         return scores, symbols
 
-    def _write(self, index: np.int64, symbols: tuple[str, ...]) -> str:
-        digits = []
-        for _ in range(self.length):
+    def _offset(self, base: int, length: int) -> int:
+        """How many sequences are shorter, in EOS mode; they come first."""
+        return sum(base**t for t in range(length)) if self.ends else 0
+
+    def _indices(self, rank: npt.NDArray[np.int64], base: int) -> npt.NDArray[np.int64]:
+        """The place of every row in enumeration order."""
+        index = np.zeros(len(self.scores), dtype=np.int64)
+        starts = np.cumsum(self.sizes, dtype=np.int64) - self.sizes
+        for length in np.unique(self.sizes).tolist():
+            rows = np.flatnonzero(self.sizes == length)
+            found = np.full(len(rows), 0, dtype=np.int64)
+            for i in range(length):
+                found = found * base + rank[self.codes[starts[rows] + i]]
+            index[rows] = found + self._offset(base, length)
+        return index
+
+    def _write(self, index: int | np.int64, symbols: tuple[str, ...]) -> str:
+        length = self.length
+        while self.ends and index < self._offset(len(symbols), length):
+            length -= 1
+        index, digits = int(index) - self._offset(len(symbols), length), []
+        for _ in range(length):
             index, digit = divmod(index, len(symbols))
             digits.append(symbols[digit])
-        return _short(self.separator.join(reversed(digits)))
+        return short(self.writing.separator.join(reversed(digits)))
 
 
 class _Ids(dict[str, int]):
     """Id of every symbol as it is written, numbered as they come, or by the alphabet given."""
 
-    def __init__(self, integers: bool, alphabet: tuple[str, ...] | None) -> None:
+    def __init__(self, writing: Writing, alphabet: tuple[str, ...] | None) -> None:
         super().__init__()
-        self.integers, self.closed = integers, alphabet is not None
+        self.writing, self.closed = writing, alphabet is not None
         # "1" and "01" are one integer: two keys here, one name.
         self.names = {symbol: i for i, symbol in enumerate(alphabet or ())}
 
     def __missing__(self, symbol: str) -> int:
-        name = _name(symbol, self.integers)
+        name = self.writing.name(symbol)
         if self.closed and name not in self.names:
-            raise ValueError(f"the token {_short(symbol)} is not in the alphabet")
+            raise ValueError(f"the token {short(symbol)} is not in the alphabet")
         self[symbol] = self.names.setdefault(name, len(self.names))
         return self[symbol]
-
-
-def _columns(header: str, path: str) -> tuple[str, list[str]]:
-    """Delimiter and names of the columns."""
-    tried = []
-    for delimiter in ",\t" if path.lower().endswith(".csv") else "\t,":
-        columns = [cell.strip() for cell in next(csv.reader([header], delimiter=delimiter))]
-        if columns.count("sequence") == 1 and columns.count("score") == 1:
-            return delimiter, columns
-        tried.append(columns)
-    raise ValueError(
-        f"the table file {path} must begin with a header that has one column 'sequence' and one "
-        f"column 'score', separated by a tab or a comma, got {_short(max(tried, key=len))}"
-    )
-
-
-def _alphabet(alphabet: str, integers: bool) -> tuple[str, ...]:
-    try:
-        symbols = [_name(symbol, integers) for symbol in alphabet.split()]
-    except ValueError:
-        raise ValueError(
-            f"alphabet must be integers separated by spaces where the sequences are, and "
-            f"characters without spaces else, got {_short(alphabet)}"
-        ) from None
-    if not integers:
-        symbols = list(alphabet.strip())
-    repeated = [symbol for i, symbol in enumerate(symbols) if symbol in symbols[:i]]
-    if repeated:
-        raise ValueError(f"alphabet has {repeated[0]!r} twice: every symbol is one token")
-    if len(symbols) < 2:
-        raise ValueError(f"alphabet must have at least 2 symbols, got {alphabet!r}")
-    return tuple(symbols)
-
-
-def _name(symbol: str, integers: bool) -> str:
-    if not integers:
-        if symbol.isspace():
-            raise ValueError("white space in a sequence of characters")
-        return symbol
-    # int() alone takes "1_0" too.
-    if not re.fullmatch("[+-]?[0-9]+", symbol):
-        raise ValueError(f"the token {_short(symbol)} is no integer")
-    return str(int(symbol))
-
-
-def _scores(cells: list[str]) -> npt.NDArray[np.float64]:
-    """(n,) scores; errors are about the first cell."""
-    try:
-        scores = np.fromiter(map(float, cells), np.float64, len(cells))
-    except ValueError:
-        raise ValueError(f"the score {_short(cells[0])} is no number") from None
-    # float() takes "1_5" too, more likely a slip than 15.
-    if "_" in "".join(cells) or np.isnan(scores).any() or np.isposinf(scores).any():
-        raise ValueError(
-            f"the score {_short(cells[0])} is no number below +inf (-inf marks an impossible "
-            "response)"
-        )
-    return scores
-
-
-def _minmax(scores: npt.NDArray[np.float64]) -> None:
-    """Map the finite scores to [0, 1], in place."""
-    finite = np.isfinite(scores)
-    if not finite.any():
-        raise ValueError("normalise needs finite scores, and all of them are -inf")
-    low, high = float(scores[finite].min()), float(scores[finite].max())
-    if not 0 < high - low < math.inf:
-        raise ValueError(
-            f"normalise needs finite scores that differ, and less than the largest float, got "
-            f"{low} to {high}"
-        )
-    scores -= low
-    scores /= high - low
-
-
-def _short(value: object) -> str:
-    """How a value is written, cut where it would fill the screen."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:56]} ..."
-
-
-def _size(count: int) -> str:
-    return str(count) if count < 10**15 else f"about 10^{round(math.log10(count))}"
