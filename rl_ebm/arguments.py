@@ -69,6 +69,55 @@ def shown(value: object) -> str:
     return type(value).__name__
 
 
+def check_generator(generator: object, device: torch.device) -> None:
+    """Check that something can draw on a device: None for torch's global generator.
+
+    Raises:
+        TypeError: no generator.
+        ValueError: one of another device.
+    """
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            "generator must be a torch.Generator, for example torch.Generator().manual_seed(0), "
+            f"or None, got {shown(generator)}"
+        )
+    if generator.device.type != device.type and device.type != "meta":
+        raise ValueError(
+            f"the generator is on {generator.device} and the draws are on {device}: "
+            f"torch.Generator({device.type!r}) makes one there"
+        )
+
+
+def as_device(device: object) -> torch.device:
+    """A device by itself or by name.
+
+    Raises:
+        TypeError: neither.
+        ValueError: no name of a device.
+    """
+    if isinstance(device, torch.device):
+        return device
+    if not isinstance(device, str):
+        raise TypeError(f"device must be a torch.device or its name, got {shown(device)}")
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise ValueError(
+            f"device must be the name of one, for example 'cpu' or 'cuda', got {shown(device)}"
+        ) from None
+
+
+def flag(name: str, value: object, unset: bool = False) -> None:
+    """Raise TypeError unless something is True or False (``unset``: or None)."""
+    if not (isinstance(value, bool) or (unset and value is None)):
+        raise TypeError(
+            f"{name} must be True{',' if unset else ' or'} False{' or None' if unset else ''}, "
+            f"got {shown(value)}"
+        )
+
+
 def ids_tensor(name: str, value: object, ndim: int) -> Tensor:
     """A tensor of integer ids, as int64.
 

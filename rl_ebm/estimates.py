@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
+from rl_ebm.arguments import is_number, shown
+
 Kind = Literal["finite-sample", "one-sided finite-sample", "asymptotic"]
 
 
@@ -67,8 +69,8 @@ class Interval:
 
 def check_confidence(confidence: float) -> None:
     """Raise ValueError unless 0 < confidence < 1."""
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be in (0, 1), got {confidence!r}")
+    if not (is_number(confidence) and 0 < confidence < 1):
+        raise ValueError(f"confidence must be in (0, 1), got {shown(confidence)}")
 
 
 @lru_cache(maxsize=64)

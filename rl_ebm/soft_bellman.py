@@ -25,7 +25,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.tokens import TokenSpace, length_mask
+from rl_ebm.arguments import shown
+from rl_ebm.tokens import TokenSpace, check_space, length_mask
 
 Tables = Sequence[Tensor]
 
@@ -189,7 +190,12 @@ def expectation(log_p: Float[Tensor, "..."], x: Float[Tensor, "..."]) -> Float[T
 
 def check_tables(space: TokenSpace, **named: Tables) -> None:
     """Raise ValueError unless every argument holds the per-depth tables of ``space``."""
+    check_space(space)
     for name, tables in named.items():
+        if not (isinstance(tables, (list, tuple)) and all(isinstance(t, Tensor) for t in tables)):
+            raise TypeError(
+                f"{name} must be a list of tensors, one for each depth, got {shown(tables)}"
+            )
         if len(tables) != space.max_length:
             raise ValueError(
                 f"{name} has {len(tables)} tables, expected one for each of the "

@@ -323,6 +323,21 @@ class TokenSpace:
             )
         return lengths
 
+    def check_kind(self, tokens: object, fewer: bool = False) -> None:
+        """Check that something is (B, T) ids by its kind and shape, without reading an id.
+
+        Args:
+            fewer: whether fewer columns than T will do.
+
+        Raises:
+            TypeError: no tensor.
+            ValueError: no integers, or another shape.
+        """
+        ids = ids_tensor("tokens", tokens, 2)
+        t_max = self.max_length
+        if ids.ndim != 2 or not (1 <= ids.shape[1] <= t_max if fewer else ids.shape[1] == t_max):
+            raise ValueError(f"tokens has shape {tuple(ids.shape)}, expected (B, {t_max})")
+
     def find_lengths(
         self, tokens: Int64[Tensor, "B T"], lengths: Int64[Tensor, "B"] | None = None
     ) -> Int64[Tensor, "B"]:

@@ -22,7 +22,7 @@ from rl_ebm.accumulate import WORST, Accumulator
 from rl_ebm.arguments import whole
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import Solution, lists
-from rl_ebm.policies.checks import check_kind
+from rl_ebm.policies.outputs import check_kind
 from rl_ebm.policies.scoring import Policy, evaluating
 from rl_ebm.policies.walk import DEFAULT_MEMORY, walk
 from rl_ebm.report import Bounds, Depth, Prefix, Report
@@ -69,6 +69,8 @@ def verify(
     if samples is None and lists(solution):
         return verify_listed(policy, solution, memory)
     samples = 1000 if samples is None else whole("samples", samples)
+    if samples > 2**31:
+        raise ValueError(f"samples must be at most {2**31}, got {samples}")
     return verify_sampled(policy, solution, samples, confidence, generator, memory)
 
 

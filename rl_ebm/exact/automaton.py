@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from rl_ebm.arguments import check_generator
 from rl_ebm.automata import Machine, Reading
 from rl_ebm.ebm import EBM
 from rl_ebm.exact.automaton_sample import sample_paths
@@ -109,6 +110,7 @@ class AutomatonSolution:
         self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"] | None = None
     ) -> Float[Tensor, "B T A"]:
         """Exact q* before every token, float64; ``-inf`` where forbidden."""
+        self.space.check_kind(tokens)
         found = self.prefixes(tokens, self._prompt_ids(tokens, prompt_ids))
         b, t_max = tokens.shape
         t = torch.arange(t_max, device=tokens.device).expand(b, -1)
@@ -174,6 +176,7 @@ class AutomatonSolution:
             ValueError: prompt ids missing, of another length than n, or out of range.
         """
         prompt_ids = resolve_prompt_ids(n, prompt_ids, self.ebm.num_prompts, self.device)
+        check_generator(generator, self.device)
         return sample_paths(self.values, self.space, prompt_ids, generator)
 
     def _prompt_ids(self, tokens: Tensor, prompt_ids: Tensor | None) -> Tensor:

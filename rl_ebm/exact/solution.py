@@ -126,6 +126,7 @@ class TreeSolution:
         self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"] | None = None
     ) -> Float[Tensor, "B T A"]:
         """Exact q* before every token, float64; ``-inf`` where forbidden."""
+        self.space.check_kind(tokens)
         prompt_ids = resolve_prompt_ids(
             len(tokens), prompt_ids, self.ebm.num_prompts, tokens.device
         )

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from rl_ebm.arguments import is_number, shown
 from rl_ebm.automata import Machine
 from rl_ebm.ebm import EBM, end_reference
 from rl_ebm.exact.automaton import AutomatonSolution
@@ -51,6 +52,11 @@ def solve(ebm: EBM, memory: int | None = None, progress: bool | None = None) -> 
         TooLargeError: it does not fit; with the number of sequences and the bytes.
         ValueError: every response of some prompt is impossible, or a reward is NaN or +inf.
     """
+    if not isinstance(ebm, EBM):
+        raise TypeError(f"ebm must be an rl_ebm.EBM, got {type(ebm).__name__}")
+    if memory is not None and not (is_number(memory) and memory >= 0):
+        raise ValueError(f"memory must be a number of bytes >= 0, or None, got {shown(memory)}")
+    memory = None if memory is None else int(min(memory, 2**63))
     space, device = ebm.space, ebm.device
     machines = find_machines(ebm)
     if machines is not None:
