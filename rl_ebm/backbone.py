@@ -52,7 +52,7 @@ class TransformerConfig:
         if self.layers > MAX_LAYERS or weights > MAX_WEIGHTS:
             raise ValueError(
                 f"layers={self.layers}, dim={self.dim} and hidden={self.hidden} make "
-                f"{count_text(weights)} weights, and there may be at most {MAX_WEIGHTS:,} in "
+                f"{count_text(weights)} weights, too many for memory: at most {MAX_WEIGHTS:,} in "
                 f"{MAX_LAYERS:,} layers"
             )
 
@@ -103,7 +103,7 @@ class Backbone(nn.Module):
         if weights > MAX_WEIGHTS:
             raise ValueError(
                 f"embeddings of {num_ids:,} ids and {num_positions:,} positions in dim="
-                f"{config.dim} are {count_text(weights)} weights, and there may be at most "
+                f"{config.dim} are {count_text(weights)} weights, too many for memory: at most "
                 f"{MAX_WEIGHTS:,}: make vocab_size, max_length or dim smaller"
             )
         self.token = nn.Embedding(num_ids, config.dim)

@@ -35,7 +35,7 @@ import torch
 from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
-from rl_ebm.arguments import ids_tensor, is_whole, shown, whole
+from rl_ebm.arguments import Int, ids_tensor, is_whole, shown, whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -112,9 +112,9 @@ class TokenSpace:
         ValueError: a size out of range, or an ``eos_id`` that is no token id.
     """
 
-    vocab_size: int
-    max_length: int
-    eos_id: int | None = None
+    vocab_size: Int
+    max_length: Int
+    eos_id: Int | None = None
 
     def __post_init__(self) -> None:
         for name, least, most in (("vocab_size", 2, 2**31), ("max_length", 1, 2**20)):
