@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from rl_ebm.arguments import Number, finite
-from rl_ebm.policies.checks import ROWS, check_kind, check_rows
+from rl_ebm.arguments import Number, as_device, finite
+from rl_ebm.policies.checks import ROWS, check_rows
+from rl_ebm.policies.outputs import check_kind
 from rl_ebm.policies.scoring import (
     Policy,
     device_of,
@@ -59,7 +60,7 @@ class EBM:
     ) -> None:
         check_space(space)
         self.space = space
-        self.beta = finite("beta", beta, "> 0", 0.0, strict=True)
+        self.beta = finite("beta", beta, 0.0, above=True)
         if self.beta < 1e-300:
             raise ValueError(f"beta must be at least 1e-300, got {beta!r}: R / beta overflows")
         self.prompts = None if prompts is None else check_prompts(prompts)
@@ -191,12 +192,13 @@ class EBM:
 
     def to(self, device: torch.device | str) -> EBM:
         """The same EBM with its reward and reference on another device."""
+        device = as_device(device)
         moved = EBM.__new__(EBM)
         moved.__dict__.update(
             self.__dict__,
             reference=on_device(self.reference, device),
             reward_model=on_device(self.reward_model, device),
-            device=torch.device(device),
+            device=device,
         )
         return moved
 

@@ -7,8 +7,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from numbers import Integral, Real
 from typing import Any, Literal
+
+from rl_ebm.arguments import WrongTypeError, is_number, shown, whole
 
 Kind = Literal["finite-sample", "one-sided finite-sample", "asymptotic", "worth nothing"]
 
@@ -72,31 +73,24 @@ MOST_SAMPLES = 10**8
 
 
 def check_confidence(confidence: float) -> None:
-    """Raise TypeError unless a number is given, ValueError unless 0 < confidence < 1."""
-    check_number(confidence, "confidence", "in (0, 1)")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be in (0, 1), got {confidence!r}")
+    """Raise ValueError unless 0 < confidence < 1."""
+    if not (is_number(confidence) and 0 < confidence < 1):
+        kind = ValueError if is_number(confidence) else WrongTypeError
+        raise kind(f"confidence must be a number in (0, 1), got {shown(confidence)}")
 
 
-def check_samples(samples: int, least: int = 1, why: str = "") -> None:
-    """Raise TypeError unless a whole number is given, ValueError unless it is in range."""
-    check_whole(samples, "samples")
+def check_samples(samples: int, least: int = 1, why: str = "") -> int:
+    """A number of samples in range, as an int.
+
+    Raises:
+        ValueError: no integer, or one out of range.
+    """
+    samples = whole("samples", samples)
     if samples < least:
         raise ValueError(f"samples must be at least {least}, got {samples}{why}")
     if samples > MOST_SAMPLES:
-        raise ValueError(f"samples must be at most {MOST_SAMPLES:,}, got {samples}")
-
-
-def check_whole(x: object, name: str) -> None:
-    """Raise TypeError unless x is an integer, numpy's included; a bool is none."""
-    if isinstance(x, bool) or not isinstance(x, Integral):
-        raise TypeError(f"{name} must be a whole number, got {x!r}")
-
-
-def check_number(x: object, name: str, kind: str = "") -> None:
-    """Raise TypeError unless x is a real number; a bool is none."""
-    if isinstance(x, bool) or not isinstance(x, Real):
-        raise TypeError(f"{name} must be a number{kind and ' '}{kind}, got {x!r}")
+        raise ValueError(f"samples must be at most {MOST_SAMPLES:,}, got {shown(samples)}")
+    return samples
 
 
 @lru_cache(maxsize=64)

@@ -27,9 +27,10 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from rl_ebm.arguments import check_generator, is_number, shown, whole
 from rl_ebm.ebm import EBM
 from rl_ebm.mean_bounds import effective_sample_size, log_mean
-from rl_ebm.policies.checks import check_kind
+from rl_ebm.policies.outputs import check_kind
 from rl_ebm.policies.scoring import Policy, device_of, evaluating, resolve_prompt_ids
 from rl_ebm.soft_bellman import log_policy, soft_value
 from rl_ebm.tokens import Batch
@@ -87,12 +88,17 @@ def smc(
         ValueError: no particles or runs, a threshold out of [0, 1], a policy for other prompts,
             prompt ids that do not fit, or a twist that is NaN, +inf or of another shape.
     """
+    if not isinstance(ebm, EBM):
+        raise TypeError(f"ebm must be an rl_ebm.EBM, got {type(ebm).__name__}")
+    num_particles, runs = whole("num_particles", num_particles), whole("runs", runs)
     if num_particles < 1 or runs < 1:
         raise ValueError(f"num_particles and runs must be >= 1, got {num_particles} and {runs}")
-    if not 0 <= ess_threshold <= 1:
-        raise ValueError(f"ess_threshold must be in [0, 1], got {ess_threshold}")
+    whole("num_particles * runs", num_particles * runs, 1, 2**31)
+    if not (is_number(ess_threshold) and 0 <= ess_threshold <= 1):
+        raise ValueError(f"ess_threshold must be in [0, 1], got {shown(ess_threshold)}")
     check_kind(policy)
     device = device_of(policy)
+    check_generator(generator, device)
     per_run = resolve_prompt_ids(runs, prompt_ids, ebm.num_prompts, device).to(device)
     values = twists is None and bool(getattr(policy, "logits_are_values", False))
     if twists is None and not values:

@@ -26,7 +26,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.tokens import TokenSpace, length_mask
+from rl_ebm.arguments import shown
+from rl_ebm.tokens import TokenSpace, check_space, length_mask
 
 Tables = Sequence[Tensor]
 
@@ -207,12 +208,11 @@ def check_tables(space: TokenSpace, **named: Tables) -> None:
         TypeError: no list of floating-point tensors, or a space that is none.
         ValueError: other sizes.
     """
-    if not isinstance(space, TokenSpace):
-        raise TypeError(f"space must be a TokenSpace, got {type(space).__name__}")
+    check_space(space)
     for name, tables in named.items():
         if not isinstance(tables, (list, tuple)):
             raise TypeError(
-                f"{name} must be a list with a tensor for each depth, got {type(tables).__name__}"
+                f"{name} must be a list of tensors, one for each depth, got {shown(tables)}"
             )
         for t, table in enumerate(tables):
             if not (isinstance(table, Tensor) and table.dtype.is_floating_point):

@@ -35,7 +35,7 @@ import torch
 from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
-from rl_ebm.arguments import ids_tensor, is_whole, shown, whole
+from rl_ebm.arguments import Int, ids_tensor, is_whole, shown, whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -112,9 +112,9 @@ class TokenSpace:
         ValueError: a size out of range, or an ``eos_id`` that is no token id.
     """
 
-    vocab_size: int
-    max_length: int
-    eos_id: int | None = None
+    vocab_size: Int
+    max_length: Int
+    eos_id: Int | None = None
 
     def __post_init__(self) -> None:
         for name, least, most in (("vocab_size", 2, 2**31), ("max_length", 1, 2**20)):
@@ -345,6 +345,21 @@ class TokenSpace:
                 "and a row disagrees with its length"
             )
         return lengths
+
+    def check_kind(self, tokens: object, fewer: bool = False) -> None:
+        """Check that something is (B, T) ids by its kind and shape, without reading an id.
+
+        Args:
+            fewer: whether fewer columns than T will do.
+
+        Raises:
+            TypeError: no tensor.
+            ValueError: no integers, or another shape.
+        """
+        ids = ids_tensor("tokens", tokens, 2)
+        t_max = self.max_length
+        if ids.ndim != 2 or not (1 <= ids.shape[1] <= t_max if fewer else ids.shape[1] == t_max):
+            raise ValueError(f"tokens has shape {tuple(ids.shape)}, expected (B, {t_max})")
 
     def find_lengths(
         self, tokens: Int64[Tensor, "B T"], lengths: Int64[Tensor, "B"] | None = None

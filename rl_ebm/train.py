@@ -16,7 +16,7 @@ from torch import Tensor
 from rl_ebm.agents import entry_of
 from rl_ebm.agents.defaults import default_options
 from rl_ebm.agents.trained import check_apart, check_weights
-from rl_ebm.arguments import Number, Whole, shown, whole
+from rl_ebm.arguments import Number, Whole, flag, shown, whole
 from rl_ebm.backbone import TransformerConfig
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import Solution, TooLargeError, find_machines
@@ -150,8 +150,17 @@ def train(
         raise TypeError(f"out must be a path, or None for no files, got {shown(out)}")
     if not (config is None or isinstance(config, TrainConfig)):
         raise TypeError(f"config must be a TrainConfig, got {type(config).__name__}")
-    if not (solve is None or isinstance(solve, bool)):
-        raise TypeError(f"solve must be True, False or None, got {shown(solve)}")
+    if not (source is None or isinstance(source, dict)):
+        raise TypeError(f"source must be a dict, or None, got {shown(source)}")
+    if not (policy is None or isinstance(policy, torch.nn.Module)):
+        raise ValueError(
+            "policy must be a torch.nn.Module with logits(tokens, prompt_ids=None), got "
+            f"{shown(policy)}"
+        )
+    flag("overwrite", overwrite)
+    flag("compile", compile)
+    flag("progress", progress, unset=True)
+    flag("solve", solve, unset=True)
     seed = whole("seed", seed)
     run = None if out is None else Path(out)
     if not 0 <= seed < 2**63:
@@ -176,6 +185,10 @@ def train(
         config = TrainConfig(**limits)
     elif steps is not None or seconds is not None:
         config = replace(config, **limits)
+    if not isinstance(network, (str, TransformerConfig)):
+        raise TypeError(
+            f"network must be a TransformerConfig, 'transformer' or 'tabular', got {shown(network)}"
+        )
     policy_config: dict[str, Any] = (
         {"kind": "transformer"} | asdict(network)
         if isinstance(network, TransformerConfig)

@@ -55,6 +55,8 @@ def check_limits(steps: Whole | None, seconds: Number | None) -> dict[str, Any]:
     """
     if steps is not None:
         steps = whole("steps", steps)
+        if steps >= 2**63:
+            raise ValueError(f"steps must be below 2**63, got {steps}")
         if steps < 0:
             raise ValueError(f"steps must be >= 0, got {steps}")
     if seconds is not None and not (is_number(seconds) and 0 <= seconds < math.inf):

@@ -22,7 +22,7 @@ from rl_ebm.accumulate import WORST, Accumulator
 from rl_ebm.arguments import whole
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import Solution, lists
-from rl_ebm.policies.checks import check_kind
+from rl_ebm.policies.outputs import check_kind
 from rl_ebm.policies.scoring import Policy, evaluating
 from rl_ebm.policies.walk import DEFAULT_MEMORY, prompts_at_once, walk, walk_prompts
 from rl_ebm.report import Bounds, Depth, Prefix, Report

@@ -20,7 +20,7 @@ from rl_ebm.ebm import EBM
 from rl_ebm.estimates import Interval, check_confidence, check_samples, difference
 from rl_ebm.expectations import Known, entropy_expectation, expectation
 from rl_ebm.mean_bounds import effective_sample_size, log_mean
-from rl_ebm.policies.checks import check_kind
+from rl_ebm.policies.outputs import check_kind
 from rl_ebm.policies.scoring import Policy, evaluating
 from rl_ebm.rewards.limits import reward_limits
 from rl_ebm.tokens import Batch
@@ -82,6 +82,11 @@ def certify(
     check_confidence(confidence)
     check_samples(samples)
     samples, memory = whole("samples", samples), whole("memory", memory, 1)
+    if not (target_samples is None or isinstance(target_samples, Batch)):
+        raise TypeError(
+            "target_samples must be a Batch, as solution.sample(n) gives it, got "
+            f"{type(target_samples).__name__}"
+        )
     if particles is not None and not (is_whole(particles) and 1 <= particles <= samples):
         raise ValueError(f"particles must be in [1, samples = {samples}], got {shown(particles)}")
     if reward_max is not None and not (is_number(reward_max) and math.isfinite(reward_max)):

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.arguments import whole
+from rl_ebm.arguments import check_generator, whole
 from rl_ebm.automata import Machine, Reading
 from rl_ebm.ebm import EBM
 from rl_ebm.exact.automaton_sample import sample_paths
@@ -186,6 +186,7 @@ class AutomatonSolution:
         """
         n = whole("n", n, 0)
         prompt_ids = resolve_prompt_ids(n, prompt_ids, self.ebm.num_prompts, self.device)
+        check_generator(generator, self.device)
         return sample_paths(self.values, self.space, prompt_ids, generator)
 
     def _prompt_ids(self, tokens: Tensor, prompt_ids: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from rl_ebm.arguments import is_number, shown
 from rl_ebm.automata import Machine
 from rl_ebm.ebm import EBM, end_reference
 from rl_ebm.exact.automaton import AutomatonSolution
@@ -57,6 +58,9 @@ def solve(ebm: EBM, memory: int | None = None, progress: bool | None = None) -> 
             f"solve needs an rl_ebm.EBM, got {type(ebm).__name__}: rl_ebm.EBM(space, reward) "
             "makes one"
         )
+    if memory is not None and not (is_number(memory) and memory >= 0):
+        raise ValueError(f"memory must be a number of bytes >= 0, or None, got {shown(memory)}")
+    memory = None if memory is None else int(min(memory, 2**63))
     machines = find_machines(ebm)
     if machines is not None:
         found = _by_automaton(ebm, *machines, memory)

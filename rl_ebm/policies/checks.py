@@ -15,7 +15,8 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rl_ebm.policies.scoring import check_output, device_of, evaluating, mask_logits
+from rl_ebm.policies.outputs import check_output
+from rl_ebm.policies.scoring import device_of, evaluating, mask_logits
 from rl_ebm.soft_bellman import gather_tokens, log_policy
 from rl_ebm.tokens import TokenSpace
 
@@ -27,26 +28,6 @@ _ROUNDING = (1e-5, 4)
 many steps of the precision"""
 _RESHAPED = (1e-3, 20)
 """the same where the rows stand elsewhere in another batch: other kernels sum in other orders"""
-
-
-def check_kind(policy: object, name: str = "the policy") -> None:
-    """Check that something has the method of a policy.
-
-    Raises:
-        TypeError: it has none.
-    """
-    if callable(getattr(policy, "logits", None)) and not isinstance(policy, type):
-        return
-    hint = ""
-    if hasattr(policy, "get_output_embeddings"):
-        hint = ": wrap it, rl_ebm.policies.HuggingFace(model, space)"
-    elif isinstance(policy, type):
-        hint = f": make one, {policy.__name__}(...)"
-    what = "a class" if isinstance(policy, type) else type(policy).__name__
-    raise TypeError(
-        f"{name} must be a policy, with a method logits(tokens, prompt_ids=None) -> (B, T, A), "
-        f"got {what}{hint}"
-    )
 
 
 def check_rows(

@@ -114,6 +114,7 @@ class HuggingFace(nn.Module):
         self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"] | None = None
     ) -> Float[Tensor, "B T A"]:
         """The model's logits before every token; row t reads the prompt and ``tokens[:, :t]``."""
+        self.space.check_kind(tokens, fewer=True)
         context, mask = self._context(len(tokens), prompt_ids)
         steps = tokens.shape[1]
         ids = torch.cat([context, tokens[:, :-1]], dim=1)

@@ -28,10 +28,21 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.arguments import Int, Number, finite, ids_tensor, is_number, shown, whole
+from rl_ebm.arguments import (
+    Int,
+    Number,
+    check_generator,
+    finite,
+    ids_tensor,
+    is_number,
+    shown,
+    whole,
+)
+from rl_ebm.policies.outputs import check_kind, check_output
+from rl_ebm.policies.outputs import check_shape as check_shape
 from rl_ebm.prefix_tree import PrefixTree
 from rl_ebm.soft_bellman import log_policy, sequence_log_prob
-from rl_ebm.tokens import Batch, TokenSpace, length_mask
+from rl_ebm.tokens import Batch, TokenSpace, check_space, length_mask
 
 
 @runtime_checkable
@@ -66,39 +77,6 @@ def mask_logits(logits: Float[Tensor, "B T A"], space: TokenSpace) -> Float[Tens
     return logits.masked_fill(~space.action_mask(logits.device), -torch.inf)
 
 
-def check_output(logits: object, rows: int, space: TokenSpace, name: str = "the policy") -> None:
-    """Check what a policy's ``logits`` returned.
-
-    Raises:
-        TypeError: no tensor.
-        ValueError: another shape than (rows, T, A), or complex numbers.
-    """
-    wanted = (rows, space.max_length, space.vocab_size)
-    if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"{name}'s logits are no tensor but {type(logits).__name__}, expected a tensor of "
-            f"shape {wanted}"
-        )
-    if logits.is_complex() or logits.dtype == torch.bool:
-        kind = str(logits.dtype).removeprefix("torch.")
-        raise ValueError(f"{name}'s logits are {kind}, expected real numbers")
-    if logits.ndim == 3 and len(logits) != rows and logits.shape[1:] == wanted[1:]:
-        raise ValueError(
-            f"{name}'s logits have shape {tuple(logits.shape)}, expected {wanted}: one entry for "
-            "each row of tokens"
-        )
-    check_shape(logits, space, name)
-
-
-def check_shape(logits: Tensor, space: TokenSpace, name: str = "the policy") -> None:
-    """Raise ValueError unless logits are (B, T, A) of the space."""
-    if logits.ndim != 3 or logits.shape[1:] != (space.max_length, space.vocab_size):
-        raise ValueError(
-            f"{name}'s logits have shape {tuple(logits.shape)}, expected (B, "
-            f"{space.max_length}, {space.vocab_size}): it is a policy for another space"
-        )
-
-
 def q_values(
     policy: Policy,
     space: TokenSpace,
@@ -110,6 +88,9 @@ def q_values(
     Where the whole tree has fewer prefixes than the batch has tokens, and the policy can
     evaluate trees, the tree is evaluated and the batch reads its rows from it.
     """
+    check_kind(policy)
+    check_space(space)
+    space.check_kind(tokens)
     if _tree_is_smaller(policy, space, tokens.shape[0]):
         rows = tree_q_values(policy, space, num_prompts(policy)).flatten(0, 1)
         ids = space.state_ids(tokens)
@@ -202,6 +183,11 @@ def log_prob(
     prompt_ids: Int64[Tensor, "B"] | None = None,
 ) -> Float[Tensor, "B"]:
     """log pi(y|x): the sum over the real tokens."""
+    check_space(space)
+    space.check_kind(tokens)
+    lengths = ids_tensor("lengths", lengths, 1)
+    if lengths.shape != (len(tokens),):
+        raise ValueError(f"lengths has shape {tuple(lengths.shape)}, expected ({len(tokens)},)")
     # What stands past the end is never read: policies see a legal id there.
     tokens = tokens.masked_fill(~length_mask(lengths, space.max_length), 0)
     log_pi = log_pi_rows(policy, space, tokens, prompt_ids)
@@ -238,15 +224,16 @@ def sample(
         TypeError: no policy.
         ValueError: ``prompt_ids`` missing or of another length, or a number out of range.
     """
-    if not callable(getattr(policy, "logits", None)):
-        raise TypeError(f"the policy has no method logits: {type(policy).__name__}")
-    temperature = finite("temperature", temperature, "> 0", 0.0, strict=True)
+    check_kind(policy)
+    check_space(space)
+    temperature = finite("temperature", temperature, 0.0, above=True)
     if not (is_number(epsilon) and 0 <= epsilon <= 1):
         raise ValueError(f"epsilon must be in [0, 1], got {shown(epsilon)}")
     # A policy without prompts answers any the same.
     count = None if getattr(policy, "prompts", None) is None else num_prompts(policy)
     prompt_ids = resolve_prompt_ids(n, prompt_ids, count, device_of(policy))
     device = prompt_ids.device
+    check_generator(generator, device)
     next_logits = _next_logits(policy, space, n, prompt_ids)
     mask = space.action_mask(device)
     tokens = torch.zeros(n, space.max_length, dtype=torch.int64, device=device)

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rl_ebm.arguments import Number, finite
+from rl_ebm.arguments import Number, check_generator, finite, shown
 from rl_ebm.automata import Machine
 from rl_ebm.names import bytes_text, count_text
 from rl_ebm.policies.automaton import uniform_machine
@@ -43,9 +43,10 @@ class Tabular(nn.Module):
         self.space = space
         self.prompts = None if prompts is None else check_prompts(prompts)
         self.logits_are_values = logits_are_values
-        scale = finite("scale", scale, ">= 0", 0.0)
+        check_generator(generator, torch.device("cpu"))
+        scale = finite("scale", scale, 0.0)
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {shown(dtype)}")
         shape = (len(self.prompts or [[]]), space.num_states, space.vocab_size)
         check_table_size(shape)
         self.table = nn.Parameter(scale * torch.randn(shape, generator=generator, dtype=dtype))
@@ -83,6 +84,7 @@ class Tabular(nn.Module):
         self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"] | None = None
     ) -> Float[Tensor, "B T A"]:
         """The rows of all prefixes of each sequence."""
+        self.space.check_kind(tokens)
         ids = self.space.state_ids(tokens)
         if self.prompts is not None and prompt_ids is None and len(self.prompts) > 1:
             raise ValueError(
@@ -136,6 +138,7 @@ class Uniform:
         self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"] | None = None
     ) -> Float[Tensor, "B T A"]:
         """Zeros."""
+        self.space.check_kind(tokens)
         return torch.zeros(*tokens.shape, self.space.vocab_size, device=tokens.device)
 
     def log_probs(

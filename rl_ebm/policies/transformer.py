@@ -92,6 +92,7 @@ class Transformer(nn.Module):
         self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"] | None = None
     ) -> Float[Tensor, "B T A"]:
         """q before every token; row t reads the prompt and ``tokens[:, :t]``."""
+        self.space.check_kind(tokens, fewer=True)
         rows = self._prompt_rows(len(tokens), prompt_ids)
         out: Tensor = (_compiled_sequence_pass() if self.compiled else Transformer._sequence_pass)(
             self, tokens, rows
