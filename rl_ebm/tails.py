@@ -63,9 +63,9 @@ def pareto_k(x: Float[Tensor, "n"]) -> float:
     """Shape of the upper tail of a sample: its largest m = min(n / 5, 3 sqrt(n)) values.
 
     A heavy tail is as heavy further out, but where values come in clusters a threshold between
-    two of them makes any look heavy: so the smaller of the shapes of m and of m / 2 values. ``-inf``
-    where half of them are equal to others: of a few values that occur again and again no tail can
-    be drawn, and the largest of them has been seen to be one of those.
+    two of them makes any look heavy: so the smaller of the shapes of m and of m / 2 values.
+    ``-inf`` where half of them are equal to others: of a few values that occur again and again no
+    tail can be drawn, and the largest of them has been seen to be one of those.
     """
     n = len(x)
     size = min(n // 5, math.ceil(3 * math.sqrt(n)))
