@@ -53,8 +53,8 @@ def _steps(policy: object, tokens: Int64[Tensor, "B T"], prompt_ids: Tensor) -> 
 
 
 def are_listed(space: TokenSpace, samples: int) -> bool:
-    """Whether all responses are looked at in place of detours from some of the samples."""
-    return space.num_sequences <= max(samples, LISTED)
+    """Whether all responses are looked at in place of detours; never beside a single sample."""
+    return samples > 1 and space.num_sequences <= max(samples, LISTED)
 
 
 def all_responses(space: TokenSpace, prompt: int, device: torch.device | str) -> Batch:

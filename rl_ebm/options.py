@@ -174,7 +174,7 @@ class Verify:
     """run directory"""
     max_kl: float | None = None
     """exit code 1 when KL(target, policy), or the upper end of its interval, is larger, in nats; an
-    asymptotic interval is no proof"""
+    asymptotic interval is no proof, and an end that is open is above everything"""
     memory: int = 2**28
     """bytes that one evaluation of the policy may take, about"""
     samples: int | None = None

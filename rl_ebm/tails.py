@@ -60,13 +60,19 @@ def pareto_shape(excess: Float[Tensor, "m"]) -> float:
 
 
 def pareto_k(x: Float[Tensor, "n"]) -> float:
-    """Shape of the upper tail of a sample: its largest min(n / 5, 3 sqrt(n)) values.
+    """Shape of the upper tail of a sample: its largest m = min(n / 5, 3 sqrt(n)) values.
 
+    A heavy tail is as heavy further out, but where values come in clusters a threshold between
+    two of them makes any look heavy: so the smaller of the shapes of m and of m / 2 values.
     ``-inf`` where half of them are equal to others: of a few values that occur again and again no
     tail can be drawn, and the largest of them has been seen to be one of those.
     """
     n = len(x)
     size = min(n // 5, math.ceil(3 * math.sqrt(n)))
+    return min(_shape_beyond(x, size), _shape_beyond(x, size // 2))
+
+
+def _shape_beyond(x: Float[Tensor, "n"], size: int) -> float:
     largest = x.double().sort(descending=True).values[: size + 1]
     excess = largest[:-1] - largest[-1]
     excess = excess[excess > 0]
