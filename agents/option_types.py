@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from inspect import signature
-from numbers import Integral, Real
 from types import NoneType
 from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
+from rl_ebm.arguments import WrongTypeError, is_number, is_whole, shown
+
 T = TypeVar("T")
-
-
-class OptionTypeError(TypeError, ValueError):
-    """An option's value is of another type than the option."""
 
 
 @dataclass_transform(frozen_default=True)
@@ -21,7 +18,7 @@ def checked_options(kind: type[T]) -> type[T]:
 
     Fields of ``int``, ``float``, ``None`` and ``Literal`` are looked at. numpy's numbers are
     numbers, and become Python's own, as they are written as JSON; a bool is none, and 2.0 is no
-    integer. Making one raises OptionTypeError for a value of another type than its field's,
+    integer. Making one raises WrongTypeError for a value of another type than its field's,
     ValueError for one that is none of a ``Literal``'s.
     """
     made: Any = dataclass(frozen=True)(kind)  # the same class
@@ -48,21 +45,17 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         allowed = f"one of {', '.join(choices)}"
         if len(choices) == 2:
             allowed = "{!r} or {!r}".format(*choices)
-        raise ValueError(f"{name} must be {allowed}, got {_shown(value)}")
+        raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
     kinds = set(get_args(hint) or (hint,))
     if not kinds & {int, float} or (value is None and NoneType in kinds):
         return value
-    if _is(Integral, value):
+    if is_whole(value):
         return _in_range(name, int(value)) if float in kinds else int(value)
-    if float in kinds and _is(Real, value):
+    if float in kinds and is_number(value):
         return float(value)
     wanted = "a number" if float in kinds else "an integer"
     rest = ", or None" if NoneType in kinds else ""
-    raise OptionTypeError(f"{name} must be {wanted}{rest}, got {_shown(value)}")
-
-
-def _is(kind: type, value: object) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
+    raise WrongTypeError(f"{name} must be {wanted}{rest}, got {shown(value)}")
 
 
 def _in_range(name: str, value: int) -> int:
@@ -70,8 +63,3 @@ def _in_range(name: str, value: int) -> int:
     if abs(value) > 10**300:
         raise ValueError(f"{name} must be a finite number, got one of more than 300 digits")
     return value
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"a {type(value).__name__}"

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from rl_ebm.arguments import shown
 from rl_ebm.names import nearest
-from rl_ebm.numerals import quoted, real, whole
+from rl_ebm.numerals import parse_real, parse_whole
 from rl_ebm.policies import Policy, Uniform, fit_hmm, fit_ngram
 from rl_ebm.rewards.symbols import Symbols
 from rl_ebm.tokens import Batch, TokenSpace
@@ -37,13 +38,13 @@ def parse_reference(
             file that is no response of the space.
     """
     if not isinstance(expression, str):
-        raise TypeError(f"a reference expression is text, got {quoted(expression)}")
+        raise TypeError(f"a reference expression is text, got {shown(expression)}")
     if expression == "uniform":
         return Uniform(space)
     kind, colon, rest = expression.partition(":")
     if kind not in OPTIONS or not colon:
         raise ValueError(
-            f"reference {quoted(expression)}, position 0: give uniform, ngram:FILE or hmm:FILE"
+            f"reference {shown(expression)}, position 0: give uniform, ngram:FILE or hmm:FILE"
             f"{nearest(kind, ['uniform', *OPTIONS])}"
         )
     name, _, asked = rest.partition("?")
@@ -74,7 +75,7 @@ def _options(expression: str, kind: str, asked: str, at: int) -> dict[str, Any]:
             raise _fault(expression, at, f"{key} is given twice")
         given.add(key)
         try:
-            options[key] = whole(value) if key in _WHOLE else real(value)
+            options[key] = parse_whole(value) if key in _WHOLE else parse_real(value)
         except ValueError as error:
             raise _fault(expression, at + len(key) + 1, str(error)) from None
         if key == "seed" and not 0 <= options[key] < 2**63:
@@ -84,7 +85,7 @@ def _options(expression: str, kind: str, asked: str, at: int) -> dict[str, Any]:
 
 
 def _fault(expression: str, position: int, what: str) -> ValueError:
-    return ValueError(f"reference {quoted(expression)}, position {position}: {what}")
+    return ValueError(f"reference {shown(expression)}, position {position}: {what}")
 
 
 def read_responses(path: Path, space: TokenSpace, alphabet: Sequence[str] | None) -> Batch:

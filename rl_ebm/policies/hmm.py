@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from rl_ebm.arguments import finite, whole
 from rl_ebm.automata import hidden, log_matmul
 from rl_ebm.names import bytes_text, count_text
-from rl_ebm.numerals import check_real, check_whole
 from rl_ebm.policies.automaton import AutomatonPolicy
 from rl_ebm.tokens import Batch, TokenSpace, length_mask
 
@@ -49,9 +49,9 @@ def fit_hmm(
     Raises:
         ValueError: a number out of range, or no responses.
     """
-    num_states = check_whole(num_states, "num_states", 1)
-    iterations = check_whole(iterations, "iterations", 1, MAX_ITERATIONS)
-    smoothing = check_real(smoothing, "smoothing", 0.0, MAX_SMOOTHING)
+    num_states = whole("num_states", num_states, 1)
+    iterations = whole("iterations", iterations, 1, MAX_ITERATIONS)
+    smoothing = finite("smoothing", smoothing, 0.0, MAX_SMOOTHING)
     _check_memory(space, len(responses), num_states)
     if len(responses) == 0:
         raise ValueError("there are no responses to fit")

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rl_ebm.arguments import finite, whole
 from rl_ebm.automata import check_window, window
 from rl_ebm.names import count_text
-from rl_ebm.numerals import check_real, check_whole
 from rl_ebm.policies.automaton import AutomatonPolicy
 from rl_ebm.tokens import Batch, TokenSpace, length_mask
 
@@ -45,8 +45,8 @@ def fit_ngram(
     Raises:
         ValueError: an order or smoothing out of range, no responses, or tokens that are none.
     """
-    order = check_whole(order, "order", 1)
-    smoothing = check_real(smoothing, "smoothing", 0.0, MAX_SMOOTHING)
+    order = whole("order", order, 1)
+    smoothing = finite("smoothing", smoothing, 0.0, MAX_SMOOTHING)
     a = space.vocab_size
     check_window(
         order, a, f"an n-gram of order {count_text(order)}", "use a smaller order, or fit_hmm"

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from rl_ebm.arguments import shown
 from rl_ebm.automata import MAX_TABLE, Machine, minimise, product
-from rl_ebm.numerals import quoted
 from rl_ebm.rewards import chains, counters, distances, patterns, phrases
 from rl_ebm.rewards.base import Prompts, check_values
 from rl_ebm.rewards.matrices import weighted
@@ -113,7 +113,7 @@ class Automaton:
         """Pays where a text occurs."""
         if alphabet is None and tokenizer is None:
             raise ValueError(
-                f"the phrase {quoted(text)} is text: give alphabet= or tokenizer=, or token ids"
+                f"the phrase {shown(text)} is text: give alphabet= or tokenizer=, or token ids"
             )
         if not text:
             raise ValueError("the phrase is empty: give at least one character")

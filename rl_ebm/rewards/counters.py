@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from rl_ebm.arguments import shown, whole
 from rl_ebm.automata import Machine, check_size, deterministic
-from rl_ebm.numerals import check_whole, quoted
 from rl_ebm.rewards.base import check_values
 from rl_ebm.rewards.phrases import check_ids, check_score
 from rl_ebm.tokens import TokenSpace, check_space
@@ -42,7 +42,7 @@ def _numbers(given: object, name: str) -> Tensor:
     try:
         return torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise TypeError(f"{name} must be a list of numbers, got {quoted(given)}") from None
+        raise TypeError(f"{name} must be a list of numbers, got {shown(given)}") from None
 
 
 def brackets(
@@ -57,7 +57,7 @@ def brackets(
             f"opening and closing must be two tokens other than EOS, got {opening} and {closing}"
         )
     # Deeper than the response is long no bracket goes.
-    depth = min(check_whole(depth, "depth", 1), space.max_length)
+    depth = min(whole("depth", depth, 1), space.max_length)
     check_size(depth + 2, space.vocab_size, "brackets of this depth", "give a smaller depth")
     lost = depth + 1
     levels = torch.arange(depth + 2)

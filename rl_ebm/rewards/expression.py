@@ -27,8 +27,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rl_ebm.arguments import shown
 from rl_ebm.names import nearest
-from rl_ebm.numerals import quoted, real
+from rl_ebm.numerals import parse_real
 from rl_ebm.rewards.automaton import Automaton, total
 from rl_ebm.rewards.symbols import Symbols
 from rl_ebm.tokens import TokenSpace
@@ -48,7 +49,7 @@ class _Reader:
 
     def parity(self, text: str, score: float) -> Automaton:
         if text.strip() not in ("0", "1"):
-            raise ValueError(f"parity is 0 or 1, got {quoted(text.strip())}")
+            raise ValueError(f"parity is 0 or 1, got {shown(text.strip())}")
         scores = [0.0, score] if text.strip() == "1" else [score, 0.0]
         return Automaton.modular(self.space, scores)
 
@@ -87,14 +88,14 @@ def parse_reward(
         ValueError: what cannot be read, with its position in the expression.
     """
     if not isinstance(expression, str):
-        raise TypeError(f"a reward expression is text, got {quoted(expression)}")
+        raise TypeError(f"a reward expression is text, got {shown(expression)}")
     if not isinstance(space, TokenSpace):
         raise TypeError(f"space must be a TokenSpace, got {type(space).__name__}")
     kinds = _Reader(space, alphabet).kinds()
     parts = []
     for term in _terms(expression):
         if term.kind not in kinds:
-            what = f"there is no {quoted(term.kind)}{nearest(term.kind.lower(), kinds)}"
+            what = f"there is no {shown(term.kind)}{nearest(term.kind.lower(), kinds)}"
             raise _fault(expression, term.kind_at, what)
         try:
             parts.append(kinds[term.kind](term.argument, _factor(term.factor)))
@@ -164,10 +165,10 @@ def _factor(text: str | None) -> float:
     if text.lower() in ("nan", "inf", "+inf"):
         return float(text)  # no score, as the reward says
     try:
-        return real(text)
+        return parse_real(text)
     except ValueError as error:
         raise _FactorError(str(error)) from None
 
 
 def _fault(expression: str, position: int, what: str) -> ValueError:
-    return ValueError(f"reward {quoted(expression)}, position {position}: {what}")
+    return ValueError(f"reward {shown(expression)}, position {position}: {what}")

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rl_ebm.numerals import quoted
+from rl_ebm.arguments import shown
 from rl_ebm.rewards.charsets import LINE_FEED, WORD, CharacterSet, Codes, Kinds
 
 MAX_STATES = 20_000
@@ -72,22 +72,20 @@ def parse(pattern: str, text: str, places: Sequence[int]) -> list[Any]:
         ValueError: not valid, nested too deeply, or with flags.
     """
     if _depth(text) > MAX_DEPTH:
-        raise ValueError(f"the pattern {quoted(pattern)} nests more than {MAX_DEPTH} groups")
+        raise ValueError(f"the pattern {shown(pattern)} nests more than {MAX_DEPTH} groups")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of sets that may mean more one day
             tree = _parser.parse(text)
     except re.error as error:
         where = "" if error.pos is None else f" at position {places[error.pos]}"
-        raise ValueError(
-            f"the pattern {quoted(pattern)} is not valid{where}: {error.msg}"
-        ) from None
+        raise ValueError(f"the pattern {shown(pattern)} is not valid{where}: {error.msg}") from None
     except OverflowError:
         raise too_large(pattern) from None
     except RecursionError:
-        raise ValueError(f"the pattern {quoted(pattern)} nests too many groups") from None
+        raise ValueError(f"the pattern {shown(pattern)} nests too many groups") from None
     if tree.state.flags & ~re.UNICODE.value:
-        raise ValueError(f"the pattern {quoted(pattern)} sets flags, which are not supported")
+        raise ValueError(f"the pattern {shown(pattern)} sets flags, which are not supported")
     return list(tree)
 
 
@@ -115,7 +113,7 @@ def _depth(text: str) -> int:
 
 def too_large(pattern: str) -> ValueError:
     """The error of a pattern that would take too much."""
-    return ValueError(f"the pattern {quoted(pattern)} needs too many states: repeat less")
+    return ValueError(f"the pattern {shown(pattern)} needs too many states: repeat less")
 
 
 def literals(items: Any) -> set[str]:
@@ -202,7 +200,7 @@ class _NFA:
         if op == "SUBPATTERN":
             if value[1] or value[2]:
                 raise ValueError(
-                    f"the pattern {quoted(self.pattern)} sets flags, which are not supported"
+                    f"the pattern {shown(self.pattern)} sets flags, which are not supported"
                 )
             return self.build(value[3], start)
         if op == "BRANCH":
@@ -224,7 +222,7 @@ class _NFA:
             return self.after(start, key)
         name = _NAMES.get(op, op.lower().replace("_", " "))
         raise ValueError(
-            f"the pattern {quoted(self.pattern)} uses {name}, which is not supported: "
+            f"the pattern {shown(self.pattern)} uses {name}, which is not supported: "
             "alternatives, sets, repetitions, anchors and word boundaries are"
         )
 
@@ -306,7 +304,7 @@ class _NFA:
             accepting.append(any(item // 3 == end for item in last))
             if len(order) > MAX_STATES:
                 raise ValueError(
-                    f"the pattern {quoted(self.pattern)} needs more than {MAX_STATES:,} states: "
+                    f"the pattern {shown(self.pattern)} needs more than {MAX_STATES:,} states: "
                     "repeat less"
                 )
         lost = len(order)

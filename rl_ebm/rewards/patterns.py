@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from rl_ebm.arguments import shown
 from rl_ebm.automata import Machine, check_size, deterministic
-from rl_ebm.numerals import quoted
 from rl_ebm.rewards.charsets import CharacterSet
 from rl_ebm.rewards.endings import endings, shortest
 from rl_ebm.rewards.nfa import MAX_STATES, Automaton, compile_tree, literals, parse, too_large
@@ -68,7 +68,7 @@ def token_automaton(
 ) -> tuple[Ints, Mask, str]:
     """Transitions (K, A) from state 0 on, accepting states, and what hinders a match, or ''."""
     if not isinstance(pattern, str):
-        raise TypeError(f"a pattern is text, got {quoted(pattern)}")
+        raise TypeError(f"a pattern is text, got {shown(pattern)}")
     if alphabet is not None and tokenizer is not None:
         raise ValueError("give alphabet or tokenizer: the tokenizer has the text of every token")
     if tokenizer is not None:
@@ -131,7 +131,7 @@ def _of_pieces(pattern: str, pieces: Pieces) -> tuple[Ints, Mask, str]:
 
 
 def _check_size(states: int, tokens: int, pattern: str) -> None:
-    check_size(states, tokens, f"the pattern {quoted(pattern)}", "use a simpler pattern")
+    check_size(states, tokens, f"the pattern {shown(pattern)}", "use a simpler pattern")
 
 
 def _missing(tree: Any, characters: set[str], texts: list[str]) -> str:
@@ -164,7 +164,7 @@ def _check_possible(
     else:
         reason = f"the shortest match has {least:,} tokens, and a response at most {limit:,}"
         reason += " beside its EOS" if space.eos_id is not None else ""
-    raise ValueError(f"no response can match the pattern {quoted(pattern)}: {reason}")
+    raise ValueError(f"no response can match the pattern {shown(pattern)}: {reason}")
 
 
 class _Spelling:

@@ -8,8 +8,8 @@ from operator import index
 
 import torch
 
+from rl_ebm.arguments import shown
 from rl_ebm.automata import Machine, check_size, deterministic
-from rl_ebm.numerals import quoted
 from rl_ebm.tokens import TokenSpace, check_space
 
 
@@ -21,7 +21,7 @@ def check_score(score: object) -> None:
         ValueError: NaN, or +inf.
     """
     if not isinstance(score, Real):
-        raise TypeError(f"score must be a number, got {quoted(score)}")
+        raise TypeError(f"score must be a number, got {shown(score)}")
     if not score < float("inf"):
         raise ValueError(f"score must be a number below +inf, got {score}")
 
@@ -37,7 +37,7 @@ def check_ids(space: TokenSpace, ids: Sequence[int], what: str) -> list[int]:
     try:
         found = [index(token) for token in ids]
     except TypeError:
-        raise TypeError(f"{what} must be a list of token ids, got {quoted(ids)}") from None
+        raise TypeError(f"{what} must be a list of token ids, got {shown(ids)}") from None
     if not found:
         raise ValueError(f"{what} is empty: give at least one token id")
     wrong = [token for token in found if not 0 <= token < space.vocab_size]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rl_ebm.numerals import whole
+from rl_ebm.numerals import parse_whole
 from rl_ebm.tokens import TokenSpace
 
 
@@ -98,7 +98,7 @@ class Symbols:
 
 def _id(word: str) -> int:
     try:
-        token = whole(word)
+        token = parse_whole(word)
     except ValueError:
         token = -1
     if token < 0:

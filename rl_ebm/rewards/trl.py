@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor, nn
 
-from rl_ebm.numerals import check_real, quoted
+from rl_ebm.arguments import finite, shown
 from rl_ebm.rewards.base import Prompts, check_values
 from rl_ebm.tokens import TokenSpace
 
@@ -79,7 +79,7 @@ class TRLFunction:
         functions = [function] if callable(function) else function
         self.functions = _check_functions(functions)
         if not callable(decode):
-            raise TypeError(f"decode must be a function of token ids, got {quoted(decode)}")
+            raise TypeError(f"decode must be a function of token ids, got {shown(decode)}")
         self.decode = decode
         self.columns = _check_columns(columns)
         self.weights = _check_weights(weights, len(self.functions))
@@ -151,7 +151,7 @@ class TRLFunction:
 
 def _check_functions(functions: Any) -> list[RewardFunction]:
     if not isinstance(functions, Sequence) or isinstance(functions, str) or not functions:
-        raise TypeError(f"give a TRL reward function or a list of them, got {quoted(functions)}")
+        raise TypeError(f"give a TRL reward function or a list of them, got {shown(functions)}")
     for f in functions:
         if isinstance(f, nn.Module) or not callable(f):
             raise TypeError(
@@ -165,10 +165,10 @@ def _check_columns(columns: Any) -> dict[str, Sequence[Any]]:
     if columns is None:
         return {}
     if not isinstance(columns, Mapping):
-        raise TypeError(f"columns must be a dict of lists, got {quoted(columns)}")
+        raise TypeError(f"columns must be a dict of lists, got {shown(columns)}")
     for name, column in columns.items():
         if isinstance(column, str) or not hasattr(column, "__len__"):
-            raise TypeError(f"column {name!r} must be a list, got {quoted(column)}")
+            raise TypeError(f"column {name!r} must be a list, got {shown(column)}")
         if name in _OWN:
             raise ValueError(f"column {name!r} has a name under which TRL passes something else")
     return dict(columns)
@@ -178,9 +178,9 @@ def _check_weights(weights: Any, count: int) -> list[float]:
     if weights is None:
         return [1.0] * count
     try:
-        found = [check_real(weight, "a weight") for weight in weights]
+        found = [finite("a weight", weight) for weight in weights]
     except TypeError:
-        raise TypeError(f"weights must be a list of numbers, got {quoted(weights)}") from None
+        raise TypeError(f"weights must be a list of numbers, got {shown(weights)}") from None
     if len(found) != count:
         raise ValueError(f"there are {len(found)} weights for {count} reward functions")
     return found
@@ -248,7 +248,7 @@ def _numbers(result: Any, count: int) -> Tensor:
             )
         result = result.tolist()
     if isinstance(result, str | Mapping) or not isinstance(result, Iterable):
-        raise TypeError(f"the TRL reward returned {quoted(result)}, expected a list of numbers")
+        raise TypeError(f"the TRL reward returned {shown(result)}, expected a list of numbers")
     values = list(result)
     if len(values) != count:
         raise ValueError(f"the TRL reward returned {len(values)} values for {count} completions")
@@ -257,7 +257,7 @@ def _numbers(result: Any, count: int) -> Tensor:
         number = value.item() if getattr(value, "ndim", None) == 0 else value
         if number is not None and not isinstance(number, Real):
             raise TypeError(
-                f"the TRL reward's value is {quoted(value)} at index {i}, expected a number or None"
+                f"the TRL reward's value is {shown(value)} at index {i}, expected a number or None"
             )
         if number is not None and math.isnan(number):
             raise ValueError(
