@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from rl_ebm.policies.outputs import check_output
 from rl_ebm.policies.scoring import device_of, evaluating, mask_logits
+from rl_ebm.policies.tabular import Uniform
 from rl_ebm.soft_bellman import gather_tokens, log_policy
 from rl_ebm.tokens import TokenSpace
 
@@ -81,7 +82,12 @@ def check_rows(
 
 
 def _known(policy: object) -> bool:
-    """Whether it is one of the library's own; a model of others in its wrapper is not."""
+    """Whether it is one of the library's own; a model of others in its wrapper is not.
+
+    Of derived classes those of the uniform policy alone: whoever counts its calls derives from it.
+    """
+    if isinstance(policy, Uniform):
+        return True
     module = type(policy).__module__
     own = module.startswith("rl_ebm.") and not module.startswith("rl_ebm.policies.hf")
     return own and "logits" not in vars(policy)
