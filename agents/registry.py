@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rl_ebm.agents.names import meant
 from rl_ebm.agents.off_policy import fixed_point as off_policy_fixed_point
+from rl_ebm.arguments import shown
 from rl_ebm.fixed_points import FixedPoint, Problem, target
 from rl_ebm.names import nearest
 from rl_ebm.policies import Trainable
@@ -115,10 +116,12 @@ def register(
         TypeError: something that is no agent, config or function.
     """
     if not isinstance(name, str) or not name or set(name) & set(" _,\t\n") or name != name.lower():
-        raise ValueError(f"an agent's name is lower case, its words joined by '-', got {name!r}")
+        raise ValueError(
+            f"an agent's name is lower case, its words joined by '-', got {shown(name)}"
+        )
     if name in AGENTS:
         raise ValueError(
-            f"there is an agent {name!r} already: give another name, or del "
+            f"there is an agent {shown(name)} already: give another name, or del "
             "rl_ebm.agents.AGENTS[name] first"
         )
     missing = [m for m in _MEMBERS if not hasattr(agent, m)]
@@ -153,7 +156,7 @@ def entry_of(name: object) -> AgentEntry:
     """
     if isinstance(name, str) and name in AGENTS:
         return AGENTS[name]
-    raise ValueError(f"there is no agent {name!r}{meant(name, AGENTS)}")
+    raise ValueError(f"there is no agent {shown(name)}{meant(name, AGENTS)}")
 
 
 def entry_of_run(name: object) -> AgentEntry:
@@ -165,7 +168,7 @@ def entry_of_run(name: object) -> AgentEntry:
     if isinstance(name, str) and name in AGENTS:
         return AGENTS[name]
     raise ValueError(
-        f"the run's agent {name!r} is unknown{meant(name, AGENTS)} (an agent of your own is "
+        f"the run's agent {shown(name)} is unknown{meant(name, AGENTS)} (an agent of your own is "
         "registered first, rl_ebm.agents.register)"
     )
 
@@ -177,7 +180,7 @@ def make_options(name: str, entry: AgentEntry, options: Any) -> Any:
         ValueError: an option that it does not have, or a value that is none.
     """
     if not isinstance(options, Mapping):
-        raise ValueError(f"options of {name} are {{option: value}}, got {options!r}")
+        raise ValueError(f"options of {name} are {{option: value}}, got {shown(options)}")
     known = [f.name for f in fields(entry.config) if f.init]
     for option in options:
         if option not in known:

@@ -50,10 +50,13 @@ def check_rows(**named: Tensor) -> None:
             got = f"dtype {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{name} must be a tensor of log-probabilities, got {got}")
         lengths.add(x.shape[-1] if x.ndim else 0)
-        if x.device.type == "cpu" and x.numel() and float(x.detach().amax()) > _ABOVE:
+        if x.device.type != "cpu" or not x.numel():
+            continue
+        top = x.detach().amax().double().numpy()
+        if top > _ABOVE:
             raise ValueError(
-                f"{name} has an entry of {float(x.detach().amax()):.3g}: log-probabilities are at "
-                "most 0; normalise with torch.log_softmax"
+                f"{name} has an entry of {top:.3g}: log-probabilities are at most 0; normalise "
+                "with torch.log_softmax"
             )
     if len(lengths) > 1:
         shapes = " and ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())

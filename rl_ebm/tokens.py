@@ -119,9 +119,7 @@ class TokenSpace:
     def __post_init__(self) -> None:
         for name, least, most in (("vocab_size", 2, 2**31), ("max_length", 1, 2**20)):
             value = whole(name, getattr(self, name), least)
-            if value > most:
-                raise ValueError(f"{name} must be at most {most}, got {value!r}")
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, whole(name, value, least, most))
         eos = self.eos_id
         if eos is None:
             return
@@ -279,26 +277,15 @@ class TokenSpace:
     # Checks at the door -------------------------------------------------------------------
 
     def check_tokens(self, tokens: Tensor) -> None:
-        """Raise unless these are full rows of token ids, (B, T).
-
-        Reading the values waits for a GPU: there the look-up that uses them does that check.
-
-        Raises:
-            TypeError: no tensor of integers.
-            ValueError: another shape, or a token id out of range.
-        """
-        tokens = ids_tensor("tokens", tokens, 2)
-        if tokens.ndim != 2 or tokens.shape[1] != self.max_length:
-            raise ValueError(
-                f"tokens has shape {tuple(tokens.shape)}, expected (B, {self.max_length})"
-            )
+        """Raise unless these are full rows of token ids, (B, T); as :meth:`check_kind`."""
+        self.check_kind(tokens)
         if tokens.device.type != "cpu" or not len(tokens):
-            return
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self.vocab_size:
+            return  # a GPU would be waited for: there the look-up that uses them checks
+        ids = tokens.detach().numpy()
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
             raise ValueError(
-                f"token ids must be in [0, {self.vocab_size}), got {low} to {high}: past the end "
-                "of a response any legal id will do, such as 0"
+                f"token ids must be in [0, {self.vocab_size}), got {ids.min()} to {ids.max()}: "
+                "past the end of a response any legal id will do, such as 0"
             )
 
     def check(
@@ -314,10 +301,9 @@ class TokenSpace:
                 without EOS, or one with something after it, in EOS mode.
         """
         t_max = self.max_length
-        tokens = ids_tensor("tokens", tokens, 2)
+        self.check_kind(tokens)
+        tokens = tokens.long()
         lengths = None if lengths is None else ids_tensor("lengths", lengths, 1)
-        if tokens.ndim != 2 or tokens.shape[1] != t_max:
-            raise ValueError(f"tokens has shape {tuple(tokens.shape)}, expected (B, {t_max})")
         n = tokens.shape[0]
         if lengths is not None and lengths.shape != (n,):
             raise ValueError(f"lengths has shape {tuple(lengths.shape)}, expected ({n},)")

@@ -211,13 +211,13 @@ def test_an_unknown_agent_of_a_run_is_the_same_sentence_everywhere(tmp_path, cap
     ("change", "message"),
     [
         ({"name": "rloo"}, "agent 'rloo' is unknown: did you mean 'policy-gradient'"),
-        ({"name": 3}, "agent 3 is unknown"),
-        ({"name": None}, "agent None is unknown"),
+        ({"name": 3}, "is damaged: agent.name is 3"),
+        ({"name": None}, "is damaged: agent.name is null"),
         ({"options": {"lrr": 1.0}}, "vargrad has no such option: lrr: did you mean 'lr'"),
-        ({"options": {"lr": "x"}}, "an option of vargrad is of the wrong kind: lr must be a numb"),
+        ({"options": {"lr": "x"}}, 'is damaged: agent.options.lr is "x"'),
         ({"options": {"lr": -1.0}}, "lr must be a finite number > 0"),
-        ({"options": [1]}, "options of vargrad are"),
-        ({"options": None}, "options of vargrad are"),
+        ({"options": [1]}, "is damaged: agent.options is"),
+        ({"options": None}, "is damaged: agent.options is"),
     ],
 )
 def test_an_agent_that_no_run_has_is_one_sentence(tmp_path, change, message, capsys):
@@ -229,7 +229,7 @@ def test_an_agent_that_no_run_has_is_one_sentence(tmp_path, change, message, cap
         with pytest.raises(RunError, match=message):
             call(run)
     assert cli.main(["diagnose", str(run)]) == 2
-    assert message[:20] in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_agent_is_one_sentence(tmp_path):

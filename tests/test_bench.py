@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -132,7 +133,8 @@ def test_no_policy_is_above_the_frontier():
     p = own.log_prob(tokens).exp()
     mine = (float((p * (p.log() + 2 * math.log(3))).sum()), float((p * scores).sum()))
     pairs = sorted([*zip(kls, rewards, strict=True), mine])
-    assert [r for _, r in pairs] == sorted(r for _, r in pairs)  # on the same rising curve
+    # On the same rising curve, up to rounding where a point of it is its neighbour.
+    assert all(after - before > -1e-12 for (_, before), (_, after) in pairwise(pairs))
     for seed in range(200):
         policy = Tabular(space, scale=2.0, generator=seeded(seed), dtype=torch.float64)
         with torch.no_grad():

@@ -309,7 +309,7 @@ def test_the_same_seed_gives_the_same_certificate():
     ("options", "word"),
     [
         ({"samples": 0}, "samples must be at least 1"),
-        ({"confidence": 1.0}, "confidence must be in"),
+        ({"confidence": 1.0}, "confidence must be a number in"),
         ({"samples": 10, "particles": 11}, "particles must be in"),
         ({"samples": 10, "particles": 0}, "particles must be in"),
         ({"reward_max": INF}, "reward_max must be finite"),

@@ -145,8 +145,8 @@ def test_an_interval_as_json_and_text():
         ((math.nan, 0.0, 1.0, 0.9), "nan"),
         ((0.0, math.nan, 1.0, 0.9), "nan"),
         ((0.0, 2.0, 1.0, 0.9), "low must not be above high"),
-        ((0.0, 0.0, 1.0, 1.0), "confidence must be in"),
-        ((0.0, 0.0, 1.0, 0.0), "confidence must be in"),
+        ((0.0, 0.0, 1.0, 1.0), "confidence must be a number in"),
+        ((0.0, 0.0, 1.0, 0.0), "confidence must be a number in"),
     ],
 )
 def test_wrong_intervals(values, word):

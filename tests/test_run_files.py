@@ -8,16 +8,12 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
 
 import damage
 import pytest
 import torch
-from run_cases import NETWORK, load_state, small_options, start, train_args
+from run_cases import NETWORK, load_state, small_options, train_args
 
 import rl_ebm
 from rl_ebm import checkpoint, files, memory
@@ -25,7 +21,6 @@ from rl_ebm.checkpoint import load_state as read_state
 from rl_ebm.checkpoint import save_state
 from rl_ebm.cli import main
 from rl_ebm.files import RunError
-from rl_ebm.lock import only_one
 from rl_ebm.metrics import MetricsFile, read_rows
 from rl_ebm.tensor_files import holds, load_tensors, save_tensors
 from rl_ebm.train import resume, train
@@ -336,153 +331,6 @@ def test_a_damaged_table_of_metrics(data, tmp_path):
         read_rows(tmp_path / "m.csv")
     with pytest.raises(RunError, match=r"m\.csv is damaged"):
         MetricsFile(tmp_path / "m.csv", 3)
-
-
-# One process --------------------------------------------------------------------------------------
-
-
-def test_another_process_is_told_which_one_trains(run, tmp_path, capsys):
-    code = (
-        "import sys, pathlib; from rl_ebm.lock import only_one\n"
-        "with only_one(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", code, str(run)], stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, text=True)  # fmt: skip
-    assert holder.stdout.readline() == "held\n"
-    for args in (
-        ["train", "--resume", run, "--steps", 9],
-        [*train_args(steps=1), "--out", run, "--overwrite"],
-    ):
-        before = sorted(run.iterdir())
-        assert f"process {holder.pid} is training" in refused(capsys, *args)
-        assert sorted(run.iterdir()) == before
-    assert main(["verify", str(run)]) == 0  # reading needs no lock
-    holder.kill()  # and the lock dies with its process
-    holder.communicate()
-    assert main(["train", "--resume", str(run), "--steps", "4"]) == 0
-    assert not (run / "run.lock").exists()
-
-
-def test_the_lock_holds_among_threads_and_is_free_again(tmp_path):
-    busy = pytest.raises(RunError, match=f"process {os.getpid()} ")
-    with only_one(tmp_path), busy, only_one(tmp_path):
-        raise AssertionError
-    with only_one(tmp_path):
-        assert int((tmp_path / "run.lock").read_text()) == os.getpid()
-    assert os.listdir(tmp_path) == []
-
-
-# Signals and folders that go ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_between_steps_saves_what_was_trained(number, code, tmp_path, capsys):
-    """No checkpoint is due for an hour: what is saved, the signal has saved."""
-    from rl_ebm.agents import AGENTS
-
-    agent, calls = AGENTS["soft-q"].agent, []
-    real = agent.update
-
-    def update(*args):
-        calls.append(args)
-        if len(calls) == 5:
-            os.kill(os.getpid(), number)
-        return real(*args)
-
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(agent, "update", update)
-            args = train_args(steps=8, checkpoint_every=3600)
-            assert main([*args, "--out", str(run)]) == code
-    finally:
-        signal.signal(signal.SIGINT, before)
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert "--resume" in err
-    assert load_state(run)["step"] == 5
-    assert main(["train", "--resume", str(run)]) == 0
-    assert main([*args, "--out", str(whole)]) == 0
-    from run_cases import differences
-
-    assert differences(load_state(whole), load_state(run)) == []
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-
-
-def test_a_signal_while_it_is_verified_does_not_wait(tmp_path, capsys):
-    """The last look may take long: the run is saved at once, and goes on with that look."""
-    from rl_ebm import training
-
-    def verify(*args, **kwargs):
-        os.kill(os.getpid(), signal.SIGTERM)
-        raise AssertionError("the signal waits")
-
-    run, args = tmp_path / "run", train_args(steps=4, checkpoint_every=3600, eval_every=3600)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "verify", verify)
-        assert main([*args, "--out", str(run)]) == 143
-    assert "--resume" in capsys.readouterr().err
-    state = load_state(run)
-    assert (state["step"], state["complete"]) in ((0, False), (4, False))
-    assert main(["train", "--resume", str(run)]) == 0
-    assert load_state(run)["complete"]
-
-
-def test_training_in_a_thread_leaves_signals_alone(tmp_path):
-    ebm = rl_ebm.EBM(SPACE, torch.zeros(27))
-    failed = []
-
-    def work() -> None:
-        try:
-            train(ebm, out=tmp_path / "r", options=small_options("soft-q"), network=NETWORK,
-                  steps=2)  # fmt: skip
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert failed == []
-    assert load_state(tmp_path / "r")["step"] == 2
-
-
-def test_a_folder_that_is_deleted_while_it_runs(tmp_path, capsys):
-    from rl_ebm.agents import AGENTS
-
-    agent, calls = AGENTS["soft-q"].agent, []
-    real = agent.update
-    run = tmp_path / "run"
-
-    def update(*args):
-        calls.append(args)
-        if len(calls) == 3:
-            shutil.rmtree(run)
-        return real(*args)
-
-    for log_every in (1, 100):
-        calls.clear()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(agent, "update", update)
-            args = train_args(steps=6, checkpoint_every=1e-9, log_every=log_every)
-            assert f"the folder {run} is gone" in refused(capsys, *args, "--out", run)
-
-
-@pytest.mark.slow
-def test_sigterm_of_a_process(tmp_path):
-    run = tmp_path / "run"
-    args = train_args(steps=100_000, checkpoint_every=3600)
-    process = start([*args, "--out", str(run)])
-    deadline = time.monotonic() + 100
-    while not (run / "state.pt").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert "Traceback" not in err
-    assert load_state(run)["step"] > 0
 
 
 # Memory -------------------------------------------------------------------------------------------

@@ -294,6 +294,6 @@ def test_entropies_are_bounded_and_so_are_their_intervals(eos):
         # Nothing but all samples at the upper end: what is left below is of the order of 1 / n.
         assert most * (1 - 2 * math.log(20) / 40) < interval.low < most
     one = rl_ebm.TokenSpace(3, 1, 0)
-    found = rl_ebm.solve(rl_ebm.EBM(one, Automaton.counts(one, [1])))
+    found = rl_ebm.solve(rl_ebm.EBM(one, Automaton.counts(one, [0])))
     report = verify_sampled(found, found, 5)
     assert report.entropy_policy.low == report.entropy_policy.high == 0

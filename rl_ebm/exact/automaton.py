@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.arguments import check_generator, whole
+from rl_ebm.arguments import check_generator
 from rl_ebm.automata import Machine, Reading
 from rl_ebm.ebm import EBM
 from rl_ebm.exact.automaton_sample import sample_paths
@@ -184,7 +184,6 @@ class AutomatonSolution:
             TypeError: an n that is no integer.
             ValueError: a negative n; prompt ids missing, of another length than n, or out of range.
         """
-        n = whole("n", n, 0)
         prompt_ids = resolve_prompt_ids(n, prompt_ids, self.ebm.num_prompts, self.device)
         check_generator(generator, self.device)
         return sample_paths(self.values, self.space, prompt_ids, generator)

@@ -287,7 +287,8 @@ def resolve_prompt_ids(
     # Reading the values waits for a GPU: there the gather that uses them does the checking.
     if num_prompts is None or prompt_ids.device.type != "cpu" or n == 0:
         return prompt_ids
-    if int(prompt_ids.min()) < 0 or int(prompt_ids.max()) >= num_prompts:
+    ids = prompt_ids.detach().numpy()
+    if ids.min() < 0 or ids.max() >= num_prompts:
         raise ValueError(f"prompt_ids must be in [0, {num_prompts})")
     return prompt_ids
 

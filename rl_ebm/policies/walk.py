@@ -69,7 +69,8 @@ def walk(
 
 def prompts_at_once(policy: Policy, space: TokenSpace, memory: int) -> int:
     """How many prompts' whole trees may be evaluated together: 1 where one is too large already."""
-    return max(1, memory // (4 * space.num_states * _bytes_per_node(policy, space)))
+    fit = memory // (4 * space.num_states * _bytes_per_node(policy, space))
+    return min(max(1, fit), 2**31)
 
 
 @torch.no_grad()
