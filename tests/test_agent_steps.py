@@ -1,4 +1,4 @@
-"""What a step of an agent does beyond its first, with several prompts, with sizes that do not fit."""
+"""What an agent does beyond its first step, with several prompts, and with sizes that do not fit."""
 
 from __future__ import annotations
 
