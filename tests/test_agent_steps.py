@@ -1,4 +1,4 @@
-"""What an agent does beyond its first step, with several prompts, and with sizes that do not fit."""
+"""What agents do beyond a first step, with several prompts, and with sizes that do not fit."""
 
 from __future__ import annotations
 
