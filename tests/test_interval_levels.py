@@ -20,6 +20,7 @@ from rl_ebm.expectations import (
     ratio_interval,
     sample_interval,
 )
+from rl_ebm.intervals import geometric, half_width
 from rl_ebm.mean_bounds import betting_lower, betting_upper, empirical_bernstein_upper
 from rl_ebm.tails import FEWEST, upper_doubt
 
@@ -64,6 +65,19 @@ def test_so_is_that_of_a_ratio_and_of_a_bound_by_variance():
     want += math.sqrt(2 * statistics.variance(values) * log_term / n)
     found = empirical_bernstein_upper(torch.tensor(values, dtype=torch.float64).log(), 0.0, alpha)
     assert float(found.exp()) == pytest.approx(want, rel=1e-9)
+
+
+@pytest.mark.parametrize("values", [[0.5, 2.0], [1.0, 4.0, 5.5]])
+def test_that_of_a_few_runs_is_as_well(values):
+    n = len(values)
+    want = quantile(0.95, n - 1) * statistics.stdev(values) / math.sqrt(n)
+    assert half_width(values) == pytest.approx(want, rel=1e-3)
+    assert half_width(values[:1]) == half_width([*values, INF]) == INF
+    mean, low, high = geometric([math.exp(x) for x in values])
+    middle = statistics.fmean(values)
+    assert math.log(mean) == pytest.approx(middle)
+    assert math.log(low) == pytest.approx(middle - want, rel=1e-3)
+    assert math.log(high) == pytest.approx(middle + want, rel=1e-3)
 
 
 def test_each_end_has_half_of_the_chance_to_fail():
