@@ -9,6 +9,7 @@ import pytest
 import torch
 from toy_policies import seeded
 
+import rl_ebm
 from rl_ebm.certificates.limits import log_z_limits
 from rl_ebm.estimates import mean_interval
 from rl_ebm.expectations import (
@@ -22,7 +23,9 @@ from rl_ebm.expectations import (
 )
 from rl_ebm.intervals import geometric, half_width
 from rl_ebm.mean_bounds import betting_lower, betting_upper, empirical_bernstein_upper
+from rl_ebm.policies import Tabular
 from rl_ebm.tails import FEWEST, upper_doubt
+from rl_ebm.verify_sampled import verify_sampled
 
 INF = math.inf
 
@@ -135,6 +138,23 @@ def test_log_z_shares_its_chance_between_all_its_bounds():
         assert [float(x) for x in both] == pytest.approx([low, want])
     other = log_z_limits(log_w, alpha, log_w_max=top, base_log_w=base)
     assert float(other[1]) == pytest.approx(by_base[alpha / 2])
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 5])
+def test_the_prompts_of_a_report_fail_together_as_often_as_it_says(prompts):
+    space = rl_ebm.TokenSpace(3, 2)
+    scores = torch.randn(prompts, space.num_sequences, generator=seeded(4))
+    ebm = rl_ebm.EBM(space, scores, prompts=[[i] for i in range(prompts)])
+    solution, policy = rl_ebm.solve(ebm), Tabular(space, ebm.prompts, 1.0, seeded(5))
+    found = verify_sampled(policy, solution, 50, 0.9, seeded(6))
+    intervals = found.intervals()
+    for name in ("tv", "js", "kl_target_policy", "kl_policy_target", "expected_reward_policy"):
+        assert intervals[name].confidence == pytest.approx(0.9)
+    assert min(x.confidence for x in intervals.values()) == pytest.approx(0.9)
+    drawn = rl_ebm.certify(policy, ebm, 50, 0.9, generator=seeded(6))
+    assert {drawn.log_z.confidence, drawn.elbo.confidence} == {0.9}
+    for part in drawn.per_prompt:
+        assert part.log_z.confidence == pytest.approx(1 - 0.1 / prompts)
 
 
 def test_the_fewest_samples_are_enough():
