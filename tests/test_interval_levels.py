@@ -11,6 +11,7 @@ from toy_policies import seeded
 
 import rl_ebm
 from rl_ebm.certificates.limits import log_z_limits
+from rl_ebm.divergences import entropy_from_samples, kl_from_samples
 from rl_ebm.estimates import mean_interval
 from rl_ebm.expectations import (
     Known,
@@ -81,6 +82,21 @@ def test_that_of_a_few_runs_is_as_well(values):
     assert math.log(mean) == pytest.approx(middle)
     assert math.log(low) == pytest.approx(middle - want, rel=1e-3)
     assert math.log(high) == pytest.approx(middle + want, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_so_is_a_standard_error(kind):
+    log_p = [-0.5, -1.5, -2.0]
+    log_q = [-1.0, -0.7, -2.2]
+    kappa = {"k1": lambda u: u, "k2": lambda u: u * u / 2, "k3": lambda u: math.exp(-u) - 1 + u}
+    terms = [kappa[kind](a - b) for a, b in zip(log_p, log_q, strict=True)]
+    p, q = (torch.tensor(x, dtype=torch.float64) for x in (log_p, log_q))
+    for got, values in (
+        (kl_from_samples(p, q, kind), terms),
+        (entropy_from_samples(p), [-x for x in log_p]),
+    ):
+        assert float(got.mean) == pytest.approx(statistics.fmean(values))
+        assert float(got.standard_error) == pytest.approx(statistics.stdev(values) / math.sqrt(3))
 
 
 def test_each_end_has_half_of_the_chance_to_fail():
