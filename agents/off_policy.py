@@ -141,7 +141,7 @@ class OffPolicyAgent(ABC):
         """The rows of :meth:`sample` that are draws of the policy as it is; None without one."""
         cfg = self.config
         tempered = cfg.temperature != 1 or cfg.epsilon != 0
-        return None if tempered or self.explored == cfg.batch_size else slice(self.explored, None)
+        return None if tempered or self.explored == self.responses else slice(self.explored, None)
 
     def sample(self) -> Batch | None:
         """Responses of the policy and of the explorer."""

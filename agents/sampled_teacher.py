@@ -164,7 +164,7 @@ class SampledTeacherAgent(ImitationAgent):
         new, old = self.log_w(batch), self.log_w(mine)
         begun = (mine.lengths > 0) & (mine.prompt_ids == batch.prompt_ids)
         move = accepts(new, old.masked_fill(~begun, -torch.inf), self.generator)
-        pairs = zip(columns(marked(batch, new)), columns(marked(mine, old)), strict=True)
+        pairs = zip(columns(marked(batch, new)), columns(mine), strict=True)
         moved = Batch(*(torch.where(move.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs))
         for column, value in zip(columns(self.chains), columns(moved), strict=True):
             column[rows] = value

@@ -15,7 +15,7 @@ import pickle
 import pickletools
 import sys
 import zipfile
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -303,7 +303,6 @@ class _Materials:
         self.archive, self.sizes, self.device = archive, sizes, device
         # Two names of one tensor are two tensors here: twice the file is enough for tied weights.
         self.left = 2 * os.fstat(file.fileno()).st_size + 2**20
-        self.users: Counter[str] = Counter()
 
     def read(self, state: Any) -> Any:
         self._count(state)
@@ -311,7 +310,6 @@ class _Materials:
 
     def _count(self, x: Any) -> None:
         if isinstance(x, Stored):
-            self.users[x.key] += 1
             self.left -= x.bytes + 64
         else:
             self.left -= 1
@@ -346,8 +344,8 @@ class _Materials:
         if place != len(data):
             raise ValueError("a storage is cut short")
         found = data.view(x.dtype).as_strided(x.shape, x.stride, x.offset)
-        whole = self.users[x.key] == 1 and math.prod(x.shape) == x.storage
-        return (found if whole else found.clone()).to(self.device)
+        # Of a part of a storage the part alone is kept.
+        return (found if math.prod(x.shape) == x.storage else found.clone()).to(self.device)
 
 
 def _is_list(x: Any) -> bool:
