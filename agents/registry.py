@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rl_ebm.agents.names import meant
 from rl_ebm.agents.off_policy import fixed_point as off_policy_fixed_point
+from rl_ebm.arguments import shown
 from rl_ebm.fixed_points import FixedPoint, Problem, target
 from rl_ebm.names import nearest
 from rl_ebm.policies import Trainable
@@ -115,7 +116,9 @@ def register(
         TypeError: something that is no agent, config or function.
     """
     if not isinstance(name, str) or not name or set(name) & set(" _,\t\n") or name != name.lower():
-        raise ValueError(f"an agent's name is lower case, its words joined by '-', got {name!r}")
+        raise ValueError(
+            f"an agent's name is lower case, its words joined by '-', got {shown(name)}"
+        )
     if name in AGENTS:
         raise ValueError(
             f"there is an agent {name!r} already: give another name, or del "
@@ -123,14 +126,14 @@ def register(
         )
     missing = [m for m in _MEMBERS if not hasattr(agent, m)]
     if not isinstance(agent, type) or missing:
-        lacks = f"{agent.__name__} has no {missing[0]}" if isinstance(agent, type) else f"{agent!r}"
+        lacks = f"{agent.__name__} has no {missing[0]}" if isinstance(agent, type) else shown(agent)
         raise TypeError(f"agent must be a class with {', '.join(_MEMBERS)}: {lacks}")
     if not isinstance(config, type) or not is_dataclass(config):
-        raise TypeError(f"config must be a dataclass of the agent's options, got {config!r}")
+        raise TypeError(f"config must be a dataclass of the agent's options, got {shown(config)}")
     if fixed_point is not None and not callable(fixed_point):
         raise TypeError(
             "fixed_point must be a function (config, problem) -> FixedPoint, or None where the "
-            f"limit is not known, got {fixed_point!r}"
+            f"limit is not known, got {shown(fixed_point)}"
         )
     listed = tuple(dict(v) for v in variants)
     entry = AgentEntry(
@@ -153,7 +156,7 @@ def entry_of(name: object) -> AgentEntry:
     """
     if isinstance(name, str) and name in AGENTS:
         return AGENTS[name]
-    raise ValueError(f"there is no agent {name!r}{meant(name, AGENTS)}")
+    raise ValueError(f"there is no agent {shown(name)}{meant(name, AGENTS)}")
 
 
 def entry_of_run(name: object) -> AgentEntry:
@@ -165,7 +168,7 @@ def entry_of_run(name: object) -> AgentEntry:
     if isinstance(name, str) and name in AGENTS:
         return AGENTS[name]
     raise ValueError(
-        f"the run's agent {name!r} is unknown{meant(name, AGENTS)} (an agent of your own is "
+        f"the run's agent {shown(name)} is unknown{meant(name, AGENTS)} (an agent of your own is "
         "registered first, rl_ebm.agents.register)"
     )
 
@@ -176,8 +179,11 @@ def make_options(name: str, entry: AgentEntry, options: Any) -> Any:
     Raises:
         ValueError: an option that it does not have, or a value that is none.
     """
+    if not isinstance(entry, AgentEntry):
+        raise TypeError(f"entry must be one of rl_ebm.agents.AGENTS, got {shown(entry)}")
+    name = name if isinstance(name, str) else shown(name)
     if not isinstance(options, Mapping):
-        raise ValueError(f"options of {name} are {{option: value}}, got {options!r}")
+        raise ValueError(f"options of {name} are {{option: value}}, got {shown(options)}")
     known = [f.name for f in fields(entry.config) if f.init]
     for option in options:
         if option not in known:

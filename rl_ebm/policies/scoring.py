@@ -132,6 +132,9 @@ def _longest(policy: Policy, space: TokenSpace, tokens: Int64[Tensor, "B T"]) ->
 
 def tree_q_values(policy: Policy, space: TokenSpace, prompts: int = 1) -> Float[Tensor, "P S A"]:
     """Masked logits at every state of the space, shallow states first, for each of the prompts."""
+    check_kind(policy)
+    check_space(space)
+    prompts = whole("prompts", prompts, 1, 2**31)
     device = device_of(policy)
     prompt_ids = torch.arange(prompts, device=device)
     logits = tree_logits(policy, PrefixTree.full(space, str(device)), prompt_ids, space)

@@ -60,8 +60,12 @@ def check_values(reward: Shaped[Tensor, "..."], where: str) -> None:
     """Raise unless every reward is a number below +inf (``-inf`` is legal).
 
     Raises:
+        TypeError: no dense tensor of real numbers.
         ValueError: NaN or +inf, with the place of the first.
     """
+    check_tensor(reward, where)
+    if reward.device.type == "meta":
+        raise ValueError(f"{where} is on the device 'meta', where tensors have no values")
     wrong = torch.isnan(reward) | torch.isposinf(reward)
     if bool(wrong.any()):
         place = wrong.flatten().nonzero()[0, 0]

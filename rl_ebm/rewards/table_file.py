@@ -25,6 +25,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import index
 from typing import Any, TextIO, TypeVar
 
 import numpy as np
@@ -33,6 +34,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from rl_ebm.arguments import flag, shown
 from rl_ebm.rewards.table_cells import (
     Writing,
     minmax,
@@ -67,8 +69,13 @@ class TableFile:
         """The sequence (or prefix) as the file writes it.
 
         Raises:
+            TypeError: no list of integers.
             ValueError: a token id out of [0, A).
         """
+        try:
+            tokens = [index(token) for token in tokens]
+        except TypeError:
+            raise TypeError(f"tokens must be a list of token ids, got {shown(tokens)}") from None
         wrong = [token for token in tokens if not 0 <= token < len(self.alphabet)]
         if wrong:
             raise ValueError(f"token ids must be in [0, {len(self.alphabet)}), got {wrong[0]}")
@@ -102,12 +109,16 @@ def read_table(
             duplicate, missing or ragged sequence; a score that is no number below +inf; more
             sequences than are worth their memory; an argument of no known value.
     """
-    if normalise not in (None, "minmax"):
-        raise ValueError(f'normalise must be "minmax" or None, got {normalise!r}')
-    if missing not in ("error", "forbid"):
-        raise ValueError(f'missing must be "error" or "forbid", got {missing!r}')
-    if separator is not None and not isinstance(separator, str):
-        raise TypeError(f"separator must be text, got {short(separator)}")
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be the path of a table file, got {shown(path)}")
+    if not (normalise is None or (isinstance(normalise, str) and normalise == "minmax")):
+        raise ValueError(f'normalise must be "minmax" or None, got {shown(normalise)}')
+    if not (isinstance(missing, str) and missing in ("error", "forbid")):
+        raise ValueError(f'missing must be "error" or "forbid", got {shown(missing)}')
+    for name, text in (("alphabet", alphabet), ("separator", separator)):
+        if text is not None and not isinstance(text, str):
+            raise TypeError(f"{name} must be text, got {shown(text)}")
+    flag("ragged", ragged, unset=True)
     try:
         # newline="": the csv module does its own, inside quotes as well.
         with open(path, encoding="utf-8-sig", newline="") as file:

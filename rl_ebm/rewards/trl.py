@@ -57,6 +57,13 @@ def from_trl(
     return TRLFunction(function, decode, columns, weights, prompts)
 
 
+def _listed(prompts: object) -> list[Any]:
+    """Raise TypeError unless these are the prompts of a data set, one after the other."""
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
+        raise TypeError(f"prompts must be a list, one for each of the EBM's, got {shown(prompts)}")
+    return list(prompts)
+
+
 class TRLFunction:
     """See :func:`from_trl`. The EBM tells it the prompts when it takes it.
 
@@ -83,7 +90,7 @@ class TRLFunction:
         self.decode = decode
         self.columns = _check_columns(columns)
         self.weights = _check_weights(weights, len(self.functions))
-        self.given = None if prompts is None else list(prompts)
+        self.given = None if prompts is None else _listed(prompts)
         self.prompts: list[Any] = []
         self.eos_id: int | None = None
         self.extra: dict[str, list[Any]] = {}
