@@ -135,7 +135,7 @@ def register(
             "fixed_point must be a function (config, problem) -> FixedPoint, or None where the "
             f"limit is not known, got {shown(fixed_point)}"
         )
-    listed = tuple(dict(v) for v in variants)
+    listed = _listed(variants)
     entry = AgentEntry(
         agent, config, summary, paper, needs_teacher, needs_reward, fixed_point, listed or ({},)
     )
@@ -143,6 +143,17 @@ def register(
         make_options(name, entry, options)
     AGENTS[name] = entry
     return entry
+
+
+def _listed(variants: object) -> tuple[dict[str, Any], ...]:
+    """Raise TypeError unless these are the options of an agent's variants, a dict each."""
+    try:
+        return tuple(dict(v) for v in variants)  # type: ignore[attr-defined]
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            "variants must be a list of {option: value}, for example [{'lr': 0.1}], got "
+            f"{shown(variants)}"
+        ) from None
 
 
 _MEMBERS = ("sample", "update", "state_dict", "load_state_dict", "logits_are_values")

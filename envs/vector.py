@@ -121,7 +121,11 @@ class TokenVectorEnv(gymnasium.vector.VectorEnv[Observation, Any, NDArray[Any]])
         return self._state
 
     def _tokens(self, actions: Any) -> NDArray[np.int64]:
-        a, tokens = self.ebm.space.vocab_size, np.asarray(actions)
+        a = self.ebm.space.vocab_size
+        try:
+            tokens = np.asarray(actions)
+        except (TypeError, ValueError, RuntimeError):  # of ragged lists, tensors without values
+            tokens = np.empty(0)
         if (
             tokens.shape != (self.num_envs,)
             or not np.issubdtype(tokens.dtype, np.integer)

@@ -59,9 +59,14 @@ def from_trl(
 
 def _listed(prompts: object) -> list[Any]:
     """Raise TypeError unless these are the prompts of a data set, one after the other."""
-    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
-        raise TypeError(f"prompts must be a list, one for each of the EBM's, got {shown(prompts)}")
-    return list(prompts)
+    try:
+        if isinstance(prompts, (str, bytes)):
+            raise TypeError
+        return list(prompts)  # type: ignore[call-overload,no-any-return]
+    except TypeError:  # a tensor without rows has an iterator, too
+        raise TypeError(
+            f"prompts must be a list, one for each of the EBM's, got {shown(prompts)}"
+        ) from None
 
 
 class TRLFunction:

@@ -90,6 +90,7 @@ RIGHT = {
     "summary": "'sum'", "paper": "'none'", "agent": "rl_ebm.agents.SoftQAgent",
     "config": "rl_ebm.agents.SoftQConfig", "v": "depths", "TreeSolution.scores": "scores[None]",
     "entry": "rl_ebm.agents.AGENTS['soft-q']", "make_options.name": "'soft-q'",
+    "register.name": "'mine'",
     "make_options.options": "{'lr': 0.1}", "known": "['random', 'star']",
     "TreeSolution.log_ref": "[0.0, 0.0, 0.0]", "log_z": "torch.zeros(1)", "reference": "None",
     "AutomatonSolution.reward": "machine", "AutomatonPolicy.machine": "fitted.machine",
@@ -117,8 +118,8 @@ INSTANCES = {
     "FlatVectorObservation": "rl_ebm.envs.FlatVectorObservation(vector_env)",
 }  # fmt: skip
 
-# Abstract, or nothing but names of errors; register() makes an id that stays.
-LEFT_OUT = {"Policy", "Trainable", "Reward", "Agent", "RunError", "TooLargeError", "register"}
+# Abstract, or nothing but names of errors.
+LEFT_OUT = {"Policy", "Trainable", "Reward", "Agent", "RunError", "TooLargeError"}
 INNER_CLASSES = {
     "State", "Report", "SampledReport", "Certificate", "Interval", "TreeSolution",
     "AutomatonSolution",
