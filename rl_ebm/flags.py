@@ -20,7 +20,7 @@ _STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
 
 LONGEST = 600
-"""characters that are kept of what tyro says"""
+"""characters that are kept of what tyro says, and of a word"""
 
 
 class FlagError(ValueError):
@@ -89,8 +89,12 @@ def value_of(flag: str, args: Sequence[str]) -> str | None:
 
 
 def fail(message: str) -> int:
-    """Print one sentence on standard error; the exit code of wrong input."""
-    print("rl-ebm: " + " ".join(message.split()), file=sys.stderr)
+    """Print one sentence on standard error; the exit code of wrong input.
+
+    Words of more than :data:`LONGEST` characters, no path and no name, lose their middle.
+    """
+    words = [w if len(w) <= LONGEST else f"{w[:56]} ... {w[-40:]}" for w in message.split()]
+    print("rl-ebm: " + " ".join(words), file=sys.stderr)
     return 2
 
 

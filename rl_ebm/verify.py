@@ -70,7 +70,7 @@ def verify(
     """
     check_kind(policy)
     check_solution(solution)
-    memory = whole("memory", memory, 1)
+    memory = min(whole("memory", memory, 1), 2**62)
     flag("per_prompt", per_prompt, unset=True)
     if samples is None and lists(solution):
         return verify_listed(policy, solution, memory, per_prompt)
