@@ -47,6 +47,7 @@ from rl_ebm.tokens import TokenSpace
 
 X = TypeVar("X")
 
+_MAX_LINE = 1 << 20  # characters of the header, where a device has no end
 _CHUNK = 1 << 16  # rows that are held as Python objects at a time
 _ALWAYS_FITS = 1 << 24  # scores: 128 MiB
 _MOST_MISSING = 16  # times as many sequences as rows, above that
@@ -182,7 +183,12 @@ class _Rows:
     def _chunks(self, file: TextIO) -> Iterator[tuple[list[int], list[str], list[str]]]:
         """Line numbers, sequences and scores of many rows at a time."""
         begin = []  # to be read again; file.seek would refuse pipes
-        for text in file:
+        while text := file.readline(_MAX_LINE):
+            if len(text) == _MAX_LINE:
+                raise ValueError(
+                    f"the table file {self.path} begins with a line of {_MAX_LINE:,} characters "
+                    "or more, which is no header"
+                )
             begin.append(text)
             if text.strip():
                 break
