@@ -19,7 +19,7 @@ from torch import Tensor
 from rl_ebm import divergences
 from rl_ebm.agents.learner import Learner, check_rates
 from rl_ebm.agents.option_types import checked_options
-from rl_ebm.agents.trained import check_trained
+from rl_ebm.agents.trained import check_given, check_trained
 from rl_ebm.ebm import EBM
 from rl_ebm.names import count_text
 from rl_ebm.policies.scoring import Policy, Trainable, tree_q_values
@@ -80,10 +80,10 @@ class ExactAgent:
         generator: torch.Generator | None = None,
         teacher: Policy | None = None,
     ) -> None:
+        self.config: ExactConfig = check_given(ebm, ExactConfig, config, generator, teacher)
         if teacher is None:
             raise ValueError("exact needs a teacher: pass teacher=rl_ebm.solve(ebm)")
         check_trained(ebm, policy, teacher)
-        self.config = ExactConfig() if config is None else config
         self.ebm, self.policy = ebm, policy
         self.learner = Learner(policy, self.config.lr, self.config.max_grad_norm)
         ebm.check_policy(teacher, "the teacher")

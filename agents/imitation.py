@@ -11,7 +11,7 @@ from torch import Tensor
 from rl_ebm.agents.account import Behaviour
 from rl_ebm.agents.learner import Learner, check_batch_size, check_rates, draw_prompts
 from rl_ebm.agents.option_types import checked_options
-from rl_ebm.agents.trained import check_trained
+from rl_ebm.agents.trained import check_given, check_trained
 from rl_ebm.ebm import EBM
 from rl_ebm.policies.scoring import Policy, Trainable, q_values, sample
 from rl_ebm.policies.tabular import Uniform
@@ -69,7 +69,7 @@ class ImitationAgent:
         generator: torch.Generator | None = None,
         teacher: Policy | None = None,
     ) -> None:
-        self.config = self.Config() if config is None else config
+        self.config = check_given(ebm, self.Config, config, generator, teacher)
         check_trained(ebm, policy, teacher)
         self.ebm, self.policy = ebm, policy
         self.source = self.drawn_from(teacher)

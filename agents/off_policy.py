@@ -25,7 +25,7 @@ from rl_ebm.agents.learner import (
 )
 from rl_ebm.agents.option_types import checked_options
 from rl_ebm.agents.replay import Replay, check_rows
-from rl_ebm.agents.trained import check_trained
+from rl_ebm.agents.trained import check_given, check_trained
 from rl_ebm.ebm import EBM
 from rl_ebm.fixed_points import FixedPoint, Problem, forbids, law_of, stand_ins, target
 from rl_ebm.policies.scoring import Policy, Trainable, sample
@@ -99,7 +99,7 @@ class OffPolicyAgent(ABC):
         generator: torch.Generator | None = None,
         teacher: Policy | None = None,
     ) -> None:
-        self.config = self.Config() if config is None else config
+        self.config = check_given(ebm, self.Config, config, generator, teacher)
         check_finite_weights(ebm, self.config.forbidden_log_weight, teacher)
         check_trained(ebm, policy, teacher)
         self.ebm, self.policy = ebm, policy

@@ -22,7 +22,7 @@ from rl_ebm.agents.learner import (
     token_values,
 )
 from rl_ebm.agents.option_types import checked_options
-from rl_ebm.agents.trained import check_trained
+from rl_ebm.agents.trained import check_given, check_trained
 from rl_ebm.ebm import EBM
 from rl_ebm.fixed_points import Problem, forbids, law_of, stand_ins
 from rl_ebm.policies.scoring import Policy, Trainable, q_values, sample
@@ -81,7 +81,7 @@ class OnPolicyAgent(ABC):
         generator: torch.Generator | None = None,
         teacher: Policy | None = None,
     ) -> None:
-        self.config = self.Config() if config is None else config
+        self.config = check_given(ebm, self.Config, config, generator, teacher)
         check_finite_weights(ebm, self.config.forbidden_log_weight, teacher)
         check_trained(ebm, policy, teacher)
         self.ebm, self.policy = ebm, policy

@@ -126,16 +126,16 @@ def register(
         )
     missing = [m for m in _MEMBERS if not hasattr(agent, m)]
     if not isinstance(agent, type) or missing:
-        lacks = f"{agent.__name__} has no {missing[0]}" if isinstance(agent, type) else f"{agent!r}"
+        lacks = f"{agent.__name__} has no {missing[0]}" if isinstance(agent, type) else shown(agent)
         raise TypeError(f"agent must be a class with {', '.join(_MEMBERS)}: {lacks}")
     if not isinstance(config, type) or not is_dataclass(config):
-        raise TypeError(f"config must be a dataclass of the agent's options, got {config!r}")
+        raise TypeError(f"config must be a dataclass of the agent's options, got {shown(config)}")
     if fixed_point is not None and not callable(fixed_point):
         raise TypeError(
             "fixed_point must be a function (config, problem) -> FixedPoint, or None where the "
-            f"limit is not known, got {fixed_point!r}"
+            f"limit is not known, got {shown(fixed_point)}"
         )
-    listed = tuple(dict(v) for v in variants)
+    listed = _listed(variants)
     entry = AgentEntry(
         agent, config, summary, paper, needs_teacher, needs_reward, fixed_point, listed or ({},)
     )
@@ -143,6 +143,17 @@ def register(
         make_options(name, entry, options)
     AGENTS[name] = entry
     return entry
+
+
+def _listed(variants: object) -> tuple[dict[str, Any], ...]:
+    """Raise TypeError unless these are the options of an agent's variants, a dict each."""
+    try:
+        return tuple(dict(v) for v in variants)  # type: ignore[attr-defined]
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            "variants must be a list of {option: value}, for example [{'lr': 0.1}], got "
+            f"{shown(variants)}"
+        ) from None
 
 
 _MEMBERS = ("sample", "update", "state_dict", "load_state_dict", "logits_are_values")
@@ -179,6 +190,9 @@ def make_options(name: str, entry: AgentEntry, options: Any) -> Any:
     Raises:
         ValueError: an option that it does not have, or a value that is none.
     """
+    if not isinstance(entry, AgentEntry):
+        raise TypeError(f"entry must be one of rl_ebm.agents.AGENTS, got {shown(entry)}")
+    name = name if isinstance(name, str) else shown(name)
     if not isinstance(options, Mapping):
         raise ValueError(f"options of {name} are {{option: value}}, got {shown(options)}")
     known = [f.name for f in fields(entry.config) if f.init]

@@ -8,6 +8,7 @@ left at the end.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import partial
 from inspect import getclosurevars, isfunction, ismethod
 from types import ModuleType
@@ -16,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rl_ebm.ebm import EBM
+from rl_ebm.arguments import check_generator, shown
+from rl_ebm.ebm import EBM, check_ebm
+from rl_ebm.policies.outputs import check_kind
 from rl_ebm.policies.scoring import Policy, Trainable, device_of
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type, ModuleType, torch.dtype)
@@ -36,6 +39,35 @@ def check_trained(ebm: EBM, policy: Trainable, teacher: Policy | None = None) ->
     check_weights(policy)
     check_apart(ebm, policy, teacher)
     _check_gradient(ebm, policy)
+
+
+def check_given(
+    ebm: EBM,
+    kind: type[Any],
+    config: Any,
+    generator: torch.Generator | None,
+    teacher: Policy | None,
+) -> Any:
+    """Check the kinds of what an agent is made of, before anything; its options.
+
+    Args:
+        kind: of its options; ``config`` None stands for their defaults.
+
+    Raises:
+        TypeError: no EBM, options of another agent, no generator, or no policy for a teacher.
+    """
+    check_ebm(ebm)
+    check_generator(generator, ebm.device)
+    if teacher is not None:
+        check_kind(teacher, "the teacher")
+    if config is None:
+        return kind()
+    names = [f.name for f in fields(kind)]
+    if isinstance(config, type) or not all(hasattr(config, name) for name in names):
+        raise TypeError(
+            f"config must be a {kind.__name__}, or None for the default, got {shown(config)}"
+        )
+    return config
 
 
 def check_weights(policy: Trainable) -> None:
@@ -142,7 +174,8 @@ def _tensors_of_reward(reward: Any) -> Iterator[Tensor]:
 def _named(policy: Trainable) -> list[tuple[str, nn.Parameter]]:
     if isinstance(policy, nn.Module):
         return list(policy.named_parameters())
-    return [(f"number {i}", p) for i, p in enumerate(policy.parameters())]
+    own = getattr(policy, "parameters", list)
+    return [(f"number {i}", p) for i, p in enumerate(own())]
 
 
 def _place(tensor: Tensor) -> tuple[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import gymnasium
@@ -11,6 +12,7 @@ from gymnasium.utils import RecordConstructorArgs
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
+from rl_ebm.arguments import shown
 from rl_ebm.envs.observation import Observation
 
 FlatArray = NDArray[np.float32]
@@ -50,7 +52,12 @@ class OneHot:
         self.space = spaces.Box(0.0, 1.0, (width,), np.float32)
 
     def __call__(self, observation: Observation) -> FlatArray:
-        """(D,), or (B, D) from a batch."""
+        """(D,), or (B, D) from a batch.
+
+        Raises:
+            TypeError: no observation of a token MDP.
+        """
+        self._check(observation)
         blocks = []
         for (name, length_name), (n, a) in zip(self._parts, self._sizes, strict=True):
             ids = np.asarray(observation[name])
@@ -60,6 +67,14 @@ class OneHot:
             blocks.append(one_hot.reshape(*ids.shape[:-1], n * a))
             blocks.append(length == np.arange(n + 1))
         return np.concatenate(blocks, axis=-1).astype(np.float32)
+
+    def _check(self, observation: object) -> None:
+        names = [name for part in self._parts for name in part]
+        if not (isinstance(observation, Mapping) and all(name in observation for name in names)):
+            raise TypeError(
+                f"an observation is a dict of {', '.join(names)}, as the environment gives it, got "
+                f"{shown(observation)}"
+            )
 
 
 class FlatObservation(

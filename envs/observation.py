@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rl_ebm.arguments import shown as shown_value
 from rl_ebm.ebm import EBM
 from rl_ebm.envs.transition import State
 
@@ -74,11 +76,16 @@ def choose_prompts(
         ValueError: an unknown option, or a ``prompt_id`` that is no index into the prompts.
     """
     given = {} if options is None else options
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            "the options of reset must be a dict, for example {'prompt_id': 0}, or None, got "
+            f"{shown_value(given)}"
+        )
     for name in given:
         if name != "prompt_id":
             raise ValueError(
-                f"unknown reset option {name!r}: the only one is 'prompt_id', an index into the "
-                "EBM's prompts"
+                f"unknown reset option {shown_value(name)}: the only one is 'prompt_id', an index "
+                "into the EBM's prompts"
             )
     if "prompt_id" not in given:
         if ebm.prompts is None:
@@ -94,6 +101,7 @@ def choose_prompts(
     ):
         raise ValueError(
             f"the reset option 'prompt_id' must be an index in [0, {ebm.num_prompts}), or an "
-            f"array of shape ({n},) of them, got {given['prompt_id']!r}"
+            f"array of shape ({n},) of them, got "
+            f"{shown_value(given['prompt_id'])}"
         )
     return np.array(np.broadcast_to(ids, (n,)), dtype=np.int64)

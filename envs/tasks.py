@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from rl_ebm.ebm import EBM
+from rl_ebm.arguments import Int, Number, shown, whole
+from rl_ebm.ebm import EBM, check_ebm
 from rl_ebm.envs import planted, scores
 from rl_ebm.policies import Policy, Uniform
 from rl_ebm.rewards.base import Prompts, Reward
@@ -168,12 +169,12 @@ TASKS: dict[str, Task] = {
 def make_task(
     name: str | Task,
     *,
-    vocab_size: int | None = None,
-    max_length: int | None = None,
-    eos_id: int | None = None,
-    beta: float = 1.0,
+    vocab_size: Int | None = None,
+    max_length: Int | None = None,
+    eos_id: Int | None = None,
+    beta: Number = 1.0,
     reference: Policy | str | None = None,
-    task_seed: int = 0,
+    task_seed: Int = 0,
 ) -> EBM:
     """The EBM of a named task, on the CPU.
 
@@ -191,8 +192,9 @@ def make_task(
         ValueError: an unknown name or reference, or a size that the task does not have.
     """
     task = find_task(name) if isinstance(name, str) else name
-    if isinstance(task_seed, bool) or not isinstance(task_seed, int) or task_seed < 0:
-        raise ValueError(f"task_seed must be an integer >= 0, got {task_seed!r}")
+    if not isinstance(task, Task):
+        raise TypeError(f"name must be a task or its name, got {shown(name)}")
+    task_seed = whole("task_seed", task_seed, 0)
     space = TokenSpace(
         task.vocab_size if vocab_size is None else vocab_size,
         task.max_length if max_length is None else max_length,
@@ -201,7 +203,7 @@ def make_task(
     if isinstance(reference, str):
         if reference != "uniform":
             raise ValueError(
-                f"unknown reference {reference!r}: give 'uniform', a policy, or None for the "
+                f"unknown reference {shown(reference)}: give 'uniform', a policy, or None for the "
                 "counting measure"
             )
         reference = Uniform(space)
@@ -216,9 +218,9 @@ def find_task(name: str) -> Task:
     """
     if name in TASKS:
         return TASKS[name]
-    nearest = get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
+    nearest = get_close_matches(name[:80], TASKS, n=1, cutoff=0.0)[0]
     raise ValueError(
-        f"unknown task {name!r}: did you mean {nearest!r}? There are {', '.join(TASKS)}"
+        f"unknown task {shown(name)}: did you mean {nearest!r}? There are {', '.join(TASKS)}"
     )
 
 
@@ -229,14 +231,15 @@ def find_ebm(ebm: object, task: object, task_kwargs: Mapping[str, Any] | None) -
         ValueError: not exactly one of ``ebm`` and ``task``, or ``task_kwargs`` without a task.
         TypeError: one of them is of another kind.
     """
+    if not (task_kwargs is None or isinstance(task_kwargs, Mapping)):
+        raise TypeError(f"task_kwargs must be a dict of arguments, got {shown(task_kwargs)}")
     if (ebm is None) == (task is None):
         raise ValueError("give exactly one of ebm=, an rl_ebm.EBM, and task=, a task or its name")
     if isinstance(task, str | Task):
         return make_task(task, **(task_kwargs or {}))
     if task is not None:
         raise TypeError(f"task must be a name or a Task, got {type(task).__name__}")
-    if not isinstance(ebm, EBM):
-        raise TypeError(f"ebm must be an rl_ebm.EBM, got {type(ebm).__name__}")
+    found = check_ebm(ebm)
     if task_kwargs:
         raise ValueError("task_kwargs are arguments of a task: leave them out with ebm=")
-    return ebm
+    return found

@@ -13,6 +13,7 @@ from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 from numpy.typing import NDArray
 
+from rl_ebm.arguments import Number, shown
 from rl_ebm.ebm import EBM
 from rl_ebm.envs.observation import Observation, Observer, choose_prompts, to_numpy
 from rl_ebm.envs.tasks import Task, find_ebm
@@ -108,7 +109,7 @@ class TokenMDP(gymnasium.Env[Observation, Any]):
         task: str | Task | None = None,
         task_kwargs: Mapping[str, Any] | None = None,
         reward_mode: str = "terminal",
-        forbidden_reward: float | None = None,
+        forbidden_reward: Number | None = None,
     ) -> None:
         self.ebm = find_ebm(ebm, task, task_kwargs)
         self._transition = Transition(self.ebm, reward_mode, forbidden_reward)
@@ -163,7 +164,7 @@ class TokenMDP(gymnasium.Env[Observation, Any]):
         except TypeError:
             token = -1
         if not 0 <= token < a:
-            raise ValueError(f"an action is an integer token id in [0, {a}), got {action!r}")
+            raise ValueError(f"an action is an integer token id in [0, {a}), got {shown(action)}")
         return token
 
     def _observation(self, state: State) -> Observation:

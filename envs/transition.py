@@ -11,7 +11,6 @@ A response's soft rewards sum to R(x, y) + beta * log p_ref(y|x): beta times its
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -19,7 +18,8 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from rl_ebm.ebm import EBM
+from rl_ebm.arguments import Number, finite, shown
+from rl_ebm.ebm import EBM, check_ebm
 from rl_ebm.rewards.base import check_values
 
 REWARD_MODES = ("terminal", "soft")
@@ -60,16 +60,17 @@ class Transition:
     """
 
     def __init__(
-        self, ebm: EBM, reward_mode: str = "terminal", forbidden_reward: float | None = None
+        self, ebm: EBM, reward_mode: str = "terminal", forbidden_reward: Number | None = None
     ) -> None:
-        if reward_mode not in REWARD_MODES:
-            nearest = get_close_matches(str(reward_mode), REWARD_MODES, n=1, cutoff=0.0)[0]
+        check_ebm(ebm)
+        if not (isinstance(reward_mode, str) and reward_mode in REWARD_MODES):
+            nearest = get_close_matches(str(reward_mode)[:80], REWARD_MODES, n=1, cutoff=0.0)[0]
             raise ValueError(
-                f"reward_mode must be one of {', '.join(REWARD_MODES)}, got {reward_mode!r}; "
+                f"reward_mode must be one of {', '.join(REWARD_MODES)}, got {shown(reward_mode)}; "
                 f"did you mean {nearest!r}?"
             )
-        if forbidden_reward is not None and not math.isfinite(forbidden_reward):
-            raise ValueError(f"forbidden_reward must be a finite number, got {forbidden_reward!r}")
+        if forbidden_reward is not None:
+            forbidden_reward = finite("forbidden_reward", forbidden_reward)
         pays_log_ref = reward_mode == "soft" and ebm.reference is not None
         known_to_forbid = ebm.forbids if pays_log_ref else ebm.reward_model.forbids
         if known_to_forbid and forbidden_reward is None:

@@ -14,6 +14,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
+from rl_ebm.arguments import Int, Number, shown, whole
 from rl_ebm.ebm import EBM
 from rl_ebm.envs.observation import Observation, Observer, choose_prompts, to_numpy
 from rl_ebm.envs.tasks import Task, find_ebm
@@ -53,17 +54,15 @@ class TokenVectorEnv(gymnasium.vector.VectorEnv[Observation, Any, NDArray[Any]])
 
     def __init__(
         self,
-        num_envs: int = 1,
+        num_envs: Int = 1,
         ebm: EBM | None = None,
         *,
         task: str | Task | None = None,
         task_kwargs: Mapping[str, Any] | None = None,
         reward_mode: str = "terminal",
-        forbidden_reward: float | None = None,
+        forbidden_reward: Number | None = None,
     ) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
-        self.num_envs = num_envs
+        self.num_envs = num_envs = whole("num_envs", num_envs, 1, 2**24)
         self.ebm = find_ebm(ebm, task, task_kwargs)
         self._transition = Transition(self.ebm, reward_mode, forbidden_reward)
         self._observer = Observer(self.ebm)
@@ -122,7 +121,11 @@ class TokenVectorEnv(gymnasium.vector.VectorEnv[Observation, Any, NDArray[Any]])
         return self._state
 
     def _tokens(self, actions: Any) -> NDArray[np.int64]:
-        a, tokens = self.ebm.space.vocab_size, np.asarray(actions)
+        a = self.ebm.space.vocab_size
+        try:
+            tokens = np.asarray(actions)
+        except (TypeError, ValueError, RuntimeError):  # of ragged lists, tensors without values
+            tokens = np.empty(0)
         if (
             tokens.shape != (self.num_envs,)
             or not np.issubdtype(tokens.dtype, np.integer)
@@ -130,7 +133,7 @@ class TokenVectorEnv(gymnasium.vector.VectorEnv[Observation, Any, NDArray[Any]])
         ):
             raise ValueError(
                 f"actions must be integer token ids in [0, {a}) of shape ({self.num_envs},), got "
-                f"{actions!r}"
+                f"{shown(actions)}"
             )
         return tokens.astype(np.int64)
 

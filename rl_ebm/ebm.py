@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from rl_ebm.arguments import Number, as_device, finite
+from rl_ebm.arguments import Number, as_device, finite, flag, whole
+from rl_ebm.batch_checks import check_batch
 from rl_ebm.policies.checks import ROWS, check_rows
 from rl_ebm.policies.outputs import check_kind
 from rl_ebm.policies.scoring import (
@@ -100,6 +101,8 @@ class EBM:
                 a policy; see :func:`rl_ebm.policies.checks.check_rows`.
         """
         check_kind(policy, name)
+        rows = whole("rows", rows, 1)
+        flag("steps", steps)
         space = getattr(policy, "space", None)
         if isinstance(space, TokenSpace) and space != self.space:
             raise ValueError(f"{name} is for {space}, the EBM is over {self.space}")
@@ -127,6 +130,7 @@ class EBM:
 
     def score(self, batch: Batch) -> Batch:
         """The batch with its rewards, and token 0 past the end of each response."""
+        check_batch(batch, self.space)
         batch = batch.clean()
         with torch.no_grad():
             reward = self.reward(batch.tokens, batch.lengths, batch.prompt_ids)
@@ -207,6 +211,13 @@ class EBM:
         copy = EBM.__new__(EBM)
         copy.__dict__.update(self.__dict__)
         return copy
+
+
+def check_ebm(ebm: object, hint: str = "rl_ebm.EBM(space, reward) makes one") -> EBM:
+    """The EBM that something is; TypeError where it is none."""
+    if not isinstance(ebm, EBM):
+        raise TypeError(f"ebm must be an rl_ebm.EBM, got {type(ebm).__name__}: {hint}")
+    return ebm
 
 
 def end_reference(log_ref: Float[Tensor, "... T A"], space: TokenSpace) -> Float[Tensor, "... T A"]:

@@ -19,6 +19,10 @@ T = TypeVar("T")
 _STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
 
+LONGEST = 600
+"""characters that are kept of what tyro says, and of a word"""
+
+
 class FlagError(ValueError):
     """A flag that is unknown, or whose value is no value."""
 
@@ -34,7 +38,8 @@ def parse(kind: type[T], args: Sequence[str], prog: str, description: str) -> T:
     for arg in args:
         name = arg.split("=")[0].replace("_", "-")
         if re.match(r"--[a-zA-Z]", arg) and name not in known | {"--help"}:
-            raise FlagError(f"{prog} has no flag {name}{nearest(name, sorted(known))}")
+            shown_name = name if len(name) <= 60 else f"{name[:56]} ..."
+            raise FlagError(f"{prog} has no flag {shown_name}{nearest(name, sorted(known))}")
     complaint = StringIO()
     try:
         with redirect_stderr(complaint):
@@ -84,8 +89,12 @@ def value_of(flag: str, args: Sequence[str]) -> str | None:
 
 
 def fail(message: str) -> int:
-    """Print one sentence on standard error; the exit code of wrong input."""
-    print("rl-ebm: " + " ".join(message.split()), file=sys.stderr)
+    """Print one sentence on standard error; the exit code of wrong input.
+
+    Words of more than :data:`LONGEST` characters, no path and no name, lose their middle.
+    """
+    words = [w if len(w) <= LONGEST else f"{w[:56]} ... {w[-40:]}" for w in message.split()]
+    print("rl-ebm: " + " ".join(words), file=sys.stderr)
     return 2
 
 
@@ -100,4 +109,7 @@ def _sentence(box: str, prog: str) -> str:
                 break
             continue
         text.append(words)
-    return (" ".join(text) or "wrong flags").rstrip(".") + f"; {prog} --help explains every flag"
+    said = (" ".join(text) or "wrong flags").rstrip(".")
+    if len(said) > LONGEST:  # it quotes a value in full
+        said = f"{said[: LONGEST - 100]} ... {said[-60:]}"
+    return f"{said}; {prog} --help explains every flag"

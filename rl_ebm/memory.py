@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 from rl_ebm.names import bytes_text
@@ -11,8 +12,8 @@ _GROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes() -> int:
-    """Bytes of main memory that can still be taken: the machine's, or the container's if less."""
-    return min(_machine(), _container())
+    """Bytes of main memory that can still be taken: of the machine, container, or process."""
+    return min(_machine(), _container(), _process())
 
 
 def check_fits(need: int, what: str, advice: str) -> None:
@@ -43,6 +44,18 @@ def _machine() -> int:
     except OSError:  # not Linux: count all of the memory
         return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+
+
+def _process() -> int:
+    """What the limit of address space leaves (``ulimit -v``); a large number without one."""
+    most = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if most == resource.RLIM_INFINITY:
+        return 2**63
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except OSError:  # not Linux
+        return most
+    return max(0, most - pages * resource.getpagesize())
 
 
 def _container() -> int:

@@ -12,7 +12,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     if not known:
         return ""
-    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    close = get_close_matches(name[:200], known, n=1, cutoff=0.5)
     return f": did you mean {close[0]!r}?" if close else f"; there are: {', '.join(known)}"
 
 

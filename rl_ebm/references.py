@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from rl_ebm.arguments import shown
-from rl_ebm.names import nearest
+from rl_ebm.names import bytes_text, nearest
 from rl_ebm.numerals import parse_real, parse_whole
 from rl_ebm.policies import Policy, Uniform, fit_hmm, fit_ngram
 from rl_ebm.rewards.symbols import Symbols
@@ -88,6 +88,10 @@ def _fault(expression: str, position: int, what: str) -> ValueError:
     return ValueError(f"reference {shown(expression)}, position {position}: {what}")
 
 
+MAX_BYTES = 2**28
+"""of a file of responses; a device has no end"""
+
+
 def read_responses(path: Path, space: TokenSpace, alphabet: Sequence[str] | None) -> Batch:
     """Responses of a text file, one a line; EOS is added where there is one.
 
@@ -98,7 +102,11 @@ def read_responses(path: Path, space: TokenSpace, alphabet: Sequence[str] | None
         ValueError: no such file, no response in it, or a line that is none, with its number.
     """
     try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"more than {bytes_text(MAX_BYTES)}")
+        lines = data.decode("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     symbols, eos = Symbols(space, alphabet), space.eos_id

@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from rl_ebm.arguments import check_generator, is_number, shown, whole
-from rl_ebm.ebm import EBM
+from rl_ebm.ebm import EBM, check_ebm
 from rl_ebm.mean_bounds import effective_sample_size, log_mean
 from rl_ebm.policies.outputs import check_kind
 from rl_ebm.policies.scoring import Policy, device_of, evaluating, resolve_prompt_ids
@@ -88,8 +88,7 @@ def smc(
         ValueError: no particles or runs, a threshold out of [0, 1], a policy for other prompts,
             prompt ids that do not fit, or a twist that is NaN, +inf or of another shape.
     """
-    if not isinstance(ebm, EBM):
-        raise TypeError(f"ebm must be an rl_ebm.EBM, got {type(ebm).__name__}")
+    check_ebm(ebm)
     num_particles, runs = whole("num_particles", num_particles), whole("runs", runs)
     if num_particles < 1 or runs < 1:
         raise ValueError(f"num_particles and runs must be >= 1, got {num_particles} and {runs}")

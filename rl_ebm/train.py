@@ -18,7 +18,7 @@ from rl_ebm.agents.defaults import default_options
 from rl_ebm.agents.trained import check_apart, check_weights
 from rl_ebm.arguments import Number, Whole, flag, shown, whole
 from rl_ebm.backbone import TransformerConfig
-from rl_ebm.ebm import EBM
+from rl_ebm.ebm import EBM, check_ebm
 from rl_ebm.exact import Solution, TooLargeError, find_machines
 from rl_ebm.exact import solve as solve_exactly
 from rl_ebm.files import CONFIG, STATE, RunError, own_files
@@ -144,8 +144,7 @@ def train(
         ValueError: an unknown agent, an option out of range, or a policy that cannot be trained.
         RunError: ``out`` holds a run already, or the run had to stop.
     """
-    if not isinstance(ebm, EBM):
-        raise TypeError(f"ebm must be an rl_ebm.EBM, got {type(ebm).__name__}")
+    check_ebm(ebm)
     if not (out is None or isinstance(out, (str, os.PathLike))):
         raise TypeError(f"out must be a path, or None for no files, got {shown(out)}")
     if not (config is None or isinstance(config, TrainConfig)):

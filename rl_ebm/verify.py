@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rl_ebm import bounds
 from rl_ebm.accumulate import WORST, Accumulator
-from rl_ebm.arguments import whole
+from rl_ebm.arguments import flag, whole
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import Solution, lists
 from rl_ebm.policies.outputs import check_kind
@@ -70,7 +70,8 @@ def verify(
     """
     check_kind(policy)
     check_solution(solution)
-    memory = whole("memory", memory, 1)
+    memory = min(whole("memory", memory, 1), 2**62)
+    flag("per_prompt", per_prompt, unset=True)
     if samples is None and lists(solution):
         return verify_listed(policy, solution, memory, per_prompt)
     samples = 1000 if samples is None else whole("samples", samples)

@@ -27,6 +27,13 @@ def test_a_seed_makes_one_input_and_seeds_differ(kind):
     assert len(set(map(str, cases))) > 30
 
 
+def test_some_of_every_kind():
+    """The first of each, in one process."""
+    found = run((kind, seed) for kind in KINDS for seed in range(12))
+    assert not found.findings, found.text()
+    assert {"success", "sentence"} == set(found.ends)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "start"), PARTS)
 def test_success_or_one_sentence(kind, start):

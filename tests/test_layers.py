@@ -22,7 +22,7 @@ ROOT = Path(rl_ebm.__file__).parent
 LAYERS = (
     ("arguments",),
     ("tokens", "tiles", "names", "numerals", "intervals", "estimates", "prompts", "version"),
-    ("pace", "stopping"),
+    ("batch_checks", "pace", "stopping"),
     ("memory",),
     ("files",),
     ("lock", "tensor_files", "prefix_tree", "soft_bellman", "backbone", "automata."),

@@ -25,6 +25,15 @@ from torch import Tensor
 from rl_ebm.automata.logspace import log_matmul
 
 
+def check_machine(machine: object) -> None:
+    """Raise TypeError unless something is a Machine."""
+    if not isinstance(machine, Machine):
+        raise TypeError(
+            f"machine must be an rl_ebm.automata.Machine, got {type(machine).__name__}: the "
+            "constructors Automaton.contains, .regex, .weighted, ... make rewards"
+        )
+
+
 @dataclass(frozen=True)
 class Machine:
     """A weighted automaton over the A tokens of a vocabulary; see the module's docstring.

@@ -81,7 +81,7 @@ def certify(
         )
     check_confidence(confidence)
     check_samples(samples)
-    samples, memory = whole("samples", samples), whole("memory", memory, 1)
+    samples, memory = whole("samples", samples), min(whole("memory", memory, 1), 2**62)
     if not (target_samples is None or isinstance(target_samples, Batch)):
         raise TypeError(
             "target_samples must be a Batch, as solution.sample(n) gives it, got "

@@ -14,7 +14,7 @@ from rl_ebm.ebm import EBM
 from rl_ebm.exact.automaton_sample import sample_paths
 from rl_ebm.exact.automaton_values import Values, find_values, q_rows
 from rl_ebm.exact.base import Rows
-from rl_ebm.policies.scoring import resolve_prompt_ids
+from rl_ebm.policies.scoring import check_draws, resolve_prompt_ids
 from rl_ebm.tokens import Batch, length_mask
 
 
@@ -184,6 +184,7 @@ class AutomatonSolution:
             TypeError: an n that is no integer.
             ValueError: a negative n; prompt ids missing, of another length than n, or out of range.
         """
+        n = check_draws(n, self.space, self.device)
         prompt_ids = resolve_prompt_ids(n, prompt_ids, self.ebm.num_prompts, self.device)
         check_generator(generator, self.device)
         return sample_paths(self.values, self.space, prompt_ids, generator)

@@ -13,7 +13,7 @@ from torch import Tensor
 from rl_ebm.ebm import EBM
 from rl_ebm.exact.backup import join, split
 from rl_ebm.exact.base import Rows
-from rl_ebm.policies.scoring import resolve_prompt_ids, sample
+from rl_ebm.policies.scoring import check_draws, resolve_prompt_ids, sample
 from rl_ebm.soft_bellman import backup, gather_tokens, log_policy
 from rl_ebm.tokens import Batch, length_mask
 
@@ -252,6 +252,7 @@ class TreeSolution:
             TypeError: an n that is no integer.
             ValueError: a negative n; prompt ids missing, of another length than n, or out of range.
         """
+        n = check_draws(n, self.space, self.device)
         prompt_ids = resolve_prompt_ids(n, prompt_ids, self.ebm.num_prompts, self.device)
         return sample(self, self.space, n, generator, prompt_ids)
 

@@ -11,9 +11,18 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.automata import Columns, Machine, Reading, deterministic, log_matmul, row_sums
+from rl_ebm.automata import (
+    Columns,
+    Machine,
+    Reading,
+    check_machine,
+    deterministic,
+    log_matmul,
+    row_sums,
+)
+from rl_ebm.policies.scoring import resolve_prompt_ids
 from rl_ebm.prompts import GivenPrompts, check_prompts
-from rl_ebm.tokens import TokenSpace
+from rl_ebm.tokens import TokenSpace, check_space
 
 _TOLERANCE = 1e-6
 """by which the probabilities of a state may miss 1"""
@@ -43,6 +52,8 @@ class AutomatonPolicy:
         machine: Machine,
         prompts: GivenPrompts | None = None,
     ) -> None:
+        check_space(space)
+        check_machine(machine)
         self.prompts = None if prompts is None else check_prompts(prompts)
         if machine.vocab_size != space.vocab_size:
             raise ValueError(
@@ -130,14 +141,11 @@ class AutomatonPolicy:
         return self.rows(state.reading)
 
     def _prompt_ids(self, tokens: Tensor, prompt_ids: Tensor | None) -> Tensor:
-        if prompt_ids is None:
-            if self.machine.num_prompts > 1:
-                raise ValueError(
-                    f"the policy has {len(self.prompts or [[]])} prompts: give prompt_ids, one "
-                    "for each row"
-                )
-            return torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
-        return prompt_ids
+        self.space.check_tokens(tokens)
+        count = self.machine.num_prompts
+        # A machine that starts alike for all prompts reads none.
+        known = count if count > 1 or prompt_ids is None else None
+        return resolve_prompt_ids(len(tokens), prompt_ids, known, tokens.device)
 
 
 def uniform_machine(space: TokenSpace) -> Machine:

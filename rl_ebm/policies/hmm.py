@@ -7,11 +7,12 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rl_ebm.arguments import finite, whole
+from rl_ebm.arguments import check_generator, finite, flag, whole
 from rl_ebm.automata import hidden, log_matmul
+from rl_ebm.batch_checks import check_batch
 from rl_ebm.names import bytes_text, count_text
 from rl_ebm.policies.automaton import AutomatonPolicy
-from rl_ebm.tokens import Batch, TokenSpace, length_mask
+from rl_ebm.tokens import Batch, TokenSpace, check_space, length_mask
 
 MAX_ITERATIONS = 100_000
 """of EM, which converges long before"""
@@ -52,6 +53,10 @@ def fit_hmm(
     num_states = whole("num_states", num_states, 1)
     iterations = whole("iterations", iterations, 1, MAX_ITERATIONS)
     smoothing = finite("smoothing", smoothing, 0.0, MAX_SMOOTHING)
+    check_space(space)
+    check_batch(responses, space, "responses")
+    check_generator(generator, torch.device("cpu"))
+    flag("progress", progress, unset=True)
     _check_memory(space, len(responses), num_states)
     if len(responses) == 0:
         raise ValueError("there are no responses to fit")

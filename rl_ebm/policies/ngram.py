@@ -11,9 +11,11 @@ from torch import Tensor
 
 from rl_ebm.arguments import finite, whole
 from rl_ebm.automata import check_window, window
+from rl_ebm.batch_checks import check_batch
 from rl_ebm.names import count_text
 from rl_ebm.policies.automaton import AutomatonPolicy
-from rl_ebm.tokens import Batch, TokenSpace, length_mask
+from rl_ebm.prompts import check_prompts
+from rl_ebm.tokens import Batch, TokenSpace, check_space, length_mask
 
 MAX_SMOOTHING = 1e100
 """far beyond any count, far below where its products overflow"""
@@ -47,6 +49,9 @@ def fit_ngram(
     """
     order = whole("order", order, 1)
     smoothing = finite("smoothing", smoothing, 0.0, MAX_SMOOTHING)
+    check_space(space)
+    check_batch(responses, space, "responses")
+    prompts = None if prompts is None else check_prompts(prompts)
     a = space.vocab_size
     check_window(
         order, a, f"an n-gram of order {count_text(order)}", "use a smaller order, or fit_hmm"

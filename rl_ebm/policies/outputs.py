@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rl_ebm.tokens import TokenSpace
+from rl_ebm.arguments import shown
+from rl_ebm.tokens import TokenSpace, check_space
 
 
 def check_kind(policy: object, name: str = "the policy") -> None:
@@ -53,7 +54,15 @@ def check_output(logits: object, rows: int, space: TokenSpace, name: str = "the 
 
 
 def check_shape(logits: Tensor, space: TokenSpace, name: str = "the policy") -> None:
-    """Raise ValueError unless logits are (B, T, A) of the space."""
+    """Check that logits are (B, T, A) of the space.
+
+    Raises:
+        TypeError: no tensor, or no space.
+        ValueError: another shape.
+    """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name}'s logits must be a tensor, got {shown(logits)}")
+    check_space(space)
     if logits.ndim != 3 or logits.shape[1:] != (space.max_length, space.vocab_size):
         raise ValueError(
             f"{name}'s logits have shape {tuple(logits.shape)}, expected (B, "

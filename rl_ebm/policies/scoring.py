@@ -38,6 +38,7 @@ from rl_ebm.arguments import (
     shown,
     whole,
 )
+from rl_ebm.memory import check_fits
 from rl_ebm.policies.outputs import check_kind, check_output
 from rl_ebm.policies.outputs import check_shape as check_shape
 from rl_ebm.prefix_tree import PrefixTree
@@ -132,6 +133,9 @@ def _longest(policy: Policy, space: TokenSpace, tokens: Int64[Tensor, "B T"]) ->
 
 def tree_q_values(policy: Policy, space: TokenSpace, prompts: int = 1) -> Float[Tensor, "P S A"]:
     """Masked logits at every state of the space, shallow states first, for each of the prompts."""
+    check_kind(policy)
+    check_space(space)
+    prompts = whole("prompts", prompts, 1, 2**31)
     device = device_of(policy)
     prompt_ids = torch.arange(prompts, device=device)
     logits = tree_logits(policy, PrefixTree.full(space, str(device)), prompt_ids, space)
@@ -231,7 +235,9 @@ def sample(
         raise ValueError(f"epsilon must be in [0, 1], got {shown(epsilon)}")
     # A policy without prompts answers any the same.
     count = None if getattr(policy, "prompts", None) is None else num_prompts(policy)
-    prompt_ids = resolve_prompt_ids(n, prompt_ids, count, device_of(policy))
+    device = device_of(policy)
+    n = check_draws(n, space, device)
+    prompt_ids = resolve_prompt_ids(n, prompt_ids, count, device)
     device = prompt_ids.device
     check_generator(generator, device)
     next_logits = _next_logits(policy, space, n, prompt_ids)
@@ -258,6 +264,20 @@ def sample(
         lengths = torch.where(ends, t + 1, lengths)
         running = running & ~ends
     return Batch(tokens, lengths, prompt_ids)
+
+
+def check_draws(n: Int, space: TokenSpace, device: torch.device) -> int:
+    """How many responses are to be drawn.
+
+    Raises:
+        TypeError: no integer.
+        ValueError: a negative one, or more than fit into memory at a time.
+    """
+    n = whole("n", n, 0, 2**31)
+    if n > 2**20 and device.type == "cpu":
+        need = 8 * n * (space.max_length + space.vocab_size + 2)
+        check_fits(need, f"drawing {n:,} responses at a time", "draw fewer")
+    return n
 
 
 def resolve_prompt_ids(

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from rl_ebm.arguments import shown
-from rl_ebm.automata import MAX_TABLE, Machine, minimise, product
+from rl_ebm.automata import MAX_TABLE, Machine, check_machine, minimise, product
 from rl_ebm.rewards import chains, counters, distances, patterns, phrases
 from rl_ebm.rewards.base import Prompts, check_values
 from rl_ebm.rewards.matrices import weighted
@@ -36,11 +36,7 @@ class Automaton:
 
     def __init__(self, space: TokenSpace, machine: Machine) -> None:
         check_space(space)
-        if not isinstance(machine, Machine):
-            raise TypeError(
-                f"machine must be an rl_ebm.automata.Machine, got {type(machine).__name__}: the "
-                "constructors Automaton.contains, .regex, .weighted, ... make rewards"
-            )
+        check_machine(machine)
         if machine.vocab_size != space.vocab_size:
             raise ValueError(
                 f"the machine reads {machine.vocab_size} tokens, the space has {space.vocab_size}"

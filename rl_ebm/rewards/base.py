@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from rl_ebm.arguments import shown
 from rl_ebm.tokens import TokenSpace
 
 Prompts = Sequence[Sequence[int]]
@@ -60,8 +61,14 @@ def check_values(reward: Shaped[Tensor, "..."], where: str) -> None:
     """Raise unless every reward is a number below +inf (``-inf`` is legal).
 
     Raises:
+        TypeError: no dense tensor of real numbers.
         ValueError: NaN or +inf, with the place of the first.
     """
+    if not isinstance(where, str):
+        raise TypeError(f"where must be text for a sentence, got {shown(where)}")
+    check_tensor(reward, where)
+    if reward.device.type == "meta":
+        raise ValueError(f"{where} is on the device 'meta', where tensors have no values")
     wrong = torch.isnan(reward) | torch.isposinf(reward)
     if bool(wrong.any()):
         place = wrong.flatten().nonzero()[0, 0]

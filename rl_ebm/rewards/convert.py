@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from rl_ebm.prompts import check_prompts
 from rl_ebm.rewards.base import Prompts, Reward
 from rl_ebm.rewards.function import Function
 from rl_ebm.rewards.table import Table
-from rl_ebm.tokens import TokenSpace
+from rl_ebm.tokens import TokenSpace, check_space
 
 
 def as_reward(
@@ -22,7 +23,9 @@ def as_reward(
         TypeError: none of these.
         ValueError: a table of another size, or with a score that no EBM has.
     """
-    if isinstance(reward, Reward):
+    check_space(space)
+    prompts = None if prompts is None else check_prompts(prompts)
+    if isinstance(reward, Reward) and not isinstance(reward, type):
         return reward.bind(space, prompts)
     if isinstance(reward, Tensor):
         return Table(reward).bind(space, prompts)

@@ -40,7 +40,10 @@ def modular(
 def _numbers(given: object, name: str) -> Tensor:
     """A tensor of what may be a list."""
     try:
-        return torch.as_tensor(given)
+        found = torch.as_tensor(given)
+        if found.layout != torch.strided or found.is_meta:
+            raise TypeError
+        return found
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise TypeError(f"{name} must be a list of numbers, got {shown(given)}") from None
 

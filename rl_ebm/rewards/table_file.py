@@ -25,6 +25,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import index
 from typing import Any, TextIO, TypeVar
 
 import numpy as np
@@ -33,6 +34,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from rl_ebm.arguments import flag, shown
 from rl_ebm.rewards.table_cells import (
     Writing,
     minmax,
@@ -45,6 +47,7 @@ from rl_ebm.tokens import TokenSpace
 
 X = TypeVar("X")
 
+_MAX_LINE = 1 << 20  # characters of the header, where a device has no end
 _CHUNK = 1 << 16  # rows that are held as Python objects at a time
 _ALWAYS_FITS = 1 << 24  # scores: 128 MiB
 _MOST_MISSING = 16  # times as many sequences as rows, above that
@@ -67,8 +70,13 @@ class TableFile:
         """The sequence (or prefix) as the file writes it.
 
         Raises:
+            TypeError: no list of integers.
             ValueError: a token id out of [0, A).
         """
+        try:
+            tokens = [index(token) for token in tokens]
+        except TypeError:
+            raise TypeError(f"tokens must be a list of token ids, got {shown(tokens)}") from None
         wrong = [token for token in tokens if not 0 <= token < len(self.alphabet)]
         if wrong:
             raise ValueError(f"token ids must be in [0, {len(self.alphabet)}), got {wrong[0]}")
@@ -102,12 +110,16 @@ def read_table(
             duplicate, missing or ragged sequence; a score that is no number below +inf; more
             sequences than are worth their memory; an argument of no known value.
     """
-    if normalise not in (None, "minmax"):
-        raise ValueError(f'normalise must be "minmax" or None, got {normalise!r}')
-    if missing not in ("error", "forbid"):
-        raise ValueError(f'missing must be "error" or "forbid", got {missing!r}')
-    if separator is not None and not isinstance(separator, str):
-        raise TypeError(f"separator must be text, got {short(separator)}")
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be the path of a table file, got {shown(path)}")
+    if not (normalise is None or (isinstance(normalise, str) and normalise == "minmax")):
+        raise ValueError(f'normalise must be "minmax" or None, got {shown(normalise)}')
+    if not (isinstance(missing, str) and missing in ("error", "forbid")):
+        raise ValueError(f'missing must be "error" or "forbid", got {shown(missing)}')
+    for name, text in (("alphabet", alphabet), ("separator", separator)):
+        if text is not None and not isinstance(text, str):
+            raise TypeError(f"{name} must be text, got {shown(text)}")
+    flag("ragged", ragged, unset=True)
     try:
         # newline="": the csv module does its own, inside quotes as well.
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -171,7 +183,12 @@ class _Rows:
     def _chunks(self, file: TextIO) -> Iterator[tuple[list[int], list[str], list[str]]]:
         """Line numbers, sequences and scores of many rows at a time."""
         begin = []  # to be read again; file.seek would refuse pipes
-        for text in file:
+        while text := file.readline(_MAX_LINE):
+            if len(text) == _MAX_LINE:
+                raise ValueError(
+                    f"the table file {self.path} begins with a line of {_MAX_LINE:,} characters "
+                    "or more, which is no header"
+                )
             begin.append(text)
             if text.strip():
                 break

@@ -57,6 +57,18 @@ def from_trl(
     return TRLFunction(function, decode, columns, weights, prompts)
 
 
+def _listed(prompts: object) -> list[Any]:
+    """Raise TypeError unless these are the prompts of a data set, one after the other."""
+    try:
+        if isinstance(prompts, (str, bytes)):
+            raise TypeError
+        return list(prompts)  # type: ignore[call-overload,no-any-return]
+    except TypeError:  # a tensor without rows has an iterator, too
+        raise TypeError(
+            f"prompts must be a list, one for each of the EBM's, got {shown(prompts)}"
+        ) from None
+
+
 class TRLFunction:
     """See :func:`from_trl`. The EBM tells it the prompts when it takes it.
 
@@ -83,7 +95,7 @@ class TRLFunction:
         self.decode = decode
         self.columns = _check_columns(columns)
         self.weights = _check_weights(weights, len(self.functions))
-        self.given = None if prompts is None else list(prompts)
+        self.given = None if prompts is None else _listed(prompts)
         self.prompts: list[Any] = []
         self.eos_id: int | None = None
         self.extra: dict[str, list[Any]] = {}

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 import rl_ebm
+from rl_ebm.agents import AGENTS
 
 from . import damage, judge
 from .subjects import NAMES, Subject, subjects
@@ -107,7 +108,7 @@ class Names(dict[str, Any]):
 
 def attempt(case: Case, folder: Path, output: Callable[[], tuple[str, str]]) -> judge.Outcome:
     torch.manual_seed(0)
-    before = Path.cwd()
+    before, known = Path.cwd(), dict(AGENTS)
     os.chdir(folder)
     try:
         damage.place_run("dpg", folder / "run")
@@ -116,3 +117,5 @@ def attempt(case: Case, folder: Path, output: Callable[[], tuple[str, str]]) -> 
         return judge.call(lambda: eval(case.source, names.world, names))
     finally:
         os.chdir(before)
+        AGENTS.clear()  # register() makes names that stay
+        AGENTS.update(known)

@@ -17,7 +17,7 @@ from rl_ebm.options import Audit, Bench, Diagnose, Sample, Solve, Train, Verify
 from . import damage, judge
 from .mutate import NUMBERS, TEXTS, spoil
 
-COUNT = 1500
+COUNT = 1000
 SMALL = "--task random --vocab-size 3 --max-length 3 --layers 1 --heads 1 --dim 4 --hidden 4"
 # What ends a command soon. It stands last, where it wins, but where the limit itself is spoilt.
 LIMITS = {

@@ -25,7 +25,7 @@ from rl_ebm.cli import main
 from . import judge
 from .mutate import NUMBERS, TEXTS, spoil, spoil_bytes
 
-COUNT = 1500
+COUNT = 1000
 TINY = "--layers 1 --heads 1 --dim 4 --hidden 4 --batch-size 8"
 RANDOM = "--task random --vocab-size 3 --max-length 3"
 BASES = {
@@ -49,7 +49,7 @@ READ = {
     "events": ("resume",),
 }
 DTYPES = (torch.float64, torch.float16, torch.int64, torch.bool, torch.uint8)
-STANDS = ("link", "dangling", "loop", "fifo", "zeros", "folder", "missing", "empty")
+STANDS = ("link", "hard", "dangling", "loop", "fifo", "zeros", "folder", "missing", "empty")
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2.5, -0.0, 1e308, float("nan"), float("inf"), 10**30, 2**63, 2**31,
     10**9, "", "x", "\ud800", "a" * 5000, [], [0], [[]], [-1], {}, {"x": 1}, [None], "transformer",
@@ -161,6 +161,8 @@ def put(case: Case, path: Path, data: bytes, outside: Path) -> str:
     path.unlink(missing_ok=True)
     if case.way == "link":
         path.symlink_to(outside)
+    elif case.way == "hard":  # another name of the file, outside of the run
+        os.link(outside, path)
     elif case.way == "dangling":
         path.symlink_to(outside.with_name("nothing"))
     elif case.way == "loop":

@@ -89,6 +89,9 @@ RIGHT = {
     "vocab_size": "3", "max_length": "3", "Task.reward": "lambda space, seed: scores",
     "summary": "'sum'", "paper": "'none'", "agent": "rl_ebm.agents.SoftQAgent",
     "config": "rl_ebm.agents.SoftQConfig", "v": "depths", "TreeSolution.scores": "scores[None]",
+    "entry": "rl_ebm.agents.AGENTS['soft-q']", "make_options.name": "'soft-q'",
+    "register.name": "'mine'",
+    "make_options.options": "{'lr': 0.1}", "known": "['random', 'star']",
     "TreeSolution.log_ref": "[0.0, 0.0, 0.0]", "log_z": "torch.zeros(1)", "reference": "None",
     "AutomatonSolution.reward": "machine", "AutomatonPolicy.machine": "fitted.machine",
     "AutomatonSolution.ebm": "automaton_ebm",
@@ -105,16 +108,18 @@ INSTANCES = {
     "TokenSpace": "space",
     "Interval": "sampled.tv", "Automaton": "automaton", "Function": "function",
     "TableFile": "table_file",
+    "TRLFunction": "rl_ebm.rewards.from_trl(lambda completions, **_: [0.0] * 2, str)",
     "Table": "rl_ebm.rewards.Table(scores)", "TransformerReward": "learned",
     "AutomatonPolicy": "fitted",
+    "AgentEntry": "rl_ebm.agents.AGENTS['soft-q']",
     "Tabular": "tabular", "Transformer": "policy", "Uniform": "rl_ebm.policies.Uniform(space)",
     "TokenMDP": "env", "TokenVectorEnv": "vector_env", "Transition": "transition",
     "FlatObservation": "rl_ebm.envs.FlatObservation(env)",
     "FlatVectorObservation": "rl_ebm.envs.FlatVectorObservation(vector_env)",
 }  # fmt: skip
 
-# Abstract, or nothing but names of errors; register() makes an id that stays.
-LEFT_OUT = {"Policy", "Trainable", "Reward", "Agent", "RunError", "TooLargeError", "register"}
+# Abstract, or nothing but names of errors.
+LEFT_OUT = {"Policy", "Trainable", "Reward", "Agent", "RunError", "TooLargeError"}
 INNER_CLASSES = {
     "State", "Report", "SampledReport", "Certificate", "Interval", "TreeSolution",
     "AutomatonSolution",
@@ -128,16 +133,21 @@ INNER_METHODS = {
     "state_offsets", "action_mask", "state_action_mask",
     # Decoding by one position, and rows of a tree: between a policy and what walks it.
     "begin", "start", "step", "q", "read", "q_rows", "r_rows", "reward_rows", "rows",
-    "tree_logits",
+    "tree_logits", "reduced_q_rows", "reduced_rows",
     # Within a training step.
-    "update", "loss", "log_pi", "log_weights", "position_means", "returns", "chosen",
+    "counts", "update", "loss", "log_pi", "log_weights", "position_means", "returns", "chosen",
     "drawn_from",
     "log_w", "prompts", "load_state_dict", "state_dict", "extra_parameters", "log_ref",
     "log_ref_rows",
     "take", "cat", "clean", "with_reward", "bind", "unmasked", "forward", "to", "log_probs",
     "log_ref_constants", "Config", "parameters", "reward",
+    # What doors call.
+    "check_kind",
+    # What the audit asks of an entry, with a problem that it has made.
+    "limit", "ends_at_target",
 }  # fmt: skip
-INNER = INNER_CLASSES | {"tree_logits"}
+# What says of an agent or of a name what a sentence or a report holds.
+INNER = INNER_CLASSES | {"tree_logits", "behaviour", "learned_log_z", "meant", "Behaviour"}
 STEPPED = {"TokenMDP", "TokenVectorEnv"}
 """whose step is called by users"""
 
