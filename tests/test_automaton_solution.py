@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rl_ebm
+from rl_ebm.automata import deterministic
+from rl_ebm.exact.automaton_values import find_edges
 
 CASES = range(300)
 
@@ -155,3 +157,24 @@ def test_the_sampler_draws_the_same_from_the_same_seed():
     ]
     assert draws[0] == draws[1]
     assert draws[0] != draws[2]
+
+
+@pytest.mark.parametrize("eos", [None, 0])
+def test_edges_of_more_states_than_a_square_table_has_room_for(eos):
+    k, a = 2**13 + 8, 3
+    g = torch.Generator().manual_seed(0)
+    next_ = torch.randint(k, (k, a), generator=g)
+    weight = torch.randn(k, a, generator=g, dtype=torch.float64)
+    edges = find_edges(deterministic(next_, weight), eos)
+    sums: dict[tuple[int, int], list[float]] = {}
+    for i, (row, weights) in enumerate(zip(next_.tolist(), weight.tolist(), strict=True)):
+        for token, (j, x) in enumerate(zip(row, weights, strict=True)):
+            if token != eos:
+                sums.setdefault((i, j), []).append(x)
+    pairs = list(zip(edges.source.tolist(), edges.target.tolist(), strict=True))
+    assert pairs == sorted(sums)
+    want = torch.tensor([lse(sums[pair]) for pair in pairs], dtype=torch.float64)
+    torch.testing.assert_close(edges.log_weight[0], want)
+    tokens = [token for token in range(a) if token != eos]
+    assert torch.equal(edges.target[edges.of_token[:, tokens]], next_[:, tokens])
+    assert torch.equal(edges.source[edges.of_token[:, 1]], torch.arange(k))

@@ -9,6 +9,7 @@ import torch
 from automaton_cases import random_case
 
 import rl_ebm
+from rl_ebm.automata import deterministic
 from rl_ebm.exact import lists, summarise
 from rl_ebm.exact.automaton_marginals import find_flow, token_log_marginals
 from rl_ebm.exact.automaton_summary import summarise_automaton
@@ -101,3 +102,37 @@ def test_what_cannot_be_listed_is_summarised_by_its_automaton():
     batch = hidden.sample(2000, torch.Generator().manual_seed(0))
     mean = float(reward(batch.tokens, batch.lengths, batch.prompt_ids).mean())
     assert summary.expected_reward == pytest.approx(mean, abs=0.5)
+
+
+@pytest.mark.parametrize("eos", [None, 1])
+def test_ties_that_rounding_parts_come_in_enumeration_order(eos):
+    g = torch.Generator().manual_seed(3)
+    space = rl_ebm.TokenSpace(4, 3, eos)
+    tenths = torch.randint(-9, 1, (3, 4), generator=g)
+    reward = Automaton.chain(space, tenths.double() / 10)
+    solution = rl_ebm.solve(rl_ebm.EBM(space, reward, 0.3))
+    tokens, lengths = space.sequences()
+    # Sums of tenths as integers: what ties does so exactly.
+    found = [
+        (-sum(int(tenths[t, a]) for t, a in enumerate(y[:n])), y[:n])
+        for y, n in zip(tokens.tolist(), lengths.tolist(), strict=True)
+    ]
+    want = [y for _, y in sorted(found)]
+    for top in range(1, len(want) + 1):
+        assert [r.tokens for r in summarise_automaton(solution, top).top] == want[:top], top
+
+
+def test_the_likeliest_of_each_prompt_begin_where_its_prompt_does():
+    space = rl_ebm.TokenSpace(3, 30)
+    weight = torch.tensor([[0.0, 2.0, 1.0], [1.0, 0.0, 3.0]], dtype=torch.float64)
+    stay = torch.tensor([[0, 0, 0], [1, 1, 1]])
+    machine = deterministic(stay, weight, start=torch.tensor([0, 1]))
+    ebm = rl_ebm.EBM(space, Automaton(space, machine), 1.0, prompts=[[0], [1]])
+    solution = rl_ebm.solve(ebm)
+    assert not lists(solution)
+    for prompt, best in enumerate(([1] * 30, [2] * 30)):
+        (first,) = summarise(solution, 1, prompt).top
+        row = weight[prompt]
+        assert first.tokens == best
+        share = 30 * float(row.max() - row.logsumexp(0))
+        assert first.probability == pytest.approx(math.exp(share), rel=1e-9)

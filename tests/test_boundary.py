@@ -15,7 +15,7 @@ from rl_ebm.agents import AGENTS
 from rl_ebm.divergences import tv
 from rl_ebm.exact import problems
 from rl_ebm.fixed_points import Penalty, boundary, penalised
-from rl_ebm.fixed_points.boundary import boundary_limit, staying
+from rl_ebm.fixed_points.boundary import boundary_limit, settled, staying
 from rl_ebm.fixed_points.flow import by_depth, follow
 from rl_ebm.policies import Tabular, Uniform
 from rl_ebm.soft_bellman import sequence_log_probs
@@ -63,6 +63,19 @@ def test_a_common_action_of_a_skewed_reference_can_come_to_rest_inside():
         theta = [t + 0.2 * p * (x - mean) for t, p, x in zip(theta, pi, gain, strict=True)]
     close(point.log_law.exp(), torch.tensor(pi, dtype=torch.float64), 1e-8)
     assert pi[1] < ref[1]  # rarer than under p_ref, and yet it stays
+
+
+@pytest.mark.parametrize("k", ["k2", "k3"])
+def test_where_the_limit_never_is_nothing_needs_to_balance(k):
+    space = rl_ebm.TokenSpace(3, 2)
+    scores = torch.tensor([5.0, 0.0, 0.0, 0.0, 20.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    problem = problem_of(rl_ebm.EBM(space, scores, 1.0, Uniform(space)))
+    # After token 1 two actions seem to stay, and no law has their returns less penalty equal.
+    rows = ([[0.998, 0.001, 0.001]], [[0.99, 0.005, 0.005], [0.45, 0.45, 0.1], [0.8, 0.1, 0.1]])
+    log_pi = [torch.tensor(x, dtype=torch.float64).log() for x in rows]
+    limit = settled(problem, log_pi, k, "token")
+    assert limit is not None
+    close(limit.exp(), torch.eye(9, dtype=torch.float64)[0], 1e-12)
 
 
 def test_a_flow_is_given_up_after_a_number_of_steps_and_not_of_seconds(monkeypatch):
@@ -202,6 +215,15 @@ def test_what_the_reference_forbids_stays_forbidden():
             assert bool(torch.isneginf(law[gone]).all()), (k, place, level)
             assert not bool(law.isnan().any())
             close(float(law.exp().sum()), 1.0, 1e-12)
+
+
+def test_the_best_response_is_one_that_the_reference_allows():
+    problem = problem_of(small_ebm((3, 2, None), forbid=True))
+    gone = torch.isneginf(problem.log_ref_responses)
+    g = torch.linspace(0, 1, 9, dtype=torch.float64) + 5.0 * gone
+    point = penalised(problem.with_returns(g), Penalty("k1", "loss"))
+    best = max((i for i in range(9) if not gone[i]), key=lambda i: float(g[i]))
+    close(point.log_law.exp(), torch.eye(9, dtype=torch.float64)[best], 0.0)
 
 
 def test_rewards_of_minus_infinity_are_refused():

@@ -17,7 +17,7 @@ from verify_cases import ALL_SPACES, REFERENCES, case, check_solution, truth
 
 import rl_ebm
 from rl_ebm.exact import backup, summarise
-from rl_ebm.policies import Uniform
+from rl_ebm.policies import Tabular, Uniform
 from rl_ebm.rewards import from_trl
 from rl_ebm.rewards.transformer import TransformerReward
 from rl_ebm.tokens import TokenSpace
@@ -261,6 +261,50 @@ def test_a_solution_knows_that_it_forbids():
     assert rl_ebm.solve(rl_ebm.EBM(space, scores)).forbids
     function = lambda tokens, lengths: scores[tokens @ torch.tensor([3, 1])]  # noqa: E731
     assert rl_ebm.solve(rl_ebm.EBM(space, function)).forbids
+
+
+def test_a_forced_end_forbids_nothing():
+    space = TokenSpace(3, 3, eos_id=1)
+    reference = Tabular(space, generator=seeded(), dtype=torch.float64)
+    function = lambda tokens, lengths: lengths.double()  # noqa: E731
+    assert not rl_ebm.solve(rl_ebm.EBM(space, function, 1.0, reference)).forbids
+    with torch.no_grad():
+        reference.table[0, 0, 0] = -INF
+    assert rl_ebm.solve(rl_ebm.EBM(space, function, 1.0, reference)).forbids
+
+
+def test_a_beta_beyond_float32_is_divided_by_as_it_is():
+    scores = torch.tensor([3e38, 1e38, -2e38, 0.0])
+    for beta, unit in ((4e38, 1.0), (4e-42, 1e-80)):
+        table = (scores.double() * unit).float()  # 0, or what is next to it, where that underflows
+        want = log_sum_exp([x / beta for x in table.tolist()])
+        solution = rl_ebm.solve(rl_ebm.EBM(TokenSpace(2, 2), table, beta))
+        assert float(solution.log_z[0]) == pytest.approx(want, rel=1e-6)
+
+
+def test_a_chunk_whose_best_is_0_keeps_its_digits():
+    # float32 rewards divided by beta in float32 would be off by 1e-5 here.
+    scores = torch.linspace(-29.7, 0.0, 16)
+    space, beta = TokenSpace(2, 4), 0.1
+    v = [torch.empty(2**t, dtype=torch.float64) for t in range(4)]
+    paid = [torch.empty(2**t) for t in range(4)]
+    backup.backup_leaves(scores, beta, space.branching, v, paid)
+    weights = [x / beta for x in scores.tolist()]
+    for t in range(4):
+        whole = v[t] + paid[t].double() / beta
+        size = 2 ** (4 - t)
+        want = [log_sum_exp(weights[i * size : (i + 1) * size]) for i in range(2**t)]
+        close(whole, torch.tensor(want, dtype=torch.float64), 1e-12)
+
+
+def test_rewards_whose_difference_leaves_float64_are_refused():
+    space = TokenSpace(2, 1)
+    for low in (0.0, -0.4e300):
+        scores = torch.tensor([0.6e300, low], dtype=torch.float64)
+        assert math.isfinite(float(rl_ebm.solve(rl_ebm.EBM(space, scores)).log_z[0]))
+    scores = torch.tensor([0.6e300, -0.6e300], dtype=torch.float64)
+    with pytest.raises(ValueError, match="R / beta is too large for float64"):
+        rl_ebm.solve(rl_ebm.EBM(space, scores))
 
 
 def test_arguments_of_a_solution_are_checked():

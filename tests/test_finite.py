@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -15,7 +16,7 @@ from rl_ebm.agents.policy_gradient import policy_gradient_loss
 from rl_ebm.agents.sampled_teacher import resample
 from rl_ebm.divergences import tv
 from rl_ebm.exact import problems
-from rl_ebm.fixed_points import Penalty, penalised
+from rl_ebm.fixed_points import Penalty, finite, penalised
 from rl_ebm.fixed_points.finite import (
     group_advantages,
     group_fixed_point,
@@ -50,6 +51,16 @@ def test_the_law_of_resampled_proposals_is_a_sum_over_all_tuples(n):
             want[i] += weight * w[i] / total if total else 0.0
     want = torch.tensor(want, dtype=torch.float64)
     close(resampled_law(log_b, log_w, n).exp(), want / want.sum(), 1e-9)
+
+
+def test_what_is_never_proposed_may_weigh_anything():
+    log_b, log_w = random_law(4), 3 * random_law(4, 1)
+    log_b[2] = -math.inf
+    rest = torch.tensor([0, 1, 3])
+    want = torch.zeros(4, dtype=torch.float64)
+    want[rest] = resampled_law(log_b[rest], log_w[rest], 3).exp()
+    log_w[2] = 2000.0
+    close(resampled_law(log_b, log_w, 3).exp(), want, 1e-12)
 
 
 def test_with_many_proposals_the_law_is_the_ebm_and_its_bias_falls_as_one_over_n():
@@ -131,6 +142,23 @@ def test_at_the_fixed_point_of_a_group_size_the_agents_gradient_vanishes(estimat
     assert slope(law) < 1e-9
     limit = penalised(problem, Penalty(estimator, "loss", group_std=True)).log_law
     assert slope(limit) > 1e-3
+
+
+def test_what_is_never_drawn_adds_no_groups(monkeypatch):
+    _, problem = small_problem()
+    gone = problem.log_ref[0].clone()
+    gone[0, 1] = -math.inf
+    problem = replace(problem, log_ref=[log_policy(gone), problem.log_ref[1]])
+    kinds = []
+
+    def counted(count, size):
+        kinds.append(count)
+        return multisets(count, size)
+
+    monkeypatch.setattr(finite, "multisets", counted)
+    law = group_fixed_point(problem, "k2", 3)
+    assert set(kinds) == {2}  # of four responses with different rewards
+    assert law.isneginf().tolist() == [False, False, True, True]
 
 
 def test_large_groups_end_where_groups_without_end_do():

@@ -143,6 +143,24 @@ def test_a_standardised_advantage_scales_the_temperature_by_its_own_deviation(le
     assert float(summed_gradient(ebm, theta, options).abs().max()) > 1e-3
 
 
+def test_a_deviation_that_grows_stops_at_the_next_root_above_it():
+    space = rl_ebm.TokenSpace(2, 1)
+    ref = torch.tensor([[0.9, 0.1]], dtype=torch.float64).log()
+    reward = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    ebm = rl_ebm.EBM(space, reward, 2.0, Tabular.from_tables([ref], space))
+    problem = problem_of(ebm)
+    point = penalised(problem, Penalty("k2", "loss", group_std=True))
+    (other,) = point.other_roots
+    # p / (1 - p) = exp(1 / (beta sigma)) / 9 with sigma^2 = p (1 - p): it has a root on either
+    # side of p_ref's own sigma, and the deviation grows from there.
+    for law in (point.log_law, other):
+        p = float(law[1].exp())
+        odds = math.exp(1 / (2.0 * math.sqrt(p * (1 - p)))) / 9
+        assert p / (1 - p) == pytest.approx(odds, rel=1e-9)
+    p, q = float(point.log_law[1].exp()), float(other[1].exp())
+    assert q * (1 - q) < 0.1 * 0.9 < p * (1 - p)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(3, 2, None), (2, 3, 1)])
 @pytest.mark.parametrize(("k", "level"), [("k2", "token"), ("k3", "token"), ("k3", "sequence")])
@@ -196,7 +214,9 @@ def test_the_best_of_n_is_that_of_all_tuples(n):
         best = [i for i in draws if g[i] == max(g[j] for j in draws)]
         for i in best:  # one of the best draws, at random
             want[i] += weight / len(best)
-    close(best_of_n(log_ref, g, n).exp(), torch.tensor(want, dtype=torch.float64), 1e-12)
+    for total in (0.0, 3.0):  # what draws are made of may have any total
+        got = best_of_n(log_ref + total, g, n).exp()
+        close(got, torch.tensor(want, dtype=torch.float64), 1e-12)
 
 
 # The mean over the tokens -----------------------------------------------------------------------

@@ -84,3 +84,9 @@ def test_what_is_no_list_of_prompts_is_told(prompts, words):
     with pytest.raises(ValueError, match=words) as told:
         check_prompts(prompts)
     assert "\n" not in str(told.value)
+
+
+def test_the_largest_id_is_one():
+    assert check_prompts([[0, MAX_ID]]) == [[0, MAX_ID]]
+    with pytest.raises(ValueError, match=f"ids must be in \\[0, {MAX_ID}\\]"):
+        check_prompts([[0, MAX_ID + 1]])

@@ -176,6 +176,14 @@ def test_at_the_ebm_of_the_stand_in_an_agent_has_no_gradient(name):
     assert norms[0] < 1e-5 < 1e-3 < norms[1]
 
 
+def test_an_end_that_is_forced_gets_no_stand_in():
+    ebm, entry = small_ebm((3, 2, 0), forbid=True), AGENTS["policy-gradient"]
+    config = entry.config(forbidden_log_weight=-2.0, kl_estimator="k2", kl_in="loss")
+    point = entry.fixed_point(config, problem_of(ebm))
+    # Nothing but the first token is a choice: k2 in the loss then ends at the EBM.
+    close(point.log_law, torch.log_softmax(log_weights(ebm, -2.0, once=False), 0), 1e-10)
+
+
 def test_rollouts_of_a_reference_that_forbids_say_nothing_of_what_it_forbids():
     problem = problem_of(small_ebm((3, 2, None), forbid=True))
     entry = AGENTS["monte-carlo"]

@@ -11,7 +11,7 @@ import torch
 from automaton_cases import lse, random_law, random_machine
 
 import rl_ebm
-from rl_ebm.automata import store
+from rl_ebm.automata import hidden, row_sums, store
 from rl_ebm.policies import AutomatonPolicy
 from rl_ebm.rewards import Automaton, matrices
 
@@ -205,3 +205,35 @@ def test_a_solution_forbids_what_its_reference_forbids():
         reference = AutomatonPolicy(space, machine)
         assert reference.forbids == forbids
         assert rl_ebm.solve(rl_ebm.EBM(space, reward, reference=reference)).forbids == forbids
+
+
+def test_the_sum_of_a_row_has_the_next_states_in_it():
+    machine = random_machine(torch.Generator().manual_seed(4), 3, 2, 3, 1, 0.2)
+    got = row_sums(machine)
+    for k, h in itertools.product(range(2), range(3)):
+        weights = [
+            float(machine.log_weight[k, a] + machine.log_emission[h, a] + after)
+            for a in range(3)
+            for after in machine.log_transition[h]
+        ]
+        assert float(got[k, h]) == pytest.approx(lse(weights))
+
+
+@pytest.mark.parametrize("part", ["next", "start"])
+def test_a_file_names_states_that_there_are(part):
+    machine = random_machine(torch.Generator().manual_seed(0), 3, 2, 1, 1, 0.0)
+    tensors = store.to_tensors(machine, "x")
+    tensors[f"x.{part}"] = torch.full_like(tensors[f"x.{part}"], 1)
+    store.from_tensors(tensors, "x")
+    tensors[f"x.{part}"] = torch.full_like(tensors[f"x.{part}"], 2)
+    with pytest.raises(ValueError, match=rf"{part} names a state that is not in \[0, 2\)"):
+        store.from_tensors(tensors, "x")
+
+
+def test_hidden_starts_tell_prompts_apart():
+    g = torch.Generator().manual_seed(0)
+    laws = (torch.randn(n, generator=g).double().log_softmax(-1) for n in ((3, 2), (2, 2), (2, 3)))
+    machine = hidden(*laws)
+    assert machine.num_prompts == 3
+    with pytest.raises(ValueError, match="tells 3 prompts apart, there are 2"):
+        AutomatonPolicy(SPACES[0], machine, [[0], [1]])

@@ -37,7 +37,8 @@ def resampled_law(
     """
     log_proposal = torch.log_softmax(log_proposal, 0)
     allowed = ~(torch.isneginf(log_proposal) | torch.isneginf(log_weight))
-    log_w = log_weight - log_weight[allowed].max()
+    # What is never proposed may weigh anything: 0 times inf is nan.
+    log_w = (log_weight - log_weight[allowed].max()).masked_fill(~allowed, -torch.inf)
     w, b = log_w.exp(), log_proposal.exp()
     # exp(-t w) is 1 or 0 to all digits beyond these, for every w that is drawn at all.
     mean = float((b * w).sum())
