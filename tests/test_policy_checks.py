@@ -336,3 +336,14 @@ def test_batch_normalisation_in_training_mode_is_named():
     with pytest.raises(ValueError, match=r"training mode, with .*batch norm.*eval\(\)"):
         check_rows(policy, space, 1)
     check_rows(policy.eval(), space, 1)
+
+
+def test_logits_that_take_no_prompts_are_told():
+    space = rl_ebm.TokenSpace(3, 2)
+
+    class Forgetful:
+        def logits(self, tokens):
+            return torch.zeros(len(tokens), 2, 3)
+
+    with pytest.raises(TypeError, match=r"must take \(tokens, prompt_ids=None\)"):
+        rl_ebm.verify(Forgetful(), rl_ebm.solve(rl_ebm.EBM(space, torch.zeros(9))))

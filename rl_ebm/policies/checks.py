@@ -8,6 +8,7 @@ sampled, is one of nothing. It is a trial, not a proof: three passes over a few 
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any, NoReturn
 
 import torch
@@ -51,13 +52,14 @@ def check_rows(
         steps: try its ``step`` in the place of its ``logits``.
 
     Raises:
-        TypeError: logits that are no tensor.
+        TypeError: logits that are no tensor, or that take no prompt ids.
         ValueError: logits of another shape, that are NaN or +inf where the policy gets, or that
             depend on later tokens, on other rows of the batch, or on chance.
     """
     device = device_of(policy)
     if device.type == "meta" or _known(policy):
         return
+    _check_signature(policy, name)
     size = space.max_length * space.vocab_size
     most = max(1 if size > _LARGE else 2, _LOGITS // size)
     n = max(1, min(rows, ROWS, most, max(_FEW, _LITTLE // size)))
@@ -71,6 +73,19 @@ def check_rows(
         except ValueError as error:
             trial.refuse_mode(other, kept, error)
             raise
+
+
+def _check_signature(policy: Any, name: str) -> None:
+    """Raise TypeError where ``logits`` takes no prompt ids."""
+    try:
+        signature(policy.logits).bind(None, None)
+    except ValueError:  # written in C: it has none to read
+        return
+    except TypeError as error:
+        raise TypeError(
+            f"{name}'s logits must take (tokens, prompt_ids=None), whether it reads prompts or "
+            f"not: {error}"
+        ) from None
 
 
 def _known(policy: object) -> bool:

@@ -33,6 +33,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from rl_ebm.arguments import has_end
 from rl_ebm.rewards.table_cells import (
     Writing,
     minmax,
@@ -108,6 +109,7 @@ def read_table(
         raise ValueError(f'missing must be "error" or "forbid", got {missing!r}')
     if separator is not None and not isinstance(separator, str):
         raise TypeError(f"separator must be text, got {short(separator)}")
+    has_end(path)
     try:
         # newline="": the csv module does its own, inside quotes as well.
         with open(path, encoding="utf-8-sig", newline="") as file:
