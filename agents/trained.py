@@ -23,6 +23,10 @@ from rl_ebm.policies.outputs import check_kind
 from rl_ebm.policies.scoring import Policy, Trainable, device_of
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type, ModuleType, torch.dtype)
+_CALLED = ("logits", "forward", "__call__", "start", "step")
+"""methods of an object that may read a policy which is a global of its module"""
+_LIBRARIES = ("rl_ebm", "torch", "transformers", "peft", "numpy")
+"""whose functions read no global of a user's"""
 _MOST = 100_000
 """objects that are looked at, at most"""
 
@@ -158,11 +162,20 @@ def _parts(x: Any, deep: bool) -> list[Any]:
         inner = [x.__self__] if deep or isinstance(x.__self__, nn.Module) else []
         return [*inner, x.__func__]
     if isfunction(x):
-        return [*getclosurevars(x).nonlocals.values(), x.__defaults__, x.__kwdefaults__]
+        return _read_by(x)
     if deep or isinstance(x, nn.Module):
         slots = [getattr(x, n, None) for n in getattr(type(x), "__slots__", ())]
-        return [*getattr(x, "__dict__", {}).values(), *slots]
+        methods = [getattr(type(x), name, None) for name in _CALLED]
+        return [*getattr(x, "__dict__", {}).values(), *slots, *filter(isfunction, methods)]
     return []
+
+
+def _read_by(function: Any) -> list[Any]:
+    """What a function reads that is not passed: closure, defaults, and globals of a script's."""
+    names = getclosurevars(function)
+    own = str(function.__module__).split(".")[0] not in _LIBRARIES
+    found = names.globals.values() if own else ()
+    return [*names.nonlocals.values(), *found, function.__defaults__, function.__kwdefaults__]
 
 
 def _tensors_of_reward(reward: Any) -> Iterator[Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import stat
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, SupportsIndex, TypeGuard
 
@@ -156,3 +158,19 @@ def ids_tensor(name: str, value: object, ndim: int) -> Tensor:
         kind = str(value.dtype).removeprefix("torch.")
         raise WrongTypeError(f"{name} must hold integers (int64), got a tensor of {kind}")
     return value.long()
+
+
+def has_end(path: str | os.PathLike[str]) -> None:
+    """Check that what is to be read whole is no device, as /dev/zero; files and pipes have an end.
+
+    Raises:
+        ValueError: it is one; what is not there, or cannot be opened, is for the caller to say.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        raise ValueError(
+            f"{shown(os.fspath(path))} is a device, which may have no end: give a file, or a pipe"
+        )

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rl_ebm.arguments import shown
+from rl_ebm.arguments import has_end, shown
 from rl_ebm.names import bytes_text, nearest
 from rl_ebm.numerals import parse_real, parse_whole
 from rl_ebm.policies import Policy, Uniform, fit_hmm, fit_ngram
@@ -99,8 +99,10 @@ def read_responses(path: Path, space: TokenSpace, alphabet: Sequence[str] | None
     without symbols is the empty response in EOS mode; at the end of the file it is none.
 
     Raises:
-        ValueError: no such file, no response in it, or a line that is none, with its number.
+        ValueError: no such file, a device, no response in it, or a line that is none, with its
+            number.
     """
+    has_end(path)
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)

@@ -10,6 +10,7 @@ import torch
 
 import rl_ebm
 from rl_ebm.references import parse_reference, read_responses
+from rl_ebm.rewards import read_table
 
 AB = rl_ebm.TokenSpace(3, 4, eos_id=2)
 
@@ -125,7 +126,7 @@ def test_words_and_pieces(tmp_path):
         ("ngram:{}?order=2&order=3", "order is given twice"),
         ("ngram:{}?order=1_0", "'1_0' is no whole number"),
         ("ngram:{}?order=\u0663", "is no whole number"),
-        ("ngram:{}?order=-1", "order must be >= 1"),
+        ("ngram:{}?order=-1", "order must be an integer >= 1"),
         ("ngram:{}?order=" + "9" * 5000, "is no whole number"),
         ("ngram:{}?order=99999999999", "too many"),
         ("ngram:{}?smoothing=nan", "'nan' is no number"),
@@ -133,8 +134,8 @@ def test_words_and_pieces(tmp_path):
         ("ngram:{}?smoothing=1e200", "smoothing must be"),
         ("ngram:{}?smoothing=-inf", "smoothing must be"),
         ("hmm:{}?states=99999999999", "use fewer states"),
-        ("hmm:{}?iterations=9223372036854775808", "iterations must be in"),
-        ("hmm:{}?states=0", "num_states must be >= 1"),
+        ("hmm:{}?iterations=9223372036854775808", "iterations must be an integer in"),
+        ("hmm:{}?states=0", "num_states must be an integer >= 1"),
         ("hmm:{}?smoothing=1_0", "is no number"),
     ],
 )
@@ -152,3 +153,15 @@ def test_the_smallest_smoothing_leaves_laws(tmp_path):
         policy = parse_reference(f"ngram:{path}?order=3&smoothing={smoothing}", AB, "ab")
         assert math.fsum(law(policy, AB).values()) <= 1 + 1e-9
         assert not policy.machine.log_weight.isnan().any()
+
+
+@pytest.mark.parametrize("device", ["/dev/zero", "link"])
+def test_what_has_no_end_is_not_read(tmp_path, device):
+    """As a corpus and as a table: both are read whole."""
+    if device == "link":
+        device = tmp_path / "link"
+        device.symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="is a device, which may have no end"):
+        parse_reference(f"ngram:{device}", AB, "ab")
+    with pytest.raises(ValueError, match="is a device, which may have no end"):
+        read_table(device)

@@ -286,4 +286,64 @@ def test_a_few_passes_are_all_that_it_takes():
 
     check_rows(Counted(space), space, 1)
     assert len(Counted.rows) == 3
-    assert max(Counted.rows) <= 16
+    assert max(Counted.rows) <= 2**12 // (5 * 9)
+
+
+@pytest.mark.parametrize("a", [5, 300])
+@pytest.mark.parametrize("special", ["eos", "padding", "last"])
+def test_a_mask_that_comes_one_token_early_is_seen(a, special):
+    """It shows at EOS, or at the token that pads, alone: one of 300."""
+    space = rl_ebm.TokenSpace(a, 5, eos_id=3)
+    token = {"eos": 3, "padding": 0, "last": a - 1}[special]
+
+    def early(net, tokens):
+        return net.logits(tokens) + (tokens == token)[..., None] * torch.arange(a)
+
+    def rightly(net, tokens):
+        before = torch.nn.functional.pad(tokens == token, (1, -1))
+        return net.logits(tokens) + before[..., None] * torch.arange(a)
+
+    check_rows(Wrapper(Net(space), rightly), space, 1)
+    with pytest.raises(ValueError, match="depends on token t, which it is to predict"):
+        check_rows(Wrapper(Net(space), early), space, 1)
+
+
+def test_one_token_of_the_last_position_is_seen():
+    space = rl_ebm.TokenSpace(4, 5)
+    for token in range(4):
+
+        def last(net, tokens, token=token):
+            logits = net.logits(tokens)
+            logits[:, -1] += (tokens[:, -1:] == token) * torch.arange(4)
+            return logits
+
+        with pytest.raises(ValueError, match="depends on token t, which it is to predict"):
+            check_rows(Wrapper(Net(space), last), space, 1)
+
+
+def test_batch_normalisation_in_training_mode_is_named():
+    space = rl_ebm.TokenSpace(4, 5)
+
+    class Normalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.norm = Net(space, torch.float32), nn.BatchNorm1d(4)
+
+        def logits(self, tokens, prompt_ids=None):
+            return self.norm(self.net.logits(tokens).transpose(1, 2)).transpose(1, 2)
+
+    policy = Normalised()
+    with pytest.raises(ValueError, match=r"training mode, with .*batch norm.*eval\(\)"):
+        check_rows(policy, space, 1)
+    check_rows(policy.eval(), space, 1)
+
+
+def test_logits_that_take_no_prompts_are_told():
+    space = rl_ebm.TokenSpace(3, 2)
+
+    class Forgetful:
+        def logits(self, tokens):
+            return torch.zeros(len(tokens), 2, 3)
+
+    with pytest.raises(TypeError, match=r"must take \(tokens, prompt_ids=None\)"):
+        rl_ebm.verify(Forgetful(), rl_ebm.solve(rl_ebm.EBM(space, torch.zeros(9))))

@@ -377,3 +377,25 @@ def test_an_agent_that_does_not_say_shows_no_episodic_return():
     metrics = Trainer(ebm, agent, g, TrainConfig(steps=1))._update()
     assert "charts/episodic_return" not in metrics
     assert "charts/behaviour_return" in metrics
+
+
+GLOBAL = Tabular(SPACE)
+
+
+def global_reward(tokens, lengths):
+    return rl_ebm.policies.log_prob(GLOBAL, SPACE, tokens, lengths).detach()
+
+
+class GlobalReference:
+    def logits(self, tokens, prompt_ids=None):
+        return GLOBAL.logits(tokens)
+
+
+@pytest.mark.parametrize("what", ["reference", "reward"])
+def test_a_policy_that_is_a_global_of_the_script_is_found_too(what):
+    """The usual script: the reward is a function of the module, and reads the policy by name."""
+    reference = GlobalReference() if what == "reference" else None
+    ebm = rl_ebm.EBM(SPACE, global_reward if what == "reward" else SCORES, reference=reference)
+    with pytest.raises(ValueError, match=f"with the {what}"):
+        rl_ebm.train(ebm, policy=GLOBAL, options=small_options("soft-q"), steps=1)
+    rl_ebm.train(ebm, policy=table(5), options=small_options("soft-q"), steps=1)

@@ -8,6 +8,7 @@ sampled, is one of nothing. It is a trial, not a proof: three passes over a few 
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any, NoReturn
 
 import torch
@@ -21,8 +22,11 @@ from rl_ebm.policies.tabular import Uniform
 from rl_ebm.soft_bellman import gather_tokens, log_policy
 from rl_ebm.tokens import TokenSpace
 
-ROWS = 16
+ROWS = 64
 """sequences that are tried, at most; fewer where vocabulary and length make logits large"""
+_FEW, _LITTLE = 16, 2**12
+"""so many are enough, unless more make no more logits than this: a slip may show at one token of
+one position alone"""
 _LOGITS, _LARGE = 2**23, 2**27
 _ROUNDING = (1e-5, 4)
 """relative difference of two passes over as many rows that is rounding still: a number, or so
@@ -48,37 +52,40 @@ def check_rows(
         steps: try its ``step`` in the place of its ``logits``.
 
     Raises:
-        TypeError: logits that are no tensor.
+        TypeError: logits that are no tensor, or that take no prompt ids.
         ValueError: logits of another shape, that are NaN or +inf where the policy gets, or that
             depend on later tokens, on other rows of the batch, or on chance.
     """
     device = device_of(policy)
     if device.type == "meta" or _known(policy):
         return
+    _check_signature(policy, name)
     size = space.max_length * space.vocab_size
-    n = max(1, min(rows, ROWS, max(1 if size > _LARGE else 2, _LOGITS // size)))
+    most = max(1 if size > _LARGE else 2, _LOGITS // size)
+    n = max(1, min(rows, ROWS, most, max(_FEW, _LITTLE // size)))
     first, other, kept = _sequences(space, n)
-    t = torch.arange(space.max_length)
     trial = _Trial(policy, space, name, first, torch.arange(n) % prompts, device)
     trial.steps = steps
     # The caller's random numbers stay his: a policy that draws some gets others.
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        want, got = trial.rows(first), trial.rows(other)
-        leak = trial.differ(want, got, _ROUNDING) & (t <= kept[:, None])
-        if bool(leak.any()):
-            trial.refuse_noise(want)
-            alone = leak.any(1).nonzero()[0]
-            want, got = (trial.rows(tokens[alone], alone) for tokens in (first, other))
-            if bool((trial.differ(want, got, _ROUNDING) & (t <= kept[alone])).any()):
-                _refuse_leak(name, leak, kept)
-            _refuse_batch(name)
-        if n > 1:
-            others = torch.arange(n - 1, 0, -1)
-            moved = trial.rows(first[others], others)
-            if bool((trial.differ(want[others], moved, _RESHAPED) & trial.alive[others]).any()):
-                trial.refuse_noise(want)
-                _refuse_batch(name)
-    trial.refuse_no_numbers(want)
+        try:
+            trial.run(other, kept)
+        except ValueError as error:
+            trial.refuse_mode(other, kept, error)
+            raise
+
+
+def _check_signature(policy: Any, name: str) -> None:
+    """Raise TypeError where ``logits`` takes no prompt ids."""
+    try:
+        signature(policy.logits).bind(None, None)
+    except ValueError:  # written in C: it has none to read
+        return
+    except TypeError as error:
+        raise TypeError(
+            f"{name}'s logits must take (tokens, prompt_ids=None), whether it reads prompts or "
+            f"not: {error}"
+        ) from None
 
 
 def _known(policy: object) -> bool:
@@ -104,7 +111,15 @@ def _sequences(space: TokenSpace, n: int) -> tuple[Tensor, Tensor, Int64[Tensor,
     inside = torch.arange(t_max) < kept[:, None]
     prefix = space.unrank(torch.randint(space.branching, (n, t_max), generator=generator))
     first = torch.where(inside, prefix, first)
-    return first, torch.where(inside, prefix, (first + step) % a), kept
+    other = torch.where(inside, prefix, (first + step) % a)
+    # Masks that come one token early show at the tokens that are masked alone: EOS, and padding.
+    special = torch.tensor([0 if space.eos_id is None else space.eos_id, 0, a - 1])
+    rows = torch.arange(n)[torch.arange(n) % 4 < 3]
+    token = special[rows % 4]
+    other[rows, kept[rows]] = torch.where(
+        token == first[rows, kept[rows]], other[rows, kept[rows]], token
+    )
+    return first, other, kept
 
 
 class _Trial:
@@ -127,6 +142,30 @@ class _Trial:
         if space.eos_id is not None:
             ended = (tokens == space.eos_id).cumsum(1) > 0
         self.alive = ~F.pad(ended, (1, -1), value=False)
+
+    def run(self, other: Tensor, kept: Tensor) -> None:
+        """Raise ValueError where it is no policy.
+
+        Args:
+            other: sequences that agree with those of the trial on as many tokens as ``kept`` says.
+        """
+        first, n, t = self.tokens, len(self.tokens), torch.arange(self.space.max_length)
+        want, got = self.rows(first), self.rows(other)
+        leak = self.differ(want, got, _ROUNDING) & (t <= kept[:, None])
+        if bool(leak.any()):
+            self.refuse_noise(want)
+            alone = leak.any(1).nonzero()[0]
+            want, got = (self.rows(tokens[alone], alone) for tokens in (first, other))
+            if bool((self.differ(want, got, _ROUNDING) & (t <= kept[alone])).any()):
+                _refuse_leak(self.name, leak, kept)
+            _refuse_batch(self.name)
+        if n > 1:
+            others = torch.arange(n - 1, 0, -1)
+            moved = self.rows(first[others], others)
+            if bool((self.differ(want[others], moved, _RESHAPED) & self.alive[others]).any()):
+                self.refuse_noise(want)
+                _refuse_batch(self.name)
+        self.refuse_no_numbers(want)
 
     def rows(self, tokens: Tensor, which: Tensor | None = None) -> Tensor:
         """Masked logits (n, T, A), on the CPU."""
@@ -161,21 +200,28 @@ class _Trial:
         same = (a == b) | (torch.isnan(a) & torch.isnan(b))
         return ~(same | near).all(-1)
 
+    def refuse_mode(self, other: Tensor, kept: Tensor, error: ValueError) -> None:
+        """Raise where the fault is that of a mode alone: of a module that is not in eval()."""
+        module = self.policy
+        if not (isinstance(module, nn.Module) and any(m.training for m in module.modules())):
+            return
+        with evaluating(module):
+            try:
+                self.run(other, kept)
+            except ValueError:
+                return
+        raise ValueError(
+            f"{error}; it is in training mode, with dropout, batch normalisation or the like: call "
+            "its eval() first"
+        ) from None
+
     def refuse_noise(self, want: Tensor) -> None:
         """Raise where a second pass over the same tokens says something else."""
-        if not self._noisy(want):
-            return
-        start = f"two calls of {self.name} give other logits for the same tokens: it "
-        if isinstance(self.policy, nn.Module) and any(m.training for m in self.policy.modules()):
-            with evaluating(self.policy):
-                quiet = not self._noisy(self.rows(self.tokens))
-            if quiet:
-                raise ValueError(
-                    f"{start}is in training mode, with dropout or the like; call its eval() first"
-                )
-        raise ValueError(
-            f"{start}draws random numbers or keeps a state, and its probabilities cannot be known"
-        )
+        if self._noisy(want):
+            raise ValueError(
+                f"two calls of {self.name} give other logits for the same tokens: it draws random "
+                "numbers or keeps a state, and its probabilities cannot be known"
+            )
 
     def _noisy(self, want: Tensor) -> bool:
         again = self.rows(self.tokens)

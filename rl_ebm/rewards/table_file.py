@@ -34,7 +34,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from rl_ebm.arguments import flag, shown
+from rl_ebm.arguments import flag, has_end, shown
 from rl_ebm.rewards.table_cells import (
     Writing,
     minmax,
@@ -120,6 +120,7 @@ def read_table(
         if text is not None and not isinstance(text, str):
             raise TypeError(f"{name} must be text, got {shown(text)}")
     flag("ragged", ragged, unset=True)
+    has_end(path)
     try:
         # newline="": the csv module does its own, inside quotes as well.
         with open(path, encoding="utf-8-sig", newline="") as file:
