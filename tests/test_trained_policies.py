@@ -393,7 +393,6 @@ class GlobalReference:
 
 @pytest.mark.parametrize("what", ["reference", "reward"])
 def test_a_policy_that_is_a_global_of_the_script_is_found_too(what):
-    """The usual script: the reward is a function of the module, and reads the policy by name."""
     reference = GlobalReference() if what == "reference" else None
     ebm = rl_ebm.EBM(SPACE, global_reward if what == "reward" else SCORES, reference=reference)
     with pytest.raises(ValueError, match=f"with the {what}"):
