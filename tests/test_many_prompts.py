@@ -11,9 +11,10 @@ from toy_policies import Plain, seeded, tabular, transformer
 from verify_cases import logit_tables
 
 import rl_ebm
+from rl_ebm.accumulate import Accumulator
 from rl_ebm.exact import solve
 from rl_ebm.policies import Uniform
-from rl_ebm.policies.walk import prompts_at_once
+from rl_ebm.policies.walk import prompts_at_once, walk_prompts
 from rl_ebm.tokens import TokenSpace
 from rl_ebm.verify import KEPT
 
@@ -103,3 +104,23 @@ def test_thousands_of_prompts_are_walked_together(monkeypatch):
     assert sum(calls) == 2000
     assert len(calls) <= 4
     assert report.num_prompts == 2000
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_of_prompts_that_are_equally_bad_the_first_are_named(keep):
+    count, space = 30, TokenSpace(2, 1)
+    scores = torch.tensor([[0.0, 1.0]], dtype=torch.float64).repeat(count, 1)
+    solution = solve(rl_ebm.EBM(space, scores, 1.0, prompts=[[i] for i in range(count)]))
+    figures = Accumulator(solution, torch.arange(count), False, worst_of_each=keep)
+    for block in walk_prompts(Uniform(space), space, torch.arange(count)):
+        figures.add(block)
+    named = [[w.prompt_id for w in report.worst_prefixes] for report in figures.reports()]
+    assert named == [[i] if keep or i < 10 else [] for i in range(count)]
+
+
+def test_of_many_prompts_that_are_equally_bad_the_first_are_named_in_order():
+    count, space = KEPT + 5, TokenSpace(2, 1)
+    scores = torch.tensor([[0.0, 1.0]], dtype=torch.float64).repeat(count, 1)
+    solution = solve(rl_ebm.EBM(space, scores, 1.0, prompts=[[i] for i in range(count)]))
+    report = rl_ebm.verify(Uniform(space), solution)
+    assert [w.prompt_id for w in report.worst_prefixes] == list(range(10))
