@@ -361,9 +361,9 @@ def test_a_standard_error_is_that_of_n_less_one(kind):
         for p, u in zip(log_p.tolist(), (log_p - log_q).tolist(), strict=True)
     ]
     got = (
-        divergences.entropy_from_samples(log_p)
+        dv.entropy_from_samples(log_p)
         if kind == "entropy"
-        else divergences.kl_from_samples(log_p, log_q, kind)
+        else dv.kl_from_samples(log_p, log_q, kind)
     )
     mean = math.fsum(terms) / 4
     spread = math.fsum((x - mean) ** 2 for x in terms)
