@@ -370,3 +370,12 @@ def test_bad_input_is_one_sentence(make, words):
     with pytest.raises(ValueError, match=words) as error:
         make(rl_ebm.TokenSpace(3, 4, eos_id=0))
     assert "\n" not in str(error.value)
+
+
+def test_values_as_large_as_integers_get_are_summed_modulo():
+    space, most = rl_ebm.TokenSpace(3, 2), 2**63 - 1
+    values = [most, most - 1, -most]
+    reward = Automaton.modular(space, [0.0, 1.0, 2.0, 3.0, 4.0], values)
+    tokens, lengths = space.sequences()
+    got = reward(tokens, lengths, torch.zeros_like(lengths)).tolist()
+    assert got == [sum(values[a] for a in y) % 5 for y in tokens.tolist()]

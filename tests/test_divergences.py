@@ -351,3 +351,21 @@ def test_estimates_refuse_what_cannot_be_estimated():
         dv.kl_from_samples(two[:1], two[:1])
     with pytest.raises(ValueError, match="needs at least 2 samples, got 1"):
         dv.entropy_from_samples(two[:1])
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3", "entropy"])
+def test_a_standard_error_is_that_of_n_less_one(kind):
+    log_p, log_q = -torch.rand(2, 4, generator=torch.Generator().manual_seed(0)).double()
+    terms = [
+        {"k1": u, "k2": u * u / 2, "k3": math.exp(-u) - 1 + u, "entropy": -p}[kind]
+        for p, u in zip(log_p.tolist(), (log_p - log_q).tolist(), strict=True)
+    ]
+    got = (
+        dv.entropy_from_samples(log_p)
+        if kind == "entropy"
+        else dv.kl_from_samples(log_p, log_q, kind)
+    )
+    mean = math.fsum(terms) / 4
+    spread = math.fsum((x - mean) ** 2 for x in terms)
+    assert float(got.mean) == pytest.approx(mean, rel=1e-12)
+    assert float(got.standard_error) == pytest.approx(math.sqrt(spread / 3 / 4), rel=1e-12)

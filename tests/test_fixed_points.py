@@ -264,6 +264,18 @@ def test_with_the_mean_over_tokens_the_penalty_in_the_reward_still_ends_at_the_e
         assert penalised(problem, penalty._replace(mean_tokens=True)).log_law is None
 
 
+@pytest.mark.parametrize("beta", [0.5, 0.05, 0.01])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_with_the_mean_over_tokens_the_baseline_is_the_laws_own_mean(beta, seed):
+    problem = problem_of(small_ebm((3, 3, 0), beta=beta, seed=seed))
+    law = penalised(problem, Penalty("k2", "loss", "sequence", mean_tokens=True)).log_law
+    lengths = problem.space.sequences()[1]
+    baseline = float((law.exp() * problem.g_responses).sum())
+    # (g - b - u) / |y| is one number for all responses.
+    rate = (problem.g_responses - baseline - (law - problem.log_ref_responses)) / lengths
+    close(rate, rate[:1].expand_as(rate), 1e-8)
+
+
 @pytest.mark.parametrize("penalty", INTERIOR, ids="-".join)
 def test_without_a_baseline_the_mean_over_tokens_has_another_root(penalty):
     ebm = small_ebm((3, 3, 0), seed=3)

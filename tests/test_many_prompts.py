@@ -11,9 +11,10 @@ from toy_policies import Plain, seeded, tabular, transformer
 from verify_cases import logit_tables
 
 import rl_ebm
+from rl_ebm.accumulate import Accumulator
 from rl_ebm.exact import solve
 from rl_ebm.policies import Uniform
-from rl_ebm.policies.walk import prompts_at_once
+from rl_ebm.policies.walk import prompts_at_once, walk_prompts
 from rl_ebm.tokens import TokenSpace
 from rl_ebm.verify import KEPT
 
@@ -103,3 +104,17 @@ def test_thousands_of_prompts_are_walked_together(monkeypatch):
     assert sum(calls) == 2000
     assert len(calls) <= 4
     assert report.num_prompts == 2000
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_of_prompts_that_are_equally_bad_the_first_are_named(keep):
+    count, space = 12, TokenSpace(2, 2)
+    # 1 is worth 1 at either position: the error of every state is 1/2.
+    scores = torch.tensor([[0.0, 1.0, 1.0, 2.0]], dtype=torch.float64).repeat(count, 1)
+    solution = solve(rl_ebm.EBM(space, scores, 1.0, prompts=[[i] for i in range(count)]))
+    figures = Accumulator(solution, torch.arange(count), False, worst_of_each=keep)
+    for block in walk_prompts(Uniform(space), space, torch.arange(count)):
+        figures.add(block)
+    found = [(w.prompt_id, w.prefix) for r in figures.reports() for w in r.worst_prefixes]
+    want = [(i, prefix) for i in range(count) for prefix in ([], [0], [1])]
+    assert found == (want if keep else want[:10])

@@ -303,3 +303,11 @@ def test_prompt_ids_are_checked():
     for make in POLICIES:
         with pytest.raises(ValueError, match="the policy has 3 prompts: give prompt_ids"):
             make(space, PROMPTS).logits(torch.zeros(1, 2, dtype=torch.int64))
+
+
+def test_a_table_forbids_where_the_space_allows():
+    space = TokenSpace(3, 2, eos_id=1)
+    rows = [torch.zeros(1, 3), torch.tensor([[-torch.inf, 0.0, -torch.inf]] * 2)]
+    assert not Tabular.from_tables(rows, space).forbids
+    rows[0][0, 2] = -torch.inf
+    assert Tabular.from_tables(rows, space).forbids

@@ -233,6 +233,30 @@ def test_forbidden_actions_and_what_stands_past_the_end_are_no_fault():
     check_rows(Wild(space), space, 1)
 
 
+def test_what_is_never_reached_may_be_no_number():
+    class Forbids(Net):
+        def logits(self, tokens, prompt_ids=None):
+            rows = super().logits(tokens).clone()
+            rows[:, 0, 2] = -torch.inf
+            rows[:, 1:][tokens[:, 0] == 2] = torch.nan
+            return rows
+
+    check_rows(Forbids(rl_ebm.TokenSpace(3, 3)), rl_ebm.TokenSpace(3, 3), 1)
+
+
+def test_what_stands_past_the_end_may_depend_on_other_rows():
+    space = rl_ebm.TokenSpace(4, 4, eos_id=1)
+
+    class Numbered(Net):
+        def logits(self, tokens, prompt_ids=None):
+            ended = ((tokens == 1).cumsum(1) > 0)[:, :-1]
+            ended = torch.cat([torch.zeros_like(ended[:, :1]), ended], 1)
+            place = torch.arange(len(tokens))[:, None, None].double()
+            return torch.where(ended[..., None], place, super().logits(tokens))
+
+    check_rows(Numbered(space), space, 1)
+
+
 def test_prompts_are_passed_on():
     space, prompts = rl_ebm.TokenSpace(3, 3), [[1], [2, 2], []]
 

@@ -184,6 +184,15 @@ def test_an_end_that_is_forced_gets_no_stand_in():
     close(point.log_law, torch.log_softmax(log_weights(ebm, -2.0, once=False), 0), 1e-10)
 
 
+def test_a_stand_in_that_nothing_needs_changes_nothing():
+    problem = problem_of(small_ebm((3, 3, 0)))  # ends that are forced are forbidden nowhere
+    for name, options in (("vargrad", {"explore": 1.0}), ("soft-q", {}), ("ppo", {})):
+        entry = AGENTS[name]
+        point = entry.fixed_point(entry.config(forbidden_log_weight=-2.0, **options), problem)
+        assert point.log_law is not None
+        close(point.log_law, problem.log_target, 0.0)
+
+
 def test_rollouts_of_a_reference_that_forbids_say_nothing_of_what_it_forbids():
     problem = problem_of(small_ebm((3, 2, None), forbid=True))
     entry = AGENTS["monte-carlo"]

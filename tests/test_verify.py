@@ -301,3 +301,16 @@ def test_prompts_that_are_not_the_ebms_are_refused():
     with pytest.raises(ValueError, match="the policy was made for other prompts than the EBM's"):
         rl_ebm.verify(tabular(exact.ebm.space, PROMPTS[::-1]), solution)
     rl_ebm.verify(tabular(exact.ebm.space), solution)  # one that reads none may be compared
+
+
+def test_a_total_variation_is_at_most_1_by_rounding_neither():
+    space = TokenSpace(4, 3)
+    for seed in range(24):
+        # Whatever the target allows the policy forbids.
+        scores = torch.randn(64, generator=seeded(seed)).double()
+        scores[16:] = -INF
+        policy = Tabular(space, scale=1.0, generator=seeded(seed), dtype=torch.float64)
+        with torch.no_grad():
+            policy.table[0, 0, 0] = -INF
+        report = rl_ebm.verify(policy, rl_ebm.solve(rl_ebm.EBM(space, scores)))
+        assert 1 - 1e-12 < report.tv <= 1.0

@@ -124,14 +124,13 @@ def _edge_means(values: Values, weight: Tensor | None) -> Float[Tensor, "H M"]:
 
 
 def token_shares(values: Values, k: int) -> Float[Tensor, "H A"]:
-    """log-probability of each token given the edge from k that it is on; EOS is on none."""
+    """log-probability of each token given the edge from k that it is on; of EOS, on none, 0."""
     machine, edges = values.machine, values.edges
     low, high = int(edges.first[k]), int(edges.first[k + 1])
     x = machine.log_emission + machine.log_weight[k]
     # One more segment, for EOS.
     segment = (edges.of_token[k] - low).clamp(max=high - low)
-    shares = _segment_log_softmax(x, segment, high - low + 1)
-    return shares.masked_fill(edges.of_token[k] == len(edges.source), -torch.inf)
+    return _segment_log_softmax(x, segment, high - low + 1)
 
 
 def _segment_log_softmax(

@@ -229,7 +229,8 @@ class _Trial:
 
     def refuse_no_numbers(self, rows: Tensor) -> None:
         """Raise where logits are NaN or +inf at a prefix that the policy can reach."""
-        steps = gather_tokens(log_policy(rows.nan_to_num(nan=0.0, posinf=0.0)), self.tokens)
+        known = rows.nan_to_num(nan=0.0, posinf=0.0, neginf=-torch.inf)
+        steps = gather_tokens(log_policy(known), self.tokens)
         possible = F.pad(steps.cumsum(1), (1, -1)) > -torch.inf
         wrong = (torch.isnan(rows) | torch.isposinf(rows)).any(-1) & possible & self.alive
         if bool(wrong.any()):
