@@ -39,7 +39,13 @@ def line_of(lines, objective, **options):
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, id=name, marks=[pytest.mark.slow] if "prompts" in name else [])
+        for kind, name in zip(KINDS, KIND_IDS, strict=True)
+    ],
+)
 def test_every_objective_is_audited_with_every_option_that_moves_it(kind):
     problem = case(kind)
     lines = audit(rl_ebm.solve(problem.ebm))

@@ -47,6 +47,7 @@ def plan(**changes):
     return Plan(**(fields | changes))
 
 
+@pytest.mark.slow
 def test_every_run_scores_the_same_number_of_responses(tmp_path):
     todo = jobs(plan(), tmp_path)
     assert len(todo) == 8

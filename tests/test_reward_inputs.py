@@ -105,11 +105,12 @@ def test_a_space_that_is_none_is_one_sentence(make):
             "too many",
         ),
         (lambda: Automaton.brackets(FIXED, 0, 1, 3), "no response can be balanced"),
-        (
+        pytest.param(
             lambda: parse_reward(
                 " + ".join(f"contains:{i} {i} {i} {i} {i}" for i in range(1, 12)), WIDE
             ),
             "more than",
+            marks=pytest.mark.slow,
         ),
     ],
 )
