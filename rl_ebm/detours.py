@@ -63,16 +63,6 @@ def all_responses(space: TokenSpace, prompt: int, device: torch.device | str) ->
     return Batch(tokens, lengths, torch.full_like(lengths, prompt)).to(device)
 
 
-def tail_masses(x: Float[Tensor, "e"], log_p: Float[Tensor, "e"]) -> Float[Tensor, "e"]:
-    """The smaller of P(X <= x) and P(X >= x) for each x, by a law that is listed."""
-    order = x.argsort()
-    p = log_p[order].exp()
-    below, above = p.cumsum(0), p.flip(0).cumsum(0).flip(0)
-    total = torch.empty_like(p)
-    total[order] = torch.minimum(below, above)
-    return total.clamp(max=1.0)
-
-
 @torch.no_grad()
 def detours(
     policy: Policy, space: TokenSpace, batch: Batch, at_once: int, keep_rest: bool = False

@@ -2,7 +2,8 @@
 
 Normal theory where :mod:`rl_ebm.tails` finds nothing against it, one end at a time; else a
 bound that holds for every number of samples, where the variable is bounded on that side
-(:mod:`rl_ebm.mean_bounds`); else no end at all.
+(:mod:`rl_ebm.mean_bounds`); else no end at all. Where all values and their probabilities are
+listed, normal theory where the law allows it; else the law's own mean.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from torch import Tensor
 
 from rl_ebm.estimates import Interval, Kind, mean_interval
 from rl_ebm.mean_bounds import betting_lower, betting_upper
-from rl_ebm.tails import unseen, upper_doubt
+from rl_ebm.tails import is_normal, unseen, upper_doubt
 
 INF = math.inf
 _FLAT = 1e-9
 """a spread that is rounding, relatively"""
+_ROUNDING = 1e-6
+"""the error of a mean by a list, relatively: a policy may round its logits to float32"""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,9 @@ class Known:
         least, most: bounds that are certain.
         elsewhere: X at responses that the law hardly draws, each of positive probability; where
             it is infinite, so is E X.
-        masses: about how probable responses like these are together.
+        masses: about how probable responses like these are together; where listed, each one's own
+            probability.
+        listed: whether these are all the values that X takes.
         below, above: why E X may be ``-inf``, ``+inf`` although no sample is; "" where it cannot.
         light_below, light_above: where a tail is known to be light, the point at which it begins:
             P(X <= light_below - d) <= exp(-d), P(X >= light_above + d) <= exp(-d).
@@ -43,6 +48,7 @@ class Known:
     most: float = INF
     elsewhere: Float[Tensor, "e"] | None = None
     masses: Float[Tensor, "e"] | None = None
+    listed: bool = False
     below: str = ""
     above: str = ""
     light_below: float = -INF
@@ -78,7 +84,7 @@ def bounded(x: Float[Tensor, "n"], most: float, confidence: float) -> Interval:
 
 
 def expectation(x: Float[Tensor, "n"], confidence: float, known: Known | None = None) -> Found:
-    """Of E X from a sample of it; the estimate is the sample's mean.
+    """Of E X from a sample of it; the estimate is the sample's mean, or that of the list.
 
     Each end has half of the chance to fail, whichever way it is found: that the way is chosen by
     looking at the sample makes no bound fail more often.
@@ -88,6 +94,8 @@ def expectation(x: Float[Tensor, "n"], confidence: float, known: Known | None = 
         if bool((x == end).any()) or _has(known.elsewhere, end):
             return Found(certain(end, confidence), "")
     x, alpha = x.double().clamp(known.least, known.most), 1 - confidence
+    if (law := _law(known)) is not None:
+        return Found(_by_list(sample_interval(x, confidence), *law, len(x), known), "")
     normal, doubts = _normal_theory(x, confidence, known)
     # Beside an open end the other one is to hold for certain, where it can.
     shaky = bool(doubts[0]) or bool(doubts[1])
@@ -111,6 +119,37 @@ def expectation(x: Float[Tensor, "n"], confidence: float, known: Known | None = 
         kind = "one-sided finite-sample"
     why = [doubt for doubt, end in zip(doubts, (-low, high), strict=True) if end == INF]
     return Found(Interval(mean, low, high, confidence, kind), "; ".join(dict.fromkeys(why)))
+
+
+def _law(known: Known) -> tuple[Tensor, Tensor] | None:
+    """All values of X and their probabilities, where these are known."""
+    if not known.listed or known.elsewhere is None or known.masses is None:
+        return None
+    return known.elsewhere.double(), known.masses / known.masses.sum()
+
+
+def _by_list(
+    normal: Interval,
+    x: Float[Tensor, "e"],
+    p: Float[Tensor, "e"],
+    n: int,
+    known: Known,
+    at: float = 0.0,
+) -> Interval:
+    """The interval of normal theory where the law allows it, else of the law's own mean.
+
+    Which of them it is does not depend on the sample: so neither fails more often for it.
+
+    Args:
+        normal: of at + E X.
+        x, p: the law of X.
+    """
+    mean, size = at + float(p @ x), max(known.unit, abs(at), float(p @ x.abs()))
+    if not is_normal(x, p, n, _FLAT * size):
+        error = _ROUNDING * size
+        normal = Interval(mean, mean - error, mean + error, normal.confidence, "finite-sample")
+    low, high = max(normal.low, known.least), min(normal.high, known.most)
+    return replace(normal, low=min(low, normal.estimate), high=max(high, normal.estimate))
 
 
 def _has(x: Tensor | None, value: float) -> bool:
@@ -176,12 +215,17 @@ def ratio_expectation(
     if _has(known.elsewhere, INF) or math.isinf(plain.estimate):
         return Found(certain(INF, confidence), "")
     assert known.elsewhere is not None
+    if (law := _law(known)) is not None:
+        values, p = law
+        ratio, mean = float(p @ values / (p @ weights)), float(p @ weights)
+        deviation = (values - ratio * weights) / mean
+        # Bounds on x are none on the ratio.
+        alone = replace(known, least=0.0, most=INF)
+        return Found(_by_list(plain, deviation, p, len(x), alone, ratio), "")
     scale = weight.mean()
     others = (known.elsewhere - plain.estimate * weights) / scale
     deviation = (x - plain.estimate * weight) / scale
-    # A bound on x may be one on no more than its own; where all values are listed so are these.
-    ends = (float(others.min()), float(others.max())) if known.most < INF else (-INF, INF)
-    shown = replace(known, least=ends[0], most=ends[1], elsewhere=others)
+    shown = replace(known, least=-INF, most=INF, elsewhere=others)
     interval, why = expectation(deviation, confidence, shown)
     if interval.low > -INF and interval.high < INF:
         low, high = max(plain.estimate + interval.low, 0.0), plain.estimate + interval.high

@@ -15,7 +15,8 @@ the law of X*. What can be looked at, for the upper tail (the lower one is that 
 * skewness g: the error of normal theory is of the order g / sqrt(n). Cochran's rule
   n >= 25 g^2 (1977, "Sampling techniques", 2.15).
 
-None of them can see a class of responses that nothing points to.
+None of them can see a class of responses that nothing points to. Where all values and their
+probabilities are listed there is none, and :func:`is_normal` asks the law itself.
 """
 
 from __future__ import annotations
@@ -79,11 +80,30 @@ def _shape_beyond(x: Float[Tensor, "n"], size: int) -> float:
     return -math.inf if 2 * len(excess.unique()) <= size else pareto_shape(excess)
 
 
-def skewness(x: Float[Tensor, "n"]) -> float:
-    """Third central moment in units of the standard deviation; 0 where all values are equal."""
-    d = x.double() - x.double().mean()
-    variance = float(d.square().mean())
-    return float(d.pow(3).mean()) / variance**1.5 if variance > 0 else 0.0
+def skewness(x: Float[Tensor, "n"], p: Float[Tensor, "n"] | None = None) -> float:
+    """Third central moment in units of the standard deviation; 0 where all values are equal.
+
+    Args:
+        p: the values' probabilities; None where they are a sample.
+    """
+    x = x.double()
+    p = torch.full_like(x, 1 / len(x)) if p is None else p
+    d = x - p @ x
+    variance = float(p @ d.square())
+    return float(p @ d.pow(3)) / variance**1.5 if variance > 0 else 0.0
+
+
+def is_normal(x: Float[Tensor, "e"], p: Float[Tensor, "e"], n: int, flat: float) -> bool:
+    """Whether normal theory holds for the mean of n draws of a law that is listed.
+
+    By Cochran's rule with the law's own skewness, which is large where a class that n draws may
+    well miss moves the mean: one of probability p and far from all others has p^-1/2.
+
+    Args:
+        flat: a standard deviation that is rounding.
+    """
+    spread = float(p @ (x - p @ x).square()) ** 0.5
+    return n >= FEWEST and spread > flat and abs(skewness(x, p)) <= math.sqrt(n) / _COCHRAN
 
 
 def upper_doubt(

@@ -23,7 +23,6 @@ from rl_ebm.detours import (
     are_listed,
     detours,
     rows_at_once,
-    tail_masses,
 )
 from rl_ebm.estimates import Interval, check_confidence, check_samples
 from rl_ebm.exact import AutomatonSolution, Solution, summarise_automaton
@@ -112,9 +111,9 @@ class _Along:
         if self.masses is not None:
             return replace(known, elsewhere=x, masses=self.masses[here])
         law = self.beyond.log_star if self.beyond.of_target else self.beyond.log_pi
-        masses = tail_masses(x, law[here])
         # All values have been seen: they bound it, and where none is infinite none can be.
-        return Known(float(x.min()), float(x.max()), x, masses, unit=known.unit)
+        ends = float(x.min()), float(x.max())
+        return Known(*ends, x, law[here].exp(), listed=True, unit=known.unit)
 
     def error(self, x: Float[Tensor, "e"], above: str) -> Known:
         """Of a divergence or an error, in nats, at least 0."""

@@ -7,7 +7,7 @@ import torch
 from toy_policies import seeded
 
 import rl_ebm
-from rl_ebm.detours import detours, tail_masses
+from rl_ebm.detours import detours
 from rl_ebm.policies import Tabular, Uniform, sample
 
 
@@ -30,9 +30,3 @@ def test_a_mass_is_that_of_all_tokens_that_are_no_likelier(eos_id):
     if eos_id is not None:  # the first token is the only decision: the last is the EOS anyway
         want = torch.where(values[turned.tokens[:, 0]] > 0.3, 1.0, 0.2).double()
         torch.testing.assert_close(masses, want)
-
-
-def test_a_tail_is_the_smaller_side_with_the_value_itself():
-    x, p = torch.tensor([3.0, 1.0, 2.0]).double(), torch.tensor([0.5, 0.2, 0.3]).double()
-    got = tail_masses(x, p.log())
-    torch.testing.assert_close(got, torch.tensor([0.5, 0.2, 0.5]).double())

@@ -196,18 +196,22 @@ def _known(
         ends = [_ends(below), _ends(above)]
         first, last = _ends(rewards)
         least, most = max(least, first), min(most, last)
-    # Markov's inequality: pi(W >= Z e^d) <= e^-d, and p*(W <= Z e^-d) <= e^-d.
+    # Markov's inequality: pi(W >= Z e^d) <= e^-d, and p*(W <= Z e^-d) <= e^-d. Of an estimate that
+    # is too small, as one from few weights is, only the second holds.
+    light = max(log_z, elsewhere.log_z_least)
+    every: dict[str, Any] = {"listed": listed, "unit": 1.0}
     return {
-        "elbo": Known(*ends[0], below, mass_below, below=impossible, light_above=log_z, unit=1.0),
-        "eubo": Known(*ends[1], above, mass_above, above=missing, light_below=log_z, unit=1.0),
+        "elbo": Known(*ends[0], below, mass_below, below=impossible, light_above=light, **every),
+        "eubo": Known(*ends[1], above, mass_above, above=missing, light_below=log_z, **every),
         "reward": Known(
             least,
             most,
             elsewhere=rewards,
             masses=masses,
+            listed=listed,
             below=impossible if ebm.reward_model.forbids else "",
         ),
-        "entropy": Known(elsewhere=surprise, masses=mass_surprise),
+        "entropy": Known(elsewhere=surprise, masses=mass_surprise, listed=listed),
     }
 
 

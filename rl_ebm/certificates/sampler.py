@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.detours import MOST, all_responses, are_listed, detours, tail_masses
+from rl_ebm.detours import MOST, all_responses, are_listed, detours
 from rl_ebm.ebm import EBM
 from rl_ebm.policies.scoring import Policy, device_of, q_values, sample
 from rl_ebm.smc import smc
@@ -34,14 +34,17 @@ class Elsewhere:
     turn: Float[Tensor, "e"] | None
 
     def of_policy(self, x: Float[Tensor, "e"]) -> tuple[Tensor, Tensor]:
-        """x where the policy can be, and about how probable values as far off are under it."""
+        """x where the policy can be, and about how probable responses like these are under it.
+
+        Exactly that, one by one, where these are all responses.
+        """
         here = ~torch.isneginf(self.log_pi)
-        if self.turn is not None:
-            return x[here], self.turn[here].exp()
-        return x[here], tail_masses(x[here], self.log_pi[here])
+        return x[here], (self.log_pi if self.turn is None else self.turn)[here].exp()
 
     def of_target(self, log_z: float) -> tuple[Tensor, Tensor]:
-        """log W where the target can be, and about how probable values as far off are under it.
+        """log W where the target can be, and about how probable responses like these are under it.
+
+        Exactly that, one by one, where these are all responses.
 
         Args:
             log_z: an estimate.
@@ -51,9 +54,13 @@ class Elsewhere:
         # p* = pi W / Z; where pi = 0 the divergence is infinite, however probable that is.
         log_pi = (self.log_pi if self.turn is None else self.turn)[here]
         log_p = torch.where(finite, log_pi + log_w - log_z, 0.0)
-        if self.turn is not None:
-            return log_w, log_p.clamp(max=0.0).exp()
-        return log_w, tail_masses(log_w, log_p)
+        return log_w, log_p.clamp(max=0.0).exp() if self.turn is not None else log_p.softmax(0)
+
+    @property
+    def log_z_least(self) -> float:
+        """The largest log-weight of the target that is known: log Z is not below it."""
+        known = (self.log_pi + self.log_w)[torch.isfinite(self.log_pi + self.log_w)]
+        return float(known.max()) if len(known) else -math.inf
 
 
 class Sampler:
