@@ -36,7 +36,8 @@ def audit(solution: Solution) -> list[dict[str, Any]]:
         laws without a gradient: their total variation from the EBM), ``depends_on_sampler``
         (whether it would be another one if the responses were drawn from another policy, the loss
         as it is), and in nats and reward units ``tv``, ``kl_fixed_point_target``,
-        ``kl_target_fixed_point``, ``expected_reward``, ``kl_reference``: means over the prompts.
+        ``kl_target_fixed_point``, ``expected_reward``, ``kl_reference`` (without a reference, to
+        the counting measure: minus the entropy): means over the prompts.
         None is what is not known, never "no" and never "the EBM".
 
     Raises:
@@ -109,9 +110,14 @@ def measures(log_law: torch.Tensor | None, problem: Problem) -> dict[str, float]
     }
 
 
-def to_text(lines: list[dict[str, Any]]) -> str:
-    """A table for people."""
-    head = ("objective", "options", "TV", "KL(fp, p*)", "KL(p*, fp)", "E[R]", "KL(fp, ref)", "")
+def to_text(lines: list[dict[str, Any]], reference: bool = True) -> str:
+    """A table for people.
+
+    Args:
+        reference: whether the EBM has one; else ``kl_reference`` is minus the entropy.
+    """
+    last = "KL(fp, ref)" if reference else "-H(fp)"
+    head = ("objective", "options", "TV", "KL(fp, p*)", "KL(p*, fp)", "E[R]", last, "")
     rows = [head]
     for x in lines:
         options = ", ".join(f"{v}" for v in x["options"].values() if v != "none")

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from rl_ebm.agents import AGENTS, entry_of, make_options, meant
+from rl_ebm.arguments import WrongTypeError, shown
 from rl_ebm.backbone import TransformerConfig
 from rl_ebm.checkpoint import outline
 from rl_ebm.ebm import EBM
@@ -94,6 +95,11 @@ class Plan:
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.network, TransformerConfig):
+            raise WrongTypeError(
+                "the network of a benchmark must be a TransformerConfig, which every run then "
+                f"has, got {shown(self.network)}"
+            )
         if not self.agents or not self.problems or not self.seeds:
             raise ValueError("a benchmark needs at least one agent, one task and one seed")
         given = {

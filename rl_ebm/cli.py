@@ -216,7 +216,8 @@ def run_audit(args: Sequence[str]) -> int:
     a = flags.parse(Audit, args, "rl-ebm audit", _ABOUT["audit"])
     ebm, _ = a.target.make()
     lines = audit(solve(ebm.to(device_of_flag(a.device))))
-    print(json.dumps(to_json(lines), indent=1) if a.json else to_text(lines))
+    referred = ebm.reference is not None
+    print(json.dumps(to_json(lines), indent=1) if a.json else to_text(lines, referred))
     return 0
 
 

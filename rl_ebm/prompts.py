@@ -76,7 +76,8 @@ def unpadded(encoded: Mapping[str, Any]) -> list[list[int]]:
     """The real tokens of what a tokenizer returned.
 
     Raises:
-        ValueError: no ``input_ids``, padding without a mask, or a mask of another shape.
+        ValueError: no ``input_ids``, padding without a mask, or a mask of another shape or
+            with a hole.
     """
     if "input_ids" not in encoded:
         raise ValueError(f"{_WANTED}, or a mapping with input_ids and attention_mask")
@@ -90,6 +91,13 @@ def unpadded(encoded: Mapping[str, Any]) -> list[list[int]]:
         raise ValueError("the attention_mask of the prompts has another shape than their input_ids")
     if any(bit not in (0, 1) for row in mask for bit in row):
         raise ValueError("the attention_mask of the prompts must hold 0 and 1 alone")
+    for bits in mask:
+        real = [i for i, bit in enumerate(bits) if bit]
+        if real and real[-1] - real[0] >= len(real):
+            raise ValueError(
+                "the attention_mask of the prompts masks a token between others, and padding is "
+                "at an end of a prompt: leave the token out of input_ids where it is not meant"
+            )
     return [
         [token for token, real in zip(row, bits, strict=True) if real]
         for row, bits in zip(ids, mask, strict=True)

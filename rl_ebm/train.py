@@ -123,7 +123,7 @@ def train(
             reference has no part in; None for a new one. A run with one asks for it again:
             load(run, policy=...), resume(run, policy=...).
         network: of a new policy: sizes of the Transformer, or "transformer", or "tabular".
-        steps: gradient steps, at most; 60 seconds where neither is given.
+        steps: gradient steps, at most; 60 seconds where neither is given, in ``config`` neither.
         seconds: trained seconds, at most.
         seed: of the initial weights and of everything that is drawn.
         config: how often to log, verify and checkpoint; ``steps`` and ``seconds`` go first.
@@ -177,7 +177,7 @@ def train(
         raise ValueError(
             f"options for {agent} must be a {entry.config.__name__}, got {type(options).__name__}"
         )
-    if steps is None and seconds is None and config is None:
+    if steps is None and seconds is None and (config is None or config.endless):
         seconds = 60.0
     limits = check_limits(steps, seconds)
     if config is None:

@@ -14,7 +14,10 @@ LOG_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """When a run ends, and how often it is looked at."""
+    """When a run ends, and how often it is looked at.
+
+    Without an end of its own it gets that of :func:`rl_ebm.train`.
+    """
 
     steps: Int | None = None
     """gradient steps at which the run ends; None for no limit"""
@@ -30,11 +33,6 @@ class TrainConfig:
     more than a tenth of the time"""
 
     def __post_init__(self) -> None:
-        if self.steps is None and self.seconds is None:
-            raise ValueError(
-                "a run needs an end: give steps or seconds to the TrainConfig, for example "
-                "TrainConfig(steps=80, log_every=1); those of train(...) then go first"
-            )
         every = whole("log_every", self.log_every)
         for name, value in (*check_limits(self.steps, self.seconds).items(), ("log_every", every)):
             object.__setattr__(self, name, value)
@@ -45,6 +43,11 @@ class TrainConfig:
             if not (is_number(value) and value > 0):
                 raise ValueError(f"{name} must be > 0 seconds, got {shown(value)}")
             object.__setattr__(self, name, float(value))
+
+    @property
+    def endless(self) -> bool:
+        """Whether it has neither limit."""
+        return self.steps is None and self.seconds is None
 
 
 def check_limits(steps: Whole | None, seconds: Number | None) -> dict[str, Any]:

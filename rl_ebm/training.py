@@ -60,6 +60,9 @@ class Trainer:
         run: directory of the files; None writes nothing.
         description: the run's whole configuration, shown in TensorBoard.
         progress: show a bar; None where standard error is a terminal.
+
+    Raises:
+        ValueError: a config without an end.
     """
 
     def __init__(
@@ -73,6 +76,8 @@ class Trainer:
         description: Mapping[str, Any] | None = None,
         progress: bool | None = None,
     ) -> None:
+        if config.endless:
+            raise ValueError("a run needs an end: give steps or seconds to the TrainConfig")
         self.ebm, self.agent, self.generator, self.config = ebm, agent, generator, config
         self.solution, self.run, self.description = solution, run, description
         self.progress_bar = progress

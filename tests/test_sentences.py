@@ -17,6 +17,7 @@ import json, math, sys, traceback
 import numpy as np, torch, rl_ebm
 from rl_ebm import policies
 from rl_ebm.smc import smc
+from rl_ebm.training import Trainer
 
 S = rl_ebm.TokenSpace(3, 3)
 E = rl_ebm.TokenSpace(4, 3, eos_id=1)
@@ -38,7 +39,7 @@ named = {
     "log_prob of a list": lambda: solution.log_prob([[0, 1, 2]]),
     "sample(-1)": lambda: solution.sample(-1),
     "sample(2.5)": lambda: solution.sample(2.5),
-    "no end": lambda: rl_ebm.train(ebm, steps=80, config=rl_ebm.TrainConfig(log_every=1)),
+    "no end": lambda: Trainer(ebm, None, None, rl_ebm.TrainConfig(log_every=1)),
     "steps=2.5": lambda: rl_ebm.train(ebm, steps=2.5),
     "steps=True": lambda: rl_ebm.train(ebm, steps=True),
     "seconds=nan": lambda: rl_ebm.train(ebm, seconds=math.nan),
@@ -162,7 +163,7 @@ WORDS = {
     "log_prob of a list": "tokens must be a tensor of integers of shape (B, T), got list",
     "sample(-1)": "n must be an integer in [0, 2147483648], got -1",
     "sample(2.5)": "n must be an integer in [0, 2147483648], got 2.5",
-    "no end": "give steps or seconds to the TrainConfig, for example TrainConfig(steps=80",
+    "no end": "a run needs an end: give steps or seconds to the TrainConfig",
     "steps=2.5": "steps must be an integer, got 2.5",
     "steps=True": "steps must be an integer, got True",
     "seconds=nan": "seconds must be a finite number >= 0, got nan",

@@ -158,7 +158,6 @@ def test_progress_is_the_larger_share():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "needs an end: give steps or seconds"),
         ({"steps": -1}, "steps must be >= 0, got -1"),
         ({"seconds": -1.0}, "seconds must be a finite number >= 0, got -1"),
         ({"seconds": math.inf}, "seconds must be a finite number >= 0, got inf"),
