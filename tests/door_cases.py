@@ -165,7 +165,7 @@ def test_long_words_lose_their_middle(capsys):
 
 @pytest.mark.parametrize("read", [rewards.read_table, lambda path: corpus(path)])
 def test_a_device_has_no_end(read):
-    with pytest.raises(ValueError, match=r"more than 268 MB|no header"):
+    with pytest.raises(ValueError, match="is a device, which may have no end"):
         read(Path("/dev/zero"))
 
 
