@@ -25,7 +25,7 @@ from rl_ebm.cli import main
 from . import judge
 from .mutate import NUMBERS, TEXTS, spoil, spoil_bytes
 
-COUNT = 1000
+COUNT = 500
 TINY = "--layers 1 --heads 1 --dim 4 --hidden 4 --batch-size 8"
 RANDOM = "--task random --vocab-size 3 --max-length 3"
 BASES = {
