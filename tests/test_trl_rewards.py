@@ -94,12 +94,40 @@ def test_none_is_left_out_of_the_sum():
         rewards([lambda **_: f, lambda **_: [1, None, 1]])
 
 
+def test_none_in_an_array_of_objects_does_not_apply():
+    some = np.array([1.0, None, None], dtype=object)
+    assert rewards([lambda **_: some, lambda **_: [5, 6, 7]]) == [6, 6, 7]
+    with pytest.raises(ValueError, match="returned None"):
+        rewards(lambda **_: some)
+
+
+@pytest.mark.parametrize("value", [None, "0.5", [1.0], torch.zeros(2)], ids=repr)
+def test_a_metric_that_is_no_number_is_named(value):
+    def function(completions, log_metric, **_):
+        log_metric("a", value)
+        return [0.0] * len(completions)
+
+    with pytest.raises(TypeError, match=r"log_metric\('a', ...\) takes a number, got"):
+        rewards(function)
+
+
+@pytest.mark.parametrize("values", [None, 3, "abc"])
+def test_extras_that_are_no_list_are_named(values):
+    def function(completions, log_extra, **_):
+        log_extra("a", values)
+        return [0.0] * len(completions)
+
+    with pytest.raises(TypeError, match=r"log_extra\('a', ...\) takes a list, got"):
+        rewards(function)
+
+
 @pytest.mark.parametrize(
     "values",
     [
         [1, 2, 3],
         (1.0, 2.0, 3.0),
         np.array([1, 2, 3], dtype=np.float16),
+        np.array([1, 2, 3], dtype=object),
         torch.tensor([1.0, 2, 3], requires_grad=True),
         torch.tensor([1, 2, 3], dtype=torch.bfloat16),
         [torch.tensor(1.0), np.float32(2), 3],

@@ -18,6 +18,7 @@ from numbers import Real
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor, nn
@@ -154,11 +155,16 @@ class TRLFunction:
     def to(self, device: torch.device | str) -> TRLFunction:
         return self
 
-    def _log_extra(self, column: str, values: list[Any]) -> None:
+    def _log_extra(self, column: str, values: Any) -> None:
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise TypeError(f"log_extra({column!r}, ...) takes a list, got {shown(values)}")
         self.extra[column] = list(values)
 
-    def _log_metric(self, name: str, value: float | int) -> None:
-        self.metrics[name] = float(value)
+    def _log_metric(self, name: str, value: Any) -> None:
+        number = value.item() if getattr(value, "ndim", None) == 0 else value
+        if not isinstance(number, Real):
+            raise TypeError(f"log_metric({name!r}, ...) takes a number, got {shown(value)}")
+        self.metrics[name] = float(number)
 
 
 def _check_functions(functions: Any) -> list[RewardFunction]:
@@ -252,7 +258,8 @@ def _numbers(result: Any, count: int) -> Tensor:
         ValueError: another number of values than completions, or NaN.
     """
     if isinstance(result, Tensor) or hasattr(result, "__array__"):
-        result = torch.as_tensor(result)
+        # An array of objects holds numbers beside None, which no tensor does.
+        result = result if isinstance(result, Tensor) else np.asarray(result)
         if result.shape != (count,):
             raise ValueError(
                 f"the TRL reward returned shape {tuple(result.shape)}, expected ({count},): one "
