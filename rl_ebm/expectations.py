@@ -3,7 +3,7 @@
 Normal theory where :mod:`rl_ebm.tails` finds nothing against it, one end at a time; else a
 bound that holds for every number of samples, where the variable is bounded on that side
 (:mod:`rl_ebm.mean_bounds`); else no end at all. Where all values and their probabilities are
-listed, normal theory where the law allows it; else the law's own mean.
+listed, normal theory where the law allows it; else the law's own mean is an end.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def bounded(x: Float[Tensor, "n"], most: float, confidence: float) -> Interval:
 
 
 def expectation(x: Float[Tensor, "n"], confidence: float, known: Known | None = None) -> Found:
-    """Of E X from a sample of it; the estimate is the sample's mean, or that of the list.
+    """Of E X from a sample of it; the estimate is the sample's mean.
 
     Each end has half of the chance to fail, whichever way it is found: that the way is chosen by
     looking at the sample makes no bound fail more often.
@@ -136,7 +136,7 @@ def _by_list(
     known: Known,
     at: float = 0.0,
 ) -> Interval:
-    """The interval of normal theory where the law allows it, else of the law's own mean.
+    """The interval of normal theory where the law allows it, else from one mean to the other.
 
     Which of them it is does not depend on the sample: so neither fails more often for it.
 
@@ -145,9 +145,10 @@ def _by_list(
         x, p: the law of X.
     """
     mean, size = at + float(p @ x), max(known.unit, abs(at), float(p @ x.abs()))
-    if not is_normal(x, p, n, _FLAT * size):
+    light = known.light_below > -INF, known.light_above < INF
+    if not is_normal(x, p, n, _FLAT * size, light):
         error = _ROUNDING * size
-        normal = Interval(mean, mean - error, mean + error, normal.confidence, "finite-sample")
+        normal = replace(normal, low=mean - error, high=mean + error, kind="finite-sample")
     low, high = max(normal.low, known.least), min(normal.high, known.most)
     return replace(normal, low=min(low, normal.estimate), high=max(high, normal.estimate))
 

@@ -32,6 +32,8 @@ FEWEST = 30
 INFINITE_VARIANCE = 0.5
 """the shape from which on a Pareto tail has no variance"""
 _COCHRAN = 5.0
+_LIGHT = 2.0
+"""in its place for a tail that is known to be light: 4 draws are expected of a lone rare class"""
 
 
 def unseen(alpha: float, n: int) -> float:
@@ -93,7 +95,13 @@ def skewness(x: Float[Tensor, "n"], p: Float[Tensor, "n"] | None = None) -> floa
     return float(p @ d.pow(3)) / variance**1.5 if variance > 0 else 0.0
 
 
-def is_normal(x: Float[Tensor, "e"], p: Float[Tensor, "e"], n: int, flat: float) -> bool:
+def is_normal(
+    x: Float[Tensor, "e"],
+    p: Float[Tensor, "e"],
+    n: int,
+    flat: float,
+    light: tuple[bool, bool] = (False, False),
+) -> bool:
     """Whether normal theory holds for the mean of n draws of a law that is listed.
 
     By Cochran's rule with the law's own skewness, which is large where a class that n draws may
@@ -101,9 +109,12 @@ def is_normal(x: Float[Tensor, "e"], p: Float[Tensor, "e"], n: int, flat: float)
 
     Args:
         flat: a standard deviation that is rounding.
+        light: whether the lower, the upper tail is known to be light.
     """
     spread = float(p @ (x - p @ x).square()) ** 0.5
-    return n >= FEWEST and spread > flat and abs(skewness(x, p)) <= math.sqrt(n) / _COCHRAN
+    g = skewness(x, p)
+    most = math.sqrt(n) / (_LIGHT if light[g > 0] else _COCHRAN)
+    return n >= FEWEST and spread > flat and abs(g) <= most
 
 
 def upper_doubt(
