@@ -17,6 +17,8 @@ from rl_ebm.policies.scoring import check_draws, resolve_prompt_ids, sample
 from rl_ebm.soft_bellman import backup, gather_tokens, log_policy
 from rl_ebm.tokens import Batch, length_mask
 
+_ALL = slice(None)
+
 
 @dataclass
 class _Decoding:
@@ -64,7 +66,7 @@ class TreeSolution:
         """V of all prefixes by depth, (P, branching**t), in the dtype of the scores."""
         return [self._v(t).to(self.scores.dtype) for t in range(self.space.max_length)]
 
-    def _v(self, depth: int, prompt: Any = slice(None), rows: Rows = slice(None)) -> Tensor:
+    def _v(self, depth: int, prompt: Any = _ALL, rows: Rows = _ALL) -> Tensor:
         v = self.reduced_v[depth][prompt, rows].double()
         if self.paid is None:
             return v

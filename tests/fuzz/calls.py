@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
 
 import rl_ebm
@@ -92,11 +93,18 @@ def spoilt(rng: random.Random, subject: Subject) -> Case:
 prepare = damage.prepare
 
 
+def decoded(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same, which joins its pieces without a blank."""
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return tokenizer
+
+
 class Names(dict[str, Any]):
     """Values of names, made when they are asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.world = {"torch": torch, "np": np, "rl_ebm": rl_ebm, "Path": Path, "folder": folder}
+        self.world |= {"tokenizers": tokenizers, "decoded": decoded}
         super().__init__()
 
     def __missing__(self, name: str) -> Any:

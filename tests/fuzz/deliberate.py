@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import rl_ebm
+from rl_ebm.tokens import length_mask
 
 from . import judge
 
@@ -18,7 +19,7 @@ ENDS = {
     "success": lambda: None,
     "sentence": lambda: rl_ebm.TokenSpace(1, 3),
     "torch": lambda: rl_ebm.TokenSpace(2, 3).action_mask("no device"),
-    "attribute": lambda: rl_ebm.solve(None),  # type: ignore[arg-type]
+    "attribute": lambda: length_mask(None, 3),  # type: ignore[arg-type]
     "memory": lambda: bytearray(8 * 2**30),
     "allocator": lambda: torch.zeros(2**31),
     "hang": lambda: time.sleep(60),

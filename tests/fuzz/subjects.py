@@ -25,6 +25,7 @@ PACKAGES = {
 
 # Names that expressions may use, made anew for each case.
 NAMES = {
+    "letters": "decoded(tokenizers.Tokenizer(tokenizers.models.BPE(dict(a=0, b=1, c=2), [])))",
     "space": "rl_ebm.TokenSpace(3, 3)",
     "eos": "rl_ebm.TokenSpace(3, 3, 0)",
     "scores": "torch.linspace(-1, 1, 27)",
@@ -75,7 +76,8 @@ RIGHT = {
     "path": "folder / 'table.tsv'", "prompts": "None", "responses": "batch", "num_states": "2",
     "tokens": "tokens", "decode.tokens": "[0, 1]", "lengths": "lengths", "n": "2",
     "prompt_ids": "prompt_ids", "env": "env", "FlatVectorObservation.env": "vector_env",
-    "name": "'random'", "batch": "batch", "device": "'cpu'", "parts": "[batch, batch]",
+    "name": "'random'", "entry_of.name": "'dpg'",
+    "entry_of_run.name": "'dpg'", "batch": "batch", "device": "'cpu'", "parts": "[batch, batch]",
     "rows": "torch.tensor([0])", "take.rows": "torch.tensor([1, 0])", "actions": "actions",
     "t": "torch.tensor([0, 2])", "children": "torch.zeros(9)", "fill": "0.0",
     "gather_children.rows": "torch.zeros(3, 3)", "rank": "tokens", "action": "1",
@@ -96,7 +98,7 @@ RIGHT = {
     "AutomatonSolution.reward": "machine", "AutomatonPolicy.machine": "fitted.machine",
     "AutomatonSolution.ebm": "automaton_ebm",
     "reward_rows.depth": "0", "TransformerConfig.dim": "4", "loss": "lambda *args: 0",
-    "audit.solution": "rl_ebm.solve(rl_ebm.EBM(two, torch.zeros(4)))", "tokenizer": "None",
+    "audit.solution": "rl_ebm.solve(rl_ebm.EBM(two, torch.zeros(4)))", "tokenizer": "letters",
     "tree": "PrefixTree.full(space)", "audit_loss.loss": "lambda log_pi, *args: -log_pi.sum()",
 }  # fmt: skip
 
