@@ -42,7 +42,7 @@ def line_of(lines, objective, **options):
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(kind, id=name, marks=[pytest.mark.slow] if "prompts" in name else [])
+        pytest.param(kind, id=name, marks=[pytest.mark.slow] if name != "fixed" else [])
         for kind, name in zip(KINDS, KIND_IDS, strict=True)
     ],
 )
@@ -125,6 +125,7 @@ def test_the_measures_are_sums_over_the_responses():
     close(reward, problem.ebm.reward(tokens, lengths, ids).double(), 1e-9)
 
 
+@pytest.mark.slow
 def test_with_prompts_the_measures_are_means():
     space = rl_ebm.TokenSpace(2, 2)
     scores = torch.randn(2, 4, generator=seeded(3), dtype=torch.float64)

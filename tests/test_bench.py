@@ -196,6 +196,7 @@ def test_the_command_writes_results_and_a_report(tmp_path, capsys):
     assert "another --out" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_report_has_a_line_for_each_agent(tmp_path):
     small = plan(problems=(Problem("lookahead"),))
     rows = [row for job in jobs(small, tmp_path) for row in measure(job)]
@@ -243,6 +244,7 @@ def test_the_smallest_geometric_mean_of_a_task_wins():
     assert tune.score(rows, "d", 2) == math.inf
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capsys):
     options = tmp_path / "options.json"
     options.write_text(json.dumps(OPTIONS | {"soft-q": {"batch_size": 64, "lr": 1e30}}))

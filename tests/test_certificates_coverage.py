@@ -46,6 +46,7 @@ def test_limits_are_close_on_an_easy_law():
 
 
 @pytest.mark.parametrize("law", ["easy", "heavy"])
+@pytest.mark.slow
 def test_divergences_are_in_their_intervals_as_often_as_claimed(law):
     repetitions, n, confidence = 200, 100, 0.8
     log_w, _ = draw(law, repetitions, n)

@@ -60,6 +60,7 @@ def test_a_wrong_objective_is_told_from_a_run_that_is_not_over(tmp_path):
     assert "Nothing to mend" in found.advice
 
 
+@pytest.mark.slow
 def test_a_network_that_is_too_small_is_told(tmp_path):
     # 256 random scores are far beyond two dimensions: local optima differ by 0.3 nats, all lose 1.
     small = TransformerConfig(layers=1, heads=1, dim=2, hidden=1)

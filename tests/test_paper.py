@@ -238,6 +238,7 @@ def refuses(job):
     raise AssertionError("it was in the results")
 
 
+@pytest.mark.slow
 def test_jobs_whose_rows_are_there_are_not_run_again(tmp_path):
     options = Options(out=tmp_path, workers=1)
     jobs = [Job(2, 0), Job(3, 1)]

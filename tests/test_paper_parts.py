@@ -42,6 +42,7 @@ def test_deviations_find_a_planted_error():
     assert function_space.largest(other, tables) == pytest.approx(0.25)
 
 
+@pytest.mark.slow
 def test_descent_reaches_the_conditional_entropy():
     rows = function_space.measure(function_space.Descent(2, 2, 2, steps=4000, seed=0))
     last = {row["what"]: row["value"] for row in rows}
@@ -161,6 +162,7 @@ def test_the_trace_losses_have_the_gradient_of_the_answers_kl(kind):
 
 
 @pytest.mark.parametrize(("method", "scale", "steps"), [("gibbs", 20, 120), ("metropolis", 5, 120)])
+@pytest.mark.slow
 def test_chains_draw_from_the_ebm_when_it_stands_still(method, scale, steps):
     s = setting(method)
     with torch.no_grad():
@@ -196,6 +198,7 @@ def test_nce_learns_the_log_partition_function():
     assert float(s.log_z.detach()) == pytest.approx(float(torch.logsumexp(r, 0)), abs=0.1)
 
 
+@pytest.mark.slow
 def test_the_policy_of_min_max_draws_its_own_negatives():
     s = setting("min-max")
     before = [p.clone() for p in s.policy.parameters()]
@@ -253,6 +256,7 @@ def test_the_bias_is_that_of_what_is_drawn_for_the_ebm_as_it_is():
     assert sampled_ebm.along(rows, "other") == []
 
 
+@pytest.mark.slow
 def test_beyond_enumeration_the_kl_is_estimated_with_its_error():
     s = setting("nce", "chain")
     assert isinstance(s.law, contrast.ChainLaw)

@@ -85,6 +85,7 @@ def test_a_mask_with_a_hole_is_refused(mask, want):
         assert check_prompts(prompts) == [want, [1, 2, 3]]
 
 
+@pytest.mark.slow
 def test_without_a_reference_the_audit_shows_minus_the_entropy(capsys):
     lines = audit(rl_ebm.solve(EBM))
     soft_q = next(x for x in lines if x["objective"] == "soft-q")

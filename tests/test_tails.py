@@ -198,6 +198,7 @@ def test_an_infinity_that_is_possible_is_certain():
         assert seen == found
 
 
+@pytest.mark.slow
 def test_bounded_means_stay_within_their_bounds():
     repetitions, p = 400, 0.02
     draws = torch.rand(repetitions, 60, generator=seeded(7), dtype=torch.float64) < p
