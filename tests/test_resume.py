@@ -15,7 +15,6 @@ import torch
 from run_cases import (
     STATES,
     differences,
-    every_agent,
     killed_before_operation,
     load_state,
     snapshot,
@@ -76,7 +75,7 @@ def kill_and_resume(run: Path, agent: str, operations) -> int:
     raise AssertionError("not enough operations")
 
 
-@every_agent
+@pytest.mark.parametrize("agent", STATES)  # all of them: test_kills.py
 def test_kill_resume_kill_resume_is_bit_identical(agent, whole, tmp_path):
     reference = whole(agent)
     rng = random.Random(agent)
@@ -146,7 +145,7 @@ def test_resume_without_a_checkpoint_starts_at_step_0(whole, tmp_path):
     assert [row["step"] for row in rows(run)].count("0") == 1
 
 
-@every_agent
+@pytest.mark.parametrize("agent", STATES)  # all of them: test_kills.py
 def test_a_finished_run_says_so_and_nothing_is_touched(agent, whole, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(whole(agent), run)
