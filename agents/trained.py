@@ -193,10 +193,9 @@ def _named(policy: Trainable) -> list[tuple[str, nn.Parameter]]:
 
 def _place(tensor: Tensor) -> tuple[str, int]:
     """Where a tensor's memory is: the same for views and for tied weights."""
-    try:
-        return str(tensor.device), tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):  # sparse ones have several
+    if tensor.layout != torch.strided:  # a sparse one has several
         return "object", id(tensor)
+    return str(tensor.device), tensor.untyped_storage().data_ptr()
 
 
 def _check_gradient(ebm: EBM, policy: Trainable) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+import rl_ebm
 from rl_ebm.agents import AGENTS
 from rl_ebm.backbone import TransformerConfig
 from rl_ebm.cli import main
@@ -156,3 +157,25 @@ def _die_at(number: int, run: Path, name: str) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
+
+
+def refused(capsys, *args: object) -> str:
+    """The one sentence of a command that fails."""
+    capsys.readouterr()
+    code = main(list(map(str, args)))
+    out, err = capsys.readouterr()
+    assert code == 2, (code, out, err)
+    assert out == ""
+    assert err.startswith("rl-ebm: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert "Traceback" not in err
+    return err
+
+
+def finished_run(folder: Path) -> Path:
+    """A run of three steps on a table of 27 responses."""
+    scores = torch.randn(27, generator=torch.Generator().manual_seed(1))
+    ebm = rl_ebm.EBM(rl_ebm.TokenSpace(3, 3), scores)
+    rl_ebm.train(ebm, out=folder, options=small_options("soft-q"), network=NETWORK, steps=3)
+    return folder

@@ -66,7 +66,7 @@ def test_an_agent_that_needs_the_solution_has_it_counted_or_says_so(tmp_path):
     reward = Counted()
     ebm = rl_ebm.EBM(rl_ebm.TokenSpace(4, 7), reward)
     _, report = rl_ebm.train(ebm, "exact", tmp_path / "r", network=NETWORK, steps=2)
-    assert report is not None
+    assert report.num_sequences == 4**7
     assert int(rows(tmp_path / "r")[-1]["solution_calls"]) == reward.calls == 4**7
     with pytest.raises(ValueError, match="leave out solve=False"):
         rl_ebm.train(ebm, "exact", network=NETWORK, steps=2, solve=False)
@@ -92,7 +92,7 @@ def test_a_resumed_run_solves_as_it_was_asked_to(tmp_path):
     ebm = rl_ebm.EBM(rl_ebm.TokenSpace(4, 7), reward)
     run(ebm, tmp_path / "r", solve=True)
     _, report, _ = rl_ebm.resume(tmp_path / "r", steps=3, reward=Counted())
-    assert report is not None
+    assert report.num_sequences == 4**7
 
 
 @pytest.mark.parametrize(("steps", "want"), [(1, [1]), (7, [1, 4, 7]), (8, [1, 4, 8])])

@@ -11,7 +11,13 @@ from itertools import product
 
 import pytest
 import torch
-from run_cases import NETWORK_FLAGS, load_state, start, train_args
+from run_cases import (
+    NETWORK_FLAGS,
+    load_state,
+    refused,
+    start,
+    train_args,
+)
 
 import rl_ebm
 from rl_ebm import cli, flags
@@ -30,20 +36,6 @@ def made(tmp_path_factory):
     args = ["train", "--table", folder / "t.tsv", "--agent", "exact", *NETWORK_FLAGS]
     assert main([*map(str, args), "--steps", "2", "--out", str(folder / "run")]) == 0
     return folder / "run"
-
-
-def refused(capsys, *args: object) -> str:
-    """The one sentence of a command that fails."""
-    capsys.readouterr()
-    code = main(list(map(str, args)))
-    out, err = capsys.readouterr()
-    assert code == 2, (code, out, err)
-    assert out == ""
-    assert err.startswith("rl-ebm: ")
-    assert err.count("\n") == 1
-    assert "Traceback" not in err
-    assert "----" not in err  # rulers of a help page
-    return err
 
 
 WRONG_FLAGS = [

@@ -13,7 +13,12 @@ from pathlib import Path
 import damage
 import pytest
 import torch
-from run_cases import NETWORK, load_state, small_options, train_args
+from run_cases import (
+    finished_run,
+    load_state,
+    refused,
+    train_args,
+)
 
 import rl_ebm
 from rl_ebm import checkpoint, files, memory
@@ -23,7 +28,7 @@ from rl_ebm.cli import main
 from rl_ebm.files import RunError
 from rl_ebm.metrics import MetricsFile, read_rows
 from rl_ebm.tensor_files import holds, load_tensors, save_tensors
-from rl_ebm.train import resume, train
+from rl_ebm.train import resume
 
 SPACE = rl_ebm.TokenSpace(3, 3)
 NAMES = ("config.json", "state.pt", "policy.safetensors", "task.safetensors", "metrics.csv",
@@ -32,11 +37,7 @@ NAMES = ("config.json", "state.pt", "policy.safetensors", "task.safetensors", "m
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    run = tmp_path_factory.mktemp("files") / "run"
-    scores = torch.randn(27, generator=torch.Generator().manual_seed(1))
-    train(rl_ebm.EBM(SPACE, scores), out=run, options=small_options("soft-q"), network=NETWORK,
-          steps=3)  # fmt: skip
-    return run
+    return finished_run(tmp_path_factory.mktemp("files") / "run")
 
 
 @pytest.fixture
@@ -46,14 +47,6 @@ def run(made, tmp_path):
 
 def file_of(run: Path, name: str) -> Path:
     return next(run.glob("events.*")) if name == "events" else run / name
-
-
-def refused(capsys, *args: object) -> str:
-    capsys.readouterr()
-    assert main(list(map(str, args))) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    return err
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -13,7 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_cases import NETWORK, load_state, small_options, start, train_args
+from run_cases import (
+    NETWORK,
+    finished_run,
+    load_state,
+    refused,
+    small_options,
+    start,
+    train_args,
+)
 
 import rl_ebm
 from rl_ebm.cli import main
@@ -26,24 +34,12 @@ SPACE = rl_ebm.TokenSpace(3, 3)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    run = tmp_path_factory.mktemp("files") / "run"
-    scores = torch.randn(27, generator=torch.Generator().manual_seed(1))
-    train(rl_ebm.EBM(SPACE, scores), out=run, options=small_options("soft-q"), network=NETWORK,
-          steps=3)  # fmt: skip
-    return run
+    return finished_run(tmp_path_factory.mktemp("files") / "run")
 
 
 @pytest.fixture
 def run(made, tmp_path):
     return Path(shutil.copytree(made, tmp_path / "run"))
-
-
-def refused(capsys, *args: object) -> str:
-    capsys.readouterr()
-    assert main(list(map(str, args))) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    return err
 
 
 # One process --------------------------------------------------------------------------------------

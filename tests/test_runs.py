@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_cases import NETWORK, load_state, small_options, snapshot, train_args
+from run_cases import (
+    NETWORK,
+    load_state,
+    refused,
+    small_options,
+    snapshot,
+    train_args,
+)
 from safetensors.torch import load_file, save_file
 
 import rl_ebm
@@ -122,19 +129,6 @@ def made(tmp_path_factory):
 @pytest.fixture
 def run(made, tmp_path):
     return Path(shutil.copytree(made, tmp_path / "run"))
-
-
-def refused(capsys, *args: object) -> str:
-    """The one sentence of a command that fails."""
-    capsys.readouterr()
-    assert main(list(map(str, args))) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("rl-ebm: ")
-    assert err.count("\n") == 1
-    assert err.endswith("\n")
-    assert "Traceback" not in err
-    return err
 
 
 def test_a_foreign_or_damaged_checkpoint(run, capsys):

@@ -96,3 +96,15 @@ def test_without_a_reference_the_audit_shows_minus_the_entropy(capsys):
     for flags, header in (([], "-H(fp)"), (["--reference", "uniform"], "KL(fp, ref)")):
         assert cli.main(reward + flags) == 0
         assert header in capsys.readouterr().out.splitlines()[0]
+
+
+def test_a_sparse_tensor_of_the_reward_is_looked_at_and_shares_nothing():
+    """It has no one storage: it is itself alone, and training goes on."""
+    sparse = torch.eye(3).to_sparse()
+    ebm = rl_ebm.EBM(
+        rl_ebm.TokenSpace(3, 2), lambda tokens, lengths: sparse.to_dense()[tokens[:, 0]].sum(1)
+    )
+    policy = rl_ebm.policies.Tabular(ebm.space)
+    before = policy.logits(ebm.space.sequences()[0]).clone()
+    rl_ebm.train(ebm, policy=policy, steps=1, progress=False)
+    assert not torch.equal(policy.logits(ebm.space.sequences()[0]), before)

@@ -45,15 +45,12 @@ class Worker:
 
     def ask(self, kind: str, seed: int) -> dict[str, Any]:
         """How a case ended; ``end`` is hang or death where the process did not live to say."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.write(f"{kind} {seed}\n")
         self.process.stdin.flush()
         reply = self.process.stdout.readline()
         if reply:
             found: dict[str, Any] = json.loads(reply)
             return found
-        assert self.process.stderr is not None
         code, log = self.process.wait(), self.log.read_text()
         hang = log.startswith("Timeout (")
         text = "hang" if hang else f"the process died, exit code {code}"
@@ -69,7 +66,6 @@ class Worker:
 
     def close(self) -> None:
         for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
-            assert pipe is not None
             pipe.close()
         self.process.wait()
         self.folder.cleanup()
