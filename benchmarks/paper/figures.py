@@ -202,10 +202,12 @@ def measure_cost(job: Cost) -> Rows:
 
         prompts, logits = None, staticmethod(policy.logits)
 
+    sequences = Sequences()
+
     def by_sequence() -> Tensor:
         total = torch.zeros(())
         for part in tokens.split(8192):
-            loss = q_values(Sequences, space, part).square().sum()
+            loss = q_values(sequences, space, part).square().sum()
             loss.backward()
             total += loss.detach()
         return total.requires_grad_()

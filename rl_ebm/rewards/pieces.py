@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from rl_ebm.arguments import flag
+
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _TRIALS = 200
 """sequences that are decoded to check"""
@@ -80,7 +82,7 @@ def alphabet_of(tokenizer: Any, skip_special_tokens: bool = True) -> list[str]:
         skip_special_tokens: whether special tokens are empty; False for their names.
 
     Raises:
-        TypeError: no tokenizer.
+        TypeError: no tokenizer, or a flag that is neither True nor False.
         ValueError: one whose text is not that of its tokens one after the other.
     """
     return pieces_of(tokenizer, skip_special_tokens).texts
@@ -106,6 +108,7 @@ class _Decoder:
                 "tokenizer must be one of transformers or tokenizers, got "
                 f"{type(tokenizer).__name__}"
             )
+        flag("skip_special_tokens", skip)
         self.tokenizer, self.skip = tokenizer, skip
         state: dict[str, Any] = json.loads(backend.to_str()) if hasattr(backend, "to_str") else {}
         self.kinds = set(_types(state.get("decoder")))
