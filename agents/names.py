@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rl_ebm.names import nearest
+from rl_ebm.messages.words import nearest
 
 ELSEWHERE = {
     "policy-gradient": {

@@ -7,7 +7,7 @@ from inspect import signature
 from types import NoneType
 from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
-from rl_ebm.arguments import WrongTypeError, is_number, is_whole, shown
+from rl_ebm.messages.arguments import WrongTypeError, is_number, is_whole, shown
 
 T = TypeVar("T")
 

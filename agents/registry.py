@@ -10,9 +10,9 @@ from torch import Tensor
 
 from rl_ebm.agents.names import meant
 from rl_ebm.agents.off_policy import fixed_point as off_policy_fixed_point
-from rl_ebm.arguments import shown
 from rl_ebm.fixed_points import FixedPoint, Problem, target
-from rl_ebm.names import nearest
+from rl_ebm.messages.arguments import shown
+from rl_ebm.messages.words import nearest
 from rl_ebm.policies import Trainable
 from rl_ebm.tokens import Batch
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rl_ebm.arguments import check_generator, shown
 from rl_ebm.ebm import EBM, check_ebm
+from rl_ebm.messages.arguments import check_generator, shown
 from rl_ebm.policies.outputs import check_kind
 from rl_ebm.policies.scoring import Policy, Trainable, device_of
 

@@ -12,8 +12,8 @@ from gymnasium.utils import RecordConstructorArgs
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from rl_ebm.arguments import shown
 from rl_ebm.envs.observation import Observation
+from rl_ebm.messages.arguments import shown
 
 FlatArray = NDArray[np.float32]
 

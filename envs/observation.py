@@ -10,9 +10,9 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rl_ebm.arguments import shown as shown_value
 from rl_ebm.ebm import EBM
 from rl_ebm.envs.transition import State
+from rl_ebm.messages.arguments import shown as shown_value
 
 Observation = dict[str, Any]
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from rl_ebm.names import count_text
+from rl_ebm.messages.words import count_text
 from rl_ebm.tokens import TokenSpace
 
 MAX_SCORES = 2**26

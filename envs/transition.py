@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from rl_ebm.arguments import Number, finite, shown
 from rl_ebm.ebm import EBM, check_ebm
+from rl_ebm.messages.arguments import Number, finite, shown
 from rl_ebm.rewards.base import check_values
 
 REWARD_MODES = ("terminal", "soft")

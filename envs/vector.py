@@ -14,11 +14,11 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from rl_ebm.arguments import Int, Number, shown, whole
 from rl_ebm.ebm import EBM
 from rl_ebm.envs.observation import Observation, Observer, choose_prompts, to_numpy
 from rl_ebm.envs.tasks import Task, find_ebm
 from rl_ebm.envs.transition import State, Transition
+from rl_ebm.messages.arguments import Int, Number, shown, whole
 
 
 class TokenVectorEnv(gymnasium.vector.VectorEnv[Observation, Any, NDArray[Any]]):

@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rl_ebm.arguments import shown, whole
-from rl_ebm.memory import check_fits
-from rl_ebm.names import count_text
+from rl_ebm.messages.arguments import shown, whole
+from rl_ebm.messages.memory import check_fits
+from rl_ebm.messages.words import count_text
 from rl_ebm.tiles import Tile
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]

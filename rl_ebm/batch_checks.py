@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rl_ebm.arguments import ids_tensor, shown
+from rl_ebm.messages.arguments import ids_tensor, shown
 from rl_ebm.tokens import Batch, TokenSpace
 
 

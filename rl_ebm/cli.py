@@ -26,7 +26,7 @@ from rl_ebm.estimates import Interval
 from rl_ebm.exact import TooLargeError, solve, summarise
 from rl_ebm.exits import exit_code
 from rl_ebm.files import write_text
-from rl_ebm.names import count_text, nearest
+from rl_ebm.messages.words import count_text, nearest
 from rl_ebm.options import (
     Agents,
     Audit,

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from rl_ebm.arguments import Number, as_device, finite, flag, whole
 from rl_ebm.batch_checks import check_batch
+from rl_ebm.messages.arguments import Number, as_device, finite, flag, whole
 from rl_ebm.policies.checks import ROWS, check_rows
 from rl_ebm.policies.outputs import check_kind
 from rl_ebm.policies.scoring import (

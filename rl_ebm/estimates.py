@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-from rl_ebm.arguments import WrongTypeError, is_number, shown, whole
+from rl_ebm.messages.arguments import WrongTypeError, is_number, shown, whole
 
 Kind = Literal["finite-sample", "one-sided finite-sample", "asymptotic", "worth nothing"]
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 import torch
 
 from rl_ebm.flags import fail
-from rl_ebm.names import bytes_text
+from rl_ebm.messages.words import bytes_text
 from rl_ebm.stopping import Terminated
 
 # What Python and torch say when a size is too large for the machine.

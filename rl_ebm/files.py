@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rl_ebm.memory import check_fits
-from rl_ebm.names import bytes_text
+from rl_ebm.messages.memory import check_fits
+from rl_ebm.messages.words import bytes_text
 
 CONFIG = "config.json"
 POLICY = "policy.safetensors"

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import tyro
 
-from rl_ebm.names import nearest
+from rl_ebm.messages.words import nearest
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rl_ebm.arguments import shown
+from rl_ebm.messages.arguments import shown
 
 if TYPE_CHECKING:
     GivenPrompts = Sequence[Sequence[int]] | Mapping[str, Any]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from rl_ebm.estimates import Interval, average
-from rl_ebm.names import count_text
+from rl_ebm.messages.words import count_text
 from rl_ebm.report import Report, plain
 
 

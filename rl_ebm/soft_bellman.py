@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.arguments import shown
+from rl_ebm.messages.arguments import shown
 from rl_ebm.tokens import TokenSpace, check_space, length_mask
 
 Tables = Sequence[Tensor]

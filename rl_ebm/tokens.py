@@ -35,7 +35,7 @@ import torch
 from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
-from rl_ebm.arguments import Int, ids_tensor, is_whole, shown, whole
+from rl_ebm.messages.arguments import Int, ids_tensor, is_whole, shown, whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

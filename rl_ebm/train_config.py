@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from rl_ebm.arguments import Int, Number, Whole, is_number, shown, whole
+from rl_ebm.messages.arguments import Int, Number, Whole, is_number, shown, whole
 
 LOG_SECONDS = 10.0
 """after so long without a row of metrics the next step is logged"""

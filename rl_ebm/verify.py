@@ -19,9 +19,9 @@ from torch import Tensor
 
 from rl_ebm import bounds
 from rl_ebm.accumulate import WORST, Accumulator
-from rl_ebm.arguments import flag, whole
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import Solution, lists
+from rl_ebm.messages.arguments import flag, whole
 from rl_ebm.policies.outputs import check_kind
 from rl_ebm.policies.scoring import Policy, evaluating
 from rl_ebm.policies.walk import DEFAULT_MEMORY, prompts_at_once, walk, walk_prompts

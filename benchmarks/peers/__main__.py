@@ -29,7 +29,7 @@ from benchmarks.peers.report import picture, remarks, table
 from benchmarks.peers.trial import fastest
 from rl_ebm.bench import Problem
 from rl_ebm.envs import TASKS
-from rl_ebm.names import nearest
+from rl_ebm.messages.words import nearest
 
 HERE = Path(__file__).parent
 

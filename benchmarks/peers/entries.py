@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.peers import ours, with_gfnx, with_sb3, with_torchgfn, with_trl
 from benchmarks.peers.contender import Contender
-from rl_ebm.names import nearest
+from rl_ebm.messages.words import nearest
 
 CONTENDERS: dict[str, Contender] = {
     contender.name: contender

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rl_ebm.automata.machine import Machine, deterministic
-from rl_ebm.names import bytes_text, count_text
+from rl_ebm.messages.words import bytes_text, count_text
 
 MAX_TABLE = 2**26
 """transitions that a machine may list: 12 bytes each, and three times as much on the way"""

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl_ebm.arguments import is_number, is_whole, shown, whole
 from rl_ebm.certificates.certificate import Certificate, combine
 from rl_ebm.certificates.limits import (
     log_z_interval,
@@ -20,6 +19,7 @@ from rl_ebm.ebm import EBM
 from rl_ebm.estimates import Interval, check_confidence, check_samples, difference
 from rl_ebm.expectations import Known, entropy_expectation, expectation
 from rl_ebm.mean_bounds import effective_sample_size, log_mean
+from rl_ebm.messages.arguments import is_number, is_whole, shown, whole
 from rl_ebm.policies.outputs import check_kind
 from rl_ebm.policies.scoring import Policy, evaluating
 from rl_ebm.rewards.limits import reward_limits

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rl_ebm.arguments import whole
+from rl_ebm.messages.arguments import whole
 from rl_ebm.policies import hf_files
 from rl_ebm.policies.hf_adapter import AdapterFree, evaluating, keep_adapter_alone
 from rl_ebm.policies.hf_check import check_passes

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rl_ebm.arguments import finite, whole
 from rl_ebm.automata import check_window, window
 from rl_ebm.batch_checks import check_batch
-from rl_ebm.names import count_text
+from rl_ebm.messages.arguments import finite, whole
+from rl_ebm.messages.words import count_text
 from rl_ebm.policies.automaton import AutomatonPolicy
 from rl_ebm.prompts import check_prompts
 from rl_ebm.tokens import Batch, TokenSpace, check_space, length_mask

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rl_ebm.arguments import shown
+from rl_ebm.messages.arguments import shown
 from rl_ebm.tokens import TokenSpace, check_space
 
 

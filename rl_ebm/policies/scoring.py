@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.arguments import (
+from rl_ebm.messages.arguments import (
     Int,
     Number,
     check_generator,
@@ -38,7 +38,7 @@ from rl_ebm.arguments import (
     shown,
     whole,
 )
-from rl_ebm.memory import check_fits
+from rl_ebm.messages.memory import check_fits
 from rl_ebm.policies.outputs import check_kind, check_output
 from rl_ebm.policies.outputs import check_shape as check_shape
 from rl_ebm.prefix_tree import PrefixTree

@@ -7,9 +7,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rl_ebm.arguments import Number, check_generator, finite, shown
 from rl_ebm.automata import Machine
-from rl_ebm.names import bytes_text, count_text
+from rl_ebm.messages.arguments import Number, check_generator, finite, shown
+from rl_ebm.messages.words import bytes_text, count_text
 from rl_ebm.policies.automaton import uniform_machine
 from rl_ebm.prefix_tree import PrefixTree
 from rl_ebm.prompts import GivenPrompts, check_prompts

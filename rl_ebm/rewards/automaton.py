@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.arguments import shown
 from rl_ebm.automata import MAX_TABLE, Machine, check_machine, minimise, product
+from rl_ebm.messages.arguments import shown
 from rl_ebm.rewards import chains, counters, distances, patterns, phrases
 from rl_ebm.rewards.base import Prompts, check_values
 from rl_ebm.rewards.matrices import weighted

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from rl_ebm.arguments import shown
+from rl_ebm.messages.arguments import shown
 from rl_ebm.tokens import TokenSpace
 
 Prompts = Sequence[Sequence[int]]

@@ -27,9 +27,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rl_ebm.arguments import shown
-from rl_ebm.names import nearest
-from rl_ebm.numerals import parse_real
+from rl_ebm.messages.arguments import shown
+from rl_ebm.messages.numerals import parse_real
+from rl_ebm.messages.words import nearest
 from rl_ebm.rewards.automaton import Automaton, total
 from rl_ebm.rewards.symbols import Symbols
 from rl_ebm.tokens import TokenSpace

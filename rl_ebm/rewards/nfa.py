@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rl_ebm.arguments import shown
+from rl_ebm.messages.arguments import shown
 from rl_ebm.rewards.charsets import LINE_FEED, WORD, CharacterSet, Codes, Kinds
 
 MAX_STATES = 20_000

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rl_ebm.arguments import shown
 from rl_ebm.automata import Machine, check_size, deterministic
+from rl_ebm.messages.arguments import shown
 from rl_ebm.rewards.charsets import CharacterSet
 from rl_ebm.rewards.endings import endings, shortest
 from rl_ebm.rewards.nfa import MAX_STATES, Automaton, compile_tree, literals, parse, too_large

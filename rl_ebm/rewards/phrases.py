@@ -8,8 +8,8 @@ from operator import index
 
 import torch
 
-from rl_ebm.arguments import shown
 from rl_ebm.automata import Machine, check_size, deterministic
+from rl_ebm.messages.arguments import shown
 from rl_ebm.tokens import TokenSpace, check_space
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from rl_ebm.arguments import flag
+from rl_ebm.messages.arguments import flag
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _TRIALS = 200

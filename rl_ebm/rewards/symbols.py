@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rl_ebm.numerals import parse_whole
+from rl_ebm.messages.numerals import parse_whole
 from rl_ebm.tokens import TokenSpace
 
 

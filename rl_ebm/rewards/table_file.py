@@ -34,7 +34,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from rl_ebm.arguments import flag, has_end, shown
+from rl_ebm.messages.arguments import flag, has_end, shown
 from rl_ebm.rewards.table_cells import (
     Writing,
     minmax,

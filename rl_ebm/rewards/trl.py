@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor, nn
 
-from rl_ebm.arguments import finite, shown
+from rl_ebm.messages.arguments import finite, shown
 from rl_ebm.rewards.base import Prompts, check_values
 from rl_ebm.tokens import TokenSpace
 

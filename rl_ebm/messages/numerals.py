@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from rl_ebm.arguments import shown
+from rl_ebm.messages.arguments import shown
 
 _WHOLE = re.compile(r"[+-]?[0-9]{1,4000}")
 _REAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|[+-]?inf", re.IGNORECASE)

@@ -6,7 +6,7 @@ import os
 import resource
 from pathlib import Path
 
-from rl_ebm.names import bytes_text
+from rl_ebm.messages.words import bytes_text
 
 _GROUP = Path("/sys/fs/cgroup")
 
