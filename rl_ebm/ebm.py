@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from rl_ebm.batch_checks import check_batch
 from rl_ebm.messages.arguments import Number, as_device, finite, flag, whole
 from rl_ebm.policies.checks import ROWS, check_rows
 from rl_ebm.policies.outputs import check_kind
@@ -22,12 +21,13 @@ from rl_ebm.policies.scoring import (
     resolve_prompt_ids,
     row_logits,
 )
-from rl_ebm.prompts import GivenPrompts, check_prompts
 from rl_ebm.rewards.base import Reward
 from rl_ebm.rewards.convert import as_reward
 from rl_ebm.rewards.function import Function
 from rl_ebm.soft_bellman import gather_tokens, log_policy
 from rl_ebm.tokens import Batch, TokenSpace, check_space, length_mask
+from rl_ebm.tokens.batches import check_batch
+from rl_ebm.tokens.prompts import GivenPrompts, check_prompts
 
 
 class EBM:

@@ -12,7 +12,7 @@ nats; beta is already inside r. ``-inf`` is a legal log-weight (a forbidden acti
 from which nothing possible follows has q, V and log pi all ``-inf``, and its gradient is 0.
 
 **Per-depth tables** are lists: entry t has shape ``(..., branching**t, A)``; rows are the
-prefixes of depth t in enumeration order, columns token ids (see :mod:`rl_ebm.tokens`). In EOS
+prefixes of depth t in enumeration order, columns token ids (see :mod:`rl_ebm.tokens.space`). In EOS
 mode the last entry is ``-inf`` off EOS. Leading dimensions (prompts) pass through.
 """
 

@@ -37,12 +37,10 @@ LAYERS = (
         "estimates",
         "files",
         "flags",
-        "prompts",
-        "tokens",
+        "tokens.",
         "train_config",
     ),
     (
-        "batch_checks",
         "exits",
         "expectations",
         "lock",

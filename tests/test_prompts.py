@@ -10,7 +10,7 @@ from toy_policies import seeded, transformer
 
 import rl_ebm
 from rl_ebm.policies import Tabular
-from rl_ebm.prompts import MAX_ID, check_prompts
+from rl_ebm.tokens.prompts import MAX_ID, check_prompts
 
 LISTS = [[5, 1], [1], [], [1, 1, 2]]
 PAD = 1  # an id that prompts hold as well, as the EOS of many tokenizers

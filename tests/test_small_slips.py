@@ -10,7 +10,7 @@ import rl_ebm
 from rl_ebm import cli, policies
 from rl_ebm.audit import audit, to_text
 from rl_ebm.bench import Plan, Problem
-from rl_ebm.prompts import check_prompts
+from rl_ebm.tokens.prompts import check_prompts
 from rl_ebm.training import Trainer
 
 SPACE = rl_ebm.TokenSpace(3, 2)

@@ -21,8 +21,8 @@ from rl_ebm.automata import (
     row_sums,
 )
 from rl_ebm.policies.scoring import resolve_prompt_ids
-from rl_ebm.prompts import GivenPrompts, check_prompts
 from rl_ebm.tokens import TokenSpace, check_space
+from rl_ebm.tokens.prompts import GivenPrompts, check_prompts
 
 _TOLERANCE = 1e-6
 """by which the probabilities of a state may miss 1"""

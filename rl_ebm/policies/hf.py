@@ -21,8 +21,8 @@ from rl_ebm.policies import hf_files
 from rl_ebm.policies.hf_adapter import AdapterFree, evaluating, keep_adapter_alone
 from rl_ebm.policies.hf_check import check_passes
 from rl_ebm.policies.scoring import device_of, resolve_prompt_ids
-from rl_ebm.prompts import GivenPrompts, check_prompts
 from rl_ebm.tokens import TokenSpace, check_space
+from rl_ebm.tokens.prompts import GivenPrompts, check_prompts
 
 
 @dataclass

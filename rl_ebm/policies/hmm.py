@@ -8,11 +8,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rl_ebm.automata import hidden, log_matmul
-from rl_ebm.batch_checks import check_batch
 from rl_ebm.messages.arguments import check_generator, finite, flag, whole
 from rl_ebm.messages.words import bytes_text, count_text
 from rl_ebm.policies.automaton import AutomatonPolicy
 from rl_ebm.tokens import Batch, TokenSpace, check_space, length_mask
+from rl_ebm.tokens.batches import check_batch
 
 MAX_ITERATIONS = 100_000
 """of EM, which converges long before"""

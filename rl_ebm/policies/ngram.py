@@ -10,12 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rl_ebm.automata import check_window, window
-from rl_ebm.batch_checks import check_batch
 from rl_ebm.messages.arguments import finite, whole
 from rl_ebm.messages.words import count_text
 from rl_ebm.policies.automaton import AutomatonPolicy
-from rl_ebm.prompts import check_prompts
 from rl_ebm.tokens import Batch, TokenSpace, check_space, length_mask
+from rl_ebm.tokens.batches import check_batch
+from rl_ebm.tokens.prompts import check_prompts
 
 MAX_SMOOTHING = 1e100
 """far beyond any count, far below where its products overflow"""

@@ -22,9 +22,9 @@ from rl_ebm.backbone import (
     tiled,
 )
 from rl_ebm.prefix_tree import PrefixTree
-from rl_ebm.prompts import GivenPrompts, check_prompts
 from rl_ebm.tiles import Tile
 from rl_ebm.tokens import TokenSpace, check_space
+from rl_ebm.tokens.prompts import GivenPrompts, check_prompts
 
 
 @dataclass

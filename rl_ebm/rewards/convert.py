@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from rl_ebm.prompts import check_prompts
 from rl_ebm.rewards.base import Prompts, Reward
 from rl_ebm.rewards.function import Function
 from rl_ebm.rewards.table import Table
 from rl_ebm.tokens import TokenSpace, check_space
+from rl_ebm.tokens.prompts import check_prompts
 
 
 def as_reward(

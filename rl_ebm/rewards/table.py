@@ -15,7 +15,7 @@ class Table:
 
     Args:
         scores: (N,), or (P, N) with prompts, N = ``space.num_sequences``, in the enumeration
-            order of :mod:`rl_ebm.tokens`. float32 or float64; other numbers become float64.
+            order of :mod:`rl_ebm.tokens.space`. float32 or float64; other numbers become float64.
             Never copied where its dtype fits.
     """
 

@@ -16,9 +16,9 @@ from rl_ebm.backbone import (
     everything,
     masked,
 )
-from rl_ebm.prompts import GivenPrompts, check_prompts
 from rl_ebm.rewards.base import Prompts
 from rl_ebm.tokens import TokenSpace, check_space, length_mask
+from rl_ebm.tokens.prompts import GivenPrompts, check_prompts
 
 
 class TransformerReward(nn.Module):
