@@ -29,7 +29,8 @@ from rl_ebm.checkpoint import outline
 from rl_ebm.ebm import EBM
 from rl_ebm.envs import TASKS, make_task
 from rl_ebm.files import RunError, check_folder, write_text
-from rl_ebm.lock import only_one
+from rl_ebm.files.lock import only_one
+from rl_ebm.files.tensors import holds
 from rl_ebm.messages.arguments import WrongTypeError, shown
 from rl_ebm.messages.words import nearest
 from rl_ebm.metrics import read_rows
@@ -37,7 +38,6 @@ from rl_ebm.policies import Uniform
 from rl_ebm.rewards import Table, read_table
 from rl_ebm.runs import CONFIG, METRICS, SCORES, STATE, describe_ebm, read_config
 from rl_ebm.stopping import Terminated, sigterm_raises
-from rl_ebm.tensor_files import holds
 from rl_ebm.train import resume, train
 from rl_ebm.training import MAX_EVALUATED, NonFiniteError, TrainConfig
 

@@ -33,7 +33,7 @@ from rl_ebm.files import (
     write_atomically,
     write_text,
 )
-from rl_ebm.tensor_files import load_tensors, save_tensors
+from rl_ebm.files.tensors import load_tensors, save_tensors
 
 __all__ = [
     "RunError",

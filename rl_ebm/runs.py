@@ -32,6 +32,7 @@ from rl_ebm.files import (
     own_files,
     write_text,
 )
+from rl_ebm.files.tensors import holds, load_tensors, save_tensors
 from rl_ebm.policies import (
     AutomatonPolicy,
     Policy,
@@ -43,7 +44,6 @@ from rl_ebm.policies import (
 from rl_ebm.policies.scoring import device_of
 from rl_ebm.rewards import Automaton, Reward, Table
 from rl_ebm.run_config import read_config
-from rl_ebm.tensor_files import holds, load_tensors, save_tensors
 from rl_ebm.tokens import TokenSpace
 from rl_ebm.version import VERSION
 

@@ -20,6 +20,7 @@ from rl_ebm.checkpoint import load_state, save_state
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import LISTED, Solution
 from rl_ebm.files import METRICS, POLICY, REPORT, STATE, RunError, own_files, write_text
+from rl_ebm.files.tensors import holds, save_tensors
 from rl_ebm.metrics import MetricsFile
 from rl_ebm.pace import Pace
 from rl_ebm.report_sampled import AnyReport
@@ -27,7 +28,6 @@ from rl_ebm.reward_calls import calls_of
 from rl_ebm.runs import cut_back, load_weights, remove_parts
 from rl_ebm.saved_state import check_state
 from rl_ebm.stopping import Asked, Interrupted, stops_between_steps
-from rl_ebm.tensor_files import holds, save_tensors
 from rl_ebm.tensorboard import Board
 from rl_ebm.train_config import LOG_SECONDS
 from rl_ebm.train_config import TrainConfig as TrainConfig

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rl_ebm import files, lock
-from rl_ebm.files import RunError
+from rl_ebm.files import RunError, lock
+from rl_ebm.files import opening as files
 
 pytestmark = pytest.mark.skipif(lock.fcntl is None, reason="links, FIFOs and locks of POSIX")
 

@@ -26,7 +26,7 @@ from run_cases import (
 import rl_ebm
 from rl_ebm.cli import main
 from rl_ebm.files import RunError
-from rl_ebm.lock import only_one
+from rl_ebm.files.lock import only_one
 from rl_ebm.train import train
 
 SPACE = rl_ebm.TokenSpace(3, 3)
@@ -47,7 +47,7 @@ def run(made, tmp_path):
 
 def test_another_process_is_told_which_one_trains(run, tmp_path, capsys):
     code = (
-        "import sys, pathlib; from rl_ebm.lock import only_one\n"
+        "import sys, pathlib; from rl_ebm.files.lock import only_one\n"
         "with only_one(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(run)], stdin=subprocess.PIPE,
