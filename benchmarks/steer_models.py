@@ -14,10 +14,10 @@ from torch import Tensor
 from benchmarks import steer_text
 from rl_ebm.agents.imitation import teacher_forcing_loss
 from rl_ebm.agents.learner import Learner
-from rl_ebm.estimates import Interval
 from rl_ebm.policies import AutomatonPolicy, HuggingFace, fit_ngram
 from rl_ebm.policies.scoring import Policy, log_prob, q_values
 from rl_ebm.rewards import Automaton
+from rl_ebm.statistics.interval import Interval
 from rl_ebm.tokens import Batch, TokenSpace
 from rl_ebm.verify_sampled import ratio_interval
 

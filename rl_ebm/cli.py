@@ -22,7 +22,6 @@ from rl_ebm.bench_report import write_report
 from rl_ebm.certificates import Certificate, certify
 from rl_ebm.diagnose import diagnose
 from rl_ebm.ebm import EBM
-from rl_ebm.estimates import Interval
 from rl_ebm.exact import TooLargeError, solve, summarise
 from rl_ebm.exits import exit_code
 from rl_ebm.files import write_text
@@ -43,6 +42,7 @@ from rl_ebm.options import (
 from rl_ebm.policies import Policy, log_prob, sample
 from rl_ebm.report_sampled import AnyReport
 from rl_ebm.runs import CERTIFICATE, REPORT, decode, load, read_config
+from rl_ebm.statistics.interval import Interval
 from rl_ebm.train import resume, train
 from rl_ebm.training import TrainConfig
 from rl_ebm.verify import verify

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from rl_ebm.estimates import Interval, average
 from rl_ebm.messages.words import count_text
 from rl_ebm.report import Report, plain
+from rl_ebm.statistics.interval import Interval, average
 
 
 @dataclass(frozen=True)

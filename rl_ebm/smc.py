@@ -28,11 +28,11 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from rl_ebm.ebm import EBM, check_ebm
-from rl_ebm.mean_bounds import effective_sample_size, log_mean
 from rl_ebm.messages.arguments import check_generator, is_number, shown, whole
 from rl_ebm.policies.outputs import check_kind
 from rl_ebm.policies.scoring import Policy, device_of, evaluating, resolve_prompt_ids
 from rl_ebm.soft_bellman import log_policy, soft_value
+from rl_ebm.statistics.mean_bounds import effective_sample_size, log_mean
 from rl_ebm.tokens import Batch
 
 Twists = Callable[[Tensor, int, Tensor], Tensor]

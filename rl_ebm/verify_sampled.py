@@ -24,10 +24,7 @@ from rl_ebm.detours import (
     detours,
     rows_at_once,
 )
-from rl_ebm.estimates import Interval, check_confidence, check_samples
 from rl_ebm.exact import AutomatonSolution, Solution, summarise_automaton
-from rl_ebm.expectations import Known, bounded, certain, expectation, ratio_expectation
-from rl_ebm.expectations import ratio_interval as ratio_interval
 from rl_ebm.policies.scoring import Policy, device_of, evaluating, sample
 from rl_ebm.report_sampled import (
     SampledBounds,
@@ -37,6 +34,9 @@ from rl_ebm.report_sampled import (
     combine_sampled,
 )
 from rl_ebm.rewards.limits import reward_limits
+from rl_ebm.statistics.expectations import Known, bounded, certain, expectation, ratio_expectation
+from rl_ebm.statistics.expectations import ratio_interval as ratio_interval
+from rl_ebm.statistics.interval import Interval, check_confidence, check_samples
 from rl_ebm.tokens import Batch
 from rl_ebm.visits import WORST, Visits
 

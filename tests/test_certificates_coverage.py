@@ -13,8 +13,8 @@ from certificate_cases import LAWS, REPETITIONS, draw, draw_target, kls_of, most
 from toy_policies import close
 
 from rl_ebm.certificates import log_z_interval, log_z_limits, sample_interval
-from rl_ebm.estimates import difference
-from rl_ebm.mean_bounds import betting_lower, betting_upper
+from rl_ebm.statistics.interval import difference
+from rl_ebm.statistics.mean_bounds import betting_lower, betting_upper
 
 INF = math.inf
 

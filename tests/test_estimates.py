@@ -11,8 +11,14 @@ from certificate_cases import REPETITIONS, binomial_quantile, most_misses
 from toy_policies import seeded
 
 from rl_ebm.certificates import sample_interval
-from rl_ebm.estimates import Interval, average, difference, mean_interval, student_quantile
 from rl_ebm.intervals import T95
+from rl_ebm.statistics.interval import (
+    Interval,
+    average,
+    difference,
+    mean_interval,
+    student_quantile,
+)
 
 INF = math.inf
 

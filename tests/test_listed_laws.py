@@ -14,9 +14,9 @@ from toy_policies import seeded
 import rl_ebm
 from rl_ebm import detours
 from rl_ebm.certificates import sampler
-from rl_ebm.expectations import Known, expectation, ratio_expectation
 from rl_ebm.policies import Tabular, Uniform
-from rl_ebm.tails import is_normal, skewness
+from rl_ebm.statistics.expectations import Known, expectation, ratio_expectation
+from rl_ebm.statistics.tails import is_normal, skewness
 from rl_ebm.verify import verify_listed
 from rl_ebm.verify_sampled import verify_sampled
 

@@ -15,8 +15,8 @@ import torch
 from certificate_cases import LAWS, REPETITIONS, closed_wealth_bound, draw, most_misses
 from toy_policies import close, seeded
 
-from rl_ebm import mean_bounds
-from rl_ebm.mean_bounds import (
+from rl_ebm.statistics import mean_bounds
+from rl_ebm.statistics.mean_bounds import (
     betting_lower,
     betting_upper,
     effective_sample_size,

@@ -9,15 +9,15 @@ import torch
 from certificate_cases import most_misses
 from toy_policies import seeded
 
-from rl_ebm.estimates import Interval, average, difference
-from rl_ebm.expectations import (
+from rl_ebm.statistics.expectations import (
     Known,
     entropy_expectation,
     expectation,
     ratio_expectation,
     sample_interval,
 )
-from rl_ebm.tails import FEWEST, pareto_k, pareto_shape, skewness, unseen, upper_doubt
+from rl_ebm.statistics.interval import Interval, average, difference
+from rl_ebm.statistics.tails import FEWEST, pareto_k, pareto_shape, skewness, unseen, upper_doubt
 
 INF = math.inf
 

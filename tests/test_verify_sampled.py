@@ -10,9 +10,9 @@ import torch
 from automaton_cases import random_case
 
 import rl_ebm
-from rl_ebm.estimates import Interval
 from rl_ebm.policies import Tabular
 from rl_ebm.rewards import Automaton
+from rl_ebm.statistics.interval import Interval
 from rl_ebm.verify import verify_listed
 from rl_ebm.verify_sampled import bounded, verify_sampled
 

@@ -9,10 +9,10 @@ import torch
 
 import rl_ebm
 from rl_ebm.automata import hidden
-from rl_ebm.mean_bounds import betting_lower
 from rl_ebm.policies import AutomatonPolicy, Uniform
 from rl_ebm.policies.checks import ROWS
 from rl_ebm.rewards import Automaton
+from rl_ebm.statistics.mean_bounds import betting_lower
 from rl_ebm.verify_sampled import bounded, ratio_interval, verify_sampled
 from rl_ebm.visits import Visits
 

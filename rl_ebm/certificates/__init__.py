@@ -8,12 +8,12 @@ unnormalised target (:meth:`rl_ebm.ebm.EBM.log_weight`) and y drawn from the pol
     R <= reward_max                                             bounds log Z from above      (3)
     KL(pi, p*) = log Z - E_pi log W,    KL(p*, pi) = E_p* log W - log Z                      (4)
 
-(1) to (3) hold with their confidence for every number of samples (:mod:`rl_ebm.mean_bounds`).
+(1) to (3) hold with their confidence for every number of samples (:mod:`rl_ebm.statistics.mean_bounds`).
 (2) is bidirectional Monte Carlo: Grosse, Ghahramani and Adams (2015),
 https://arxiv.org/abs/1511.02543. The expectations of (4) are of variables without known bounds:
 for them there are asymptotic intervals only, and a KL is reported as asymptotic with them. An end
 of such an interval is given where nothing speaks against normal theory: not the tail of the
-sample (:mod:`rl_ebm.tails`), nor responses that the policy hardly gives
+sample (:mod:`rl_ebm.statistics.tails`), nor responses that the policy hardly gives
 (:mod:`rl_ebm.detours`; all responses, where they are few). Else it is
 infinite, and a warning says why. E_pi log W and E_pi R are ``-inf`` where the policy gives mass
 to something impossible: where an EBM forbids responses, and they were not all looked at, that
@@ -32,7 +32,7 @@ from rl_ebm.certificates.limits import (
     log_z_limits,
     self_normalised_kl,
 )
-from rl_ebm.expectations import sample_interval
+from rl_ebm.statistics.expectations import sample_interval
 
 __all__ = [
     "Certificate",

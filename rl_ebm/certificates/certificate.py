@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from rl_ebm.estimates import Interval, average
+from rl_ebm.statistics.interval import Interval, average
 
 
 @dataclass(frozen=True)

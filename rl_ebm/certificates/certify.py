@@ -16,13 +16,13 @@ from rl_ebm.certificates.limits import (
 )
 from rl_ebm.certificates.sampler import Elsewhere, Sampler, UniformResponses, check_reward_max
 from rl_ebm.ebm import EBM
-from rl_ebm.estimates import Interval, check_confidence, check_samples, difference
-from rl_ebm.expectations import Known, entropy_expectation, expectation
-from rl_ebm.mean_bounds import effective_sample_size, log_mean
 from rl_ebm.messages.arguments import is_number, is_whole, shown, whole
 from rl_ebm.policies.outputs import check_kind
 from rl_ebm.policies.scoring import Policy, evaluating
 from rl_ebm.rewards.limits import reward_limits
+from rl_ebm.statistics.expectations import Known, entropy_expectation, expectation
+from rl_ebm.statistics.interval import Interval, check_confidence, check_samples, difference
+from rl_ebm.statistics.mean_bounds import effective_sample_size, log_mean
 from rl_ebm.tokens import Batch
 
 DEFAULT_MEMORY = 2**28

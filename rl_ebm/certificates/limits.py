@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rl_ebm.estimates import Interval, Kind
-from rl_ebm.mean_bounds import betting_lower, betting_upper, log_mean
+from rl_ebm.statistics.interval import Interval, Kind
+from rl_ebm.statistics.mean_bounds import betting_lower, betting_upper, log_mean
 
 
 def log_z_limits(

@@ -1,8 +1,8 @@
 """The interval of an expectation from a sample: as much as can be claimed, and why no more.
 
-Normal theory where :mod:`rl_ebm.tails` finds nothing against it, one end at a time; else a
+Normal theory where :mod:`rl_ebm.statistics.tails` finds nothing against it, one end at a time; else a
 bound that holds for every number of samples, where the variable is bounded on that side
-(:mod:`rl_ebm.mean_bounds`); else no end at all. Where all values and their probabilities are
+(:mod:`rl_ebm.statistics.mean_bounds`); else no end at all. Where all values and their probabilities are
 listed, normal theory where the law allows it; else the law's own mean is an end.
 """
 
@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rl_ebm.estimates import Interval, Kind, mean_interval
-from rl_ebm.mean_bounds import betting_lower, betting_upper
-from rl_ebm.tails import is_normal, unseen, upper_doubt
+from rl_ebm.statistics.interval import Interval, Kind, mean_interval
+from rl_ebm.statistics.mean_bounds import betting_lower, betting_upper
+from rl_ebm.statistics.tails import is_normal, unseen, upper_doubt
 
 INF = math.inf
 _FLAT = 1e-9

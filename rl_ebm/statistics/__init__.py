@@ -1,0 +1,1 @@
+"""What samples say of a mean: intervals, the bounds that hold for every n, and their conditions."""
