@@ -24,7 +24,6 @@ from typing import Any
 import torch
 
 from rl_ebm.agents import AGENTS, entry_of, make_options, meant
-from rl_ebm.backbone import TransformerConfig
 from rl_ebm.checkpoint import outline
 from rl_ebm.ebm import EBM
 from rl_ebm.envs import TASKS, make_task
@@ -34,6 +33,7 @@ from rl_ebm.files.tensors import holds
 from rl_ebm.messages.arguments import WrongTypeError, shown
 from rl_ebm.messages.words import nearest
 from rl_ebm.metrics import read_rows
+from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.policies import Uniform
 from rl_ebm.rewards import Table, read_table
 from rl_ebm.runs import CONFIG, METRICS, SCORES, STATE, describe_ebm, read_config

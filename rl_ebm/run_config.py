@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from rl_ebm.agents import AGENTS
-from rl_ebm.backbone import TransformerConfig
 from rl_ebm.files import CONFIG, RunError, read_text
+from rl_ebm.networks.backbone import TransformerConfig
 
 Number = float | int
 _SPACE = {"vocab_size": int, "max_length": int, "eos_id": int | None}

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from rl_ebm.agents import AgentEntry, entry_of_run, make_options
 from rl_ebm.automata import from_tensors, to_tensors
-from rl_ebm.backbone import TransformerConfig
 from rl_ebm.ebm import EBM
 from rl_ebm.envs.tasks import make_task
 from rl_ebm.files import (
@@ -33,6 +32,7 @@ from rl_ebm.files import (
     write_text,
 )
 from rl_ebm.files.tensors import holds, load_tensors, save_tensors
+from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.policies import (
     AutomatonPolicy,
     Policy,

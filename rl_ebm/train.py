@@ -16,13 +16,13 @@ from torch import Tensor
 from rl_ebm.agents import entry_of
 from rl_ebm.agents.defaults import default_options
 from rl_ebm.agents.trained import check_apart, check_weights
-from rl_ebm.backbone import TransformerConfig
 from rl_ebm.ebm import EBM, check_ebm
 from rl_ebm.exact import Solution, TooLargeError, find_machines
 from rl_ebm.exact import solve as solve_exactly
 from rl_ebm.files import CONFIG, STATE, RunError, own_files
 from rl_ebm.files.lock import only_one
 from rl_ebm.messages.arguments import Number, Whole, flag, shown, whole
+from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.policies import Policy, Tabular, Trainable, Transformer
 from rl_ebm.report_sampled import AnyReport
 from rl_ebm.reward_calls import is_called

@@ -17,8 +17,8 @@ import torch
 
 import rl_ebm
 from rl_ebm.agents import AGENTS
-from rl_ebm.backbone import TransformerConfig
 from rl_ebm.cli import main
+from rl_ebm.networks.backbone import TransformerConfig
 
 NETWORK = TransformerConfig(layers=1, heads=2, dim=8, hidden=8)
 NETWORK_FLAGS = ["--layers", "1", "--heads", "2", "--dim", "8", "--hidden", "8"]

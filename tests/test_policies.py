@@ -26,6 +26,7 @@ from toy_policies import (
     transformer,
 )
 
+from rl_ebm.networks.prefix_tree import PrefixTree
 from rl_ebm.policies import (
     Policy,
     Tabular,
@@ -38,7 +39,6 @@ from rl_ebm.policies import (
     tree_logits,
     tree_q_values,
 )
-from rl_ebm.prefix_tree import PrefixTree
 from rl_ebm.tokens import TokenSpace, length_mask
 
 POLICIES = [transformer, tabular]

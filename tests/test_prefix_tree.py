@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl_ebm import soft_bellman as sb
-from rl_ebm.prefix_tree import PrefixTree
+from rl_ebm.networks.prefix_tree import PrefixTree
 from rl_ebm.tokens import TokenSpace
 
 in_all_spaces = pytest.mark.parametrize("shape", SPACES, ids=str)

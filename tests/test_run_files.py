@@ -339,7 +339,7 @@ def test_what_does_not_fit_is_told_with_both_numbers(monkeypatch):
 
 
 def test_the_predicted_parameters_are_those_that_are_made():
-    from rl_ebm.backbone import Backbone, TransformerConfig, num_parameters
+    from rl_ebm.networks.backbone import Backbone, TransformerConfig, num_parameters
 
     config = TransformerConfig(layers=3, heads=2, dim=6, hidden=10)
     made = Backbone(7, 5, config)

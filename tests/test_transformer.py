@@ -25,8 +25,8 @@ from toy_policies import (
     transformer,
 )
 
+from rl_ebm.networks.prefix_tree import PrefixTree
 from rl_ebm.policies import Transformer, TransformerConfig
-from rl_ebm.prefix_tree import PrefixTree
 from rl_ebm.rewards import TransformerReward
 from rl_ebm.tokens import TokenSpace
 

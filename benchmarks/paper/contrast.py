@@ -20,7 +20,7 @@ from benchmarks.paper.chain import Chain
 from benchmarks.paper.fit import descend_ebm, make_arm, make_ebm
 from rl_ebm import TokenSpace
 from rl_ebm.agents.policy_gradient import policy_gradient_loss
-from rl_ebm.backbone import TransformerConfig
+from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.policies import log_prob
 from rl_ebm.policies.scoring import sample
 from rl_ebm.rewards import TransformerReward

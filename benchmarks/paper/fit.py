@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from rl_ebm import EBM, TokenSpace, solve
 from rl_ebm.agents.exact import exact_loss
-from rl_ebm.backbone import TransformerConfig
 from rl_ebm.checkpoint import load_state, save_state
+from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.policies import Transformer
 from rl_ebm.policies.scoring import tree_q_values
 from rl_ebm.rewards import TransformerReward

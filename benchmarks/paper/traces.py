@@ -39,8 +39,8 @@ from benchmarks.paper.common import (
 )
 from benchmarks.paper.fit import Schedule, fit, gap, make_arm, marks
 from rl_ebm import TokenSpace
-from rl_ebm.backbone import TransformerConfig
 from rl_ebm.intervals import interval
+from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.policies import Transformer
 from rl_ebm.policies.scoring import tree_q_values
 from rl_ebm.soft_bellman import log_policy, sequence_log_probs

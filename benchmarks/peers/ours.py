@@ -12,7 +12,7 @@ from benchmarks.peers.policies import count
 from benchmarks.peers.watch import Watch
 from rl_ebm import EBM, solve
 from rl_ebm.agents import AGENTS
-from rl_ebm.backbone import TransformerConfig
+from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.runs import make_policy
 
 NETWORK = {"kind": "transformer"} | asdict(TransformerConfig())

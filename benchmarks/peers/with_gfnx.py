@@ -12,7 +12,7 @@ from benchmarks.peers.contender import TARGET, Contender
 from benchmarks.peers.policies import CHUNK, PrefixPolicy
 from benchmarks.peers.watch import Watch
 from rl_ebm import EBM
-from rl_ebm.backbone import TransformerConfig
+from rl_ebm.networks.backbone import TransformerConfig
 
 STEPS = 50
 """updates in one compiled call"""

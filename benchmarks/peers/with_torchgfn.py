@@ -11,7 +11,7 @@ from benchmarks.peers.contender import TARGET, Contender
 from benchmarks.peers.policies import PrefixPolicy, count, one_hot
 from benchmarks.peers.watch import Watch
 from rl_ebm import EBM
-from rl_ebm.backbone import TransformerConfig
+from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.policies import Policy, Transformer
 
 Loss = Literal["TB", "SubTB", "DB"]

@@ -13,7 +13,7 @@ from benchmarks.peers.contender import TARGET, Contender
 from benchmarks.peers.policies import count
 from benchmarks.peers.watch import Watch
 from rl_ebm import EBM
-from rl_ebm.backbone import TransformerConfig
+from rl_ebm.networks.backbone import TransformerConfig
 
 Method = Literal["RLOO", "GRPO"]
 PAD, START, END = "<pad>", "<s>", "</s>"

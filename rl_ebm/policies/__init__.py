@@ -6,7 +6,7 @@
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from rl_ebm.backbone import TransformerConfig
+from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.policies.automaton import AutomatonPolicy
 from rl_ebm.policies.hmm import fit_hmm
 from rl_ebm.policies.ngram import fit_ngram

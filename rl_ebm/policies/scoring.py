@@ -39,9 +39,9 @@ from rl_ebm.messages.arguments import (
     whole,
 )
 from rl_ebm.messages.memory import check_fits
+from rl_ebm.networks.prefix_tree import PrefixTree
 from rl_ebm.policies.outputs import check_kind, check_output
 from rl_ebm.policies.outputs import check_shape as check_shape
-from rl_ebm.prefix_tree import PrefixTree
 from rl_ebm.soft_bellman import log_policy, sequence_log_prob
 from rl_ebm.tokens import Batch, TokenSpace, check_space, length_mask
 

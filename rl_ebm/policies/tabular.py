@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from rl_ebm.automata import Machine
 from rl_ebm.messages.arguments import Number, check_generator, finite, shown
 from rl_ebm.messages.words import bytes_text, count_text
+from rl_ebm.networks.prefix_tree import PrefixTree
 from rl_ebm.policies.automaton import uniform_machine
-from rl_ebm.prefix_tree import PrefixTree
 from rl_ebm.soft_bellman import Tables, check_tables
 from rl_ebm.tokens import TokenSpace, check_space
 from rl_ebm.tokens.prompts import GivenPrompts, check_prompts

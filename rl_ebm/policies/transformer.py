@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rl_ebm.backbone import (
+from rl_ebm.networks.backbone import (
     Attend,
     Backbone,
     Context,
@@ -21,8 +21,8 @@ from rl_ebm.backbone import (
     masked,
     tiled,
 )
-from rl_ebm.prefix_tree import PrefixTree
-from rl_ebm.tiles import Tile
+from rl_ebm.networks.prefix_tree import PrefixTree
+from rl_ebm.networks.tiles import Tile
 from rl_ebm.tokens import TokenSpace, check_space
 from rl_ebm.tokens.prompts import GivenPrompts, check_prompts
 

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from rl_ebm.networks.prefix_tree import PrefixTree
 from rl_ebm.policies.scoring import Policy, device_of, tree_logits
-from rl_ebm.prefix_tree import PrefixTree
 from rl_ebm.tokens import TokenSpace
 
 _DEFAULT_BYTES_PER_NODE = 4096

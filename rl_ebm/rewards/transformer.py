@@ -7,7 +7,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rl_ebm.backbone import (
+from rl_ebm.networks.backbone import (
     Attend,
     Backbone,
     Context,

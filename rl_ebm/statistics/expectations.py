@@ -1,9 +1,9 @@
 """The interval of an expectation from a sample: as much as can be claimed, and why no more.
 
-Normal theory where :mod:`rl_ebm.statistics.tails` finds nothing against it, one end at a time; else a
-bound that holds for every number of samples, where the variable is bounded on that side
-(:mod:`rl_ebm.statistics.mean_bounds`); else no end at all. Where all values and their probabilities are
-listed, normal theory where the law allows it; else the law's own mean is an end.
+Normal theory where :mod:`rl_ebm.statistics.tails` finds nothing against it, one end at a time; else
+a bound that holds for every number of samples, where the variable is bounded on that side
+(:mod:`rl_ebm.statistics.mean_bounds`); else no end at all. Where all values and their probabilities
+are listed, normal theory where the law allows it; else the law's own mean is an end.
 """
 
 from __future__ import annotations

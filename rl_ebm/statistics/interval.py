@@ -32,9 +32,9 @@ class Interval:
     """``finite-sample``: the confidence holds for every number of samples and every law of
     them. ``one-sided finite-sample``: the same, and one of the ends at least says nothing (it
     is infinite, or 0 for what cannot be negative). ``asymptotic``: the confidence is a limit for
-    many samples (normal theory), and the sample shows nothing against it (:mod:`rl_ebm.statistics.tails`);
-    an end against which something speaks is infinite. ``worth nothing``: neither end says
-    anything that was not known before."""
+    many samples (normal theory), and the sample shows nothing against it
+    (:mod:`rl_ebm.statistics.tails`); an end against which something speaks is infinite. ``worth
+    nothing``: neither end says anything that was not known before."""
 
     def __post_init__(self) -> None:
         if any(math.isnan(x) for x in (self.estimate, self.low, self.high)):

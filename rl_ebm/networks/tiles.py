@@ -53,7 +53,7 @@ def layout(
     """The tiles of a tree: every node but the root is in one, after those above it.
 
     Args:
-        ancestors, depth: as in :class:`rl_ebm.prefix_tree.PrefixTree`.
+        ancestors, depth: as in :class:`rl_ebm.networks.prefix_tree.PrefixTree`.
         branching: how many children every node has that is ``regular_from`` deep or deeper;
             levels are in the order of their parents there.
     """

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from rl_ebm.tiles import Layout, layout
+from rl_ebm.networks.tiles import Layout, layout
 from rl_ebm.tokens import TokenSpace
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from rl_ebm.messages.arguments import shown, whole
 from rl_ebm.messages.memory import check_fits
 from rl_ebm.messages.words import count_text
-from rl_ebm.tiles import Tile
+from rl_ebm.networks.tiles import Tile
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q, k, v), each (..., H, L, D / H), to the context, of the shape of q."""
