@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
+from rl_ebm.automata.weights import check_values
 from rl_ebm.ebm import EBM, check_ebm
 from rl_ebm.messages.arguments import Number, finite, shown
-from rl_ebm.rewards.base import check_values
 
 REWARD_MODES = ("terminal", "soft")
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
+from rl_ebm.automata.symbols import Symbols
 from rl_ebm.messages.arguments import has_end, shown
 from rl_ebm.messages.numerals import parse_real, parse_whole
 from rl_ebm.messages.words import bytes_text, nearest
 from rl_ebm.policies import Policy, Uniform, fit_hmm, fit_ngram
-from rl_ebm.rewards.symbols import Symbols
 from rl_ebm.tokens import Batch, TokenSpace
 
 OPTIONS = {

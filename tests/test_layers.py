@@ -29,7 +29,6 @@ LAYERS = (
         "version",
     ),
     (
-        "automata.",
         "files.",
         "flags",
         "statistics.",
@@ -37,6 +36,7 @@ LAYERS = (
         "train_config",
     ),
     (
+        "automata.",
         "checkpoint",
         "exits",
         "metrics",

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import rl_ebm
+from rl_ebm.automata.regex.pieces import _byte_of_character, pieces_of
 from rl_ebm.rewards import Automaton, alphabet_of
-from rl_ebm.rewards.pieces import _byte_of_character, pieces_of
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")

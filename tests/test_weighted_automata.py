@@ -11,9 +11,9 @@ import torch
 from automaton_cases import lse, random_law, random_machine
 
 import rl_ebm
-from rl_ebm.automata import hidden, row_sums, store
+from rl_ebm.automata import hidden, matrices, row_sums, store
 from rl_ebm.policies import AutomatonPolicy
-from rl_ebm.rewards import Automaton, matrices
+from rl_ebm.rewards import Automaton
 
 SPACES = [rl_ebm.TokenSpace(3, 4), rl_ebm.TokenSpace(3, 4, eos_id=1), rl_ebm.TokenSpace(3, 1)]
 

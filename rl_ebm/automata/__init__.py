@@ -2,7 +2,7 @@
 
 from rl_ebm.automata.logspace import Columns, log_matmul, segment_logsumexp
 from rl_ebm.automata.machine import Machine, Reading, check_machine, deterministic, hidden
-from rl_ebm.automata.product import Product, minimise, product, row_sums
+from rl_ebm.automata.products import Product, minimise, product, row_sums
 from rl_ebm.automata.store import from_tensors, to_tensors
 from rl_ebm.automata.windows import MAX_TABLE, check_size, check_window, window
 

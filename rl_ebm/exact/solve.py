@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rl_ebm.automata import Machine
+from rl_ebm.automata.weights import check_values
 from rl_ebm.ebm import EBM, end_reference
 from rl_ebm.exact.automaton import AutomatonSolution
 from rl_ebm.exact.automaton_bytes import need
@@ -19,7 +20,6 @@ from rl_ebm.messages.arguments import is_number, shown
 from rl_ebm.messages.memory import free_bytes
 from rl_ebm.messages.words import bytes_text, count_text
 from rl_ebm.policies.walk import DEFAULT_MEMORY, prompts_at_once, walk_prompts
-from rl_ebm.rewards.base import check_values
 from rl_ebm.soft_bellman import log_policy
 
 AnySolution = TypeVar("AnySolution", bound=Solution)

@@ -4,12 +4,13 @@ A reward is called as ``reward(tokens, lengths, prompt_ids) -> (B,)``; higher is
 is an impossible response. It knows neither p_ref nor beta.
 """
 
+from rl_ebm.automata.regex.pieces import alphabet_of
+from rl_ebm.automata.weights import check_values
 from rl_ebm.rewards.automaton import Automaton
-from rl_ebm.rewards.base import Reward, check_values
+from rl_ebm.rewards.base import Reward
 from rl_ebm.rewards.convert import as_reward
 from rl_ebm.rewards.expression import parse_reward
 from rl_ebm.rewards.function import Function
-from rl_ebm.rewards.pieces import alphabet_of
 from rl_ebm.rewards.table import Table
 from rl_ebm.rewards.table_file import TableFile, read_table
 from rl_ebm.rewards.transformer import TransformerReward

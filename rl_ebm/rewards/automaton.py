@@ -14,11 +14,22 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.automata import MAX_TABLE, Machine, check_machine, minimise, product
+from rl_ebm.automata import (
+    MAX_TABLE,
+    Machine,
+    chains,
+    check_machine,
+    counters,
+    distances,
+    minimise,
+    phrases,
+    product,
+)
+from rl_ebm.automata.matrices import weighted
+from rl_ebm.automata.regex import patterns
+from rl_ebm.automata.weights import check_values
 from rl_ebm.messages.arguments import shown
-from rl_ebm.rewards import chains, counters, distances, patterns, phrases
-from rl_ebm.rewards.base import Prompts, check_values
-from rl_ebm.rewards.matrices import weighted
+from rl_ebm.rewards.base import Prompts
 from rl_ebm.tokens import TokenSpace, check_space
 
 

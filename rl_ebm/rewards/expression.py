@@ -16,9 +16,9 @@ kind and argument      reward
 =====================  =======================================================================
 
 A phrase is token ids with spaces between them, or with an alphabet its symbols (see
-:class:`rl_ebm.rewards.symbols.Symbols`). An argument without quotes loses the white space around it
-and ends at `` + ``; in double quotes it is what stands between them, white space, ``+`` and ``*``
-included, and a double quote is written twice. A number in front multiplies the reward.
+:class:`rl_ebm.automata.symbols.Symbols`). An argument without quotes loses the white space around
+it and ends at `` + ``; in double quotes it is what stands between them, white space, ``+`` and
+``*`` included, and a double quote is written twice. A number in front multiplies the reward.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rl_ebm.automata.symbols import Symbols
 from rl_ebm.messages.arguments import shown
 from rl_ebm.messages.numerals import parse_real
 from rl_ebm.messages.words import nearest
 from rl_ebm.rewards.automaton import Automaton, total
-from rl_ebm.rewards.symbols import Symbols
 from rl_ebm.tokens import TokenSpace
 
 _HEAD = re.compile(r"\s*(?:(?P<factor>[^\s:*\"]+)\s*\*\s*)?(?P<kind>[a-z]+)\s*:", re.IGNORECASE)

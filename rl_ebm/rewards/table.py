@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor
 
-from rl_ebm.rewards.base import Prompts, check_tensor, check_values
+from rl_ebm.automata.weights import check_tensor, check_values
+from rl_ebm.rewards.base import Prompts
 from rl_ebm.tokens import TokenSpace
 
 

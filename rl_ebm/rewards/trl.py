@@ -23,8 +23,9 @@ import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor, nn
 
+from rl_ebm.automata.weights import check_values
 from rl_ebm.messages.arguments import finite, shown
-from rl_ebm.rewards.base import Prompts, check_values
+from rl_ebm.rewards.base import Prompts
 from rl_ebm.tokens import TokenSpace
 
 _OWN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rl_ebm.automata.regex.charsets import LINE_FEED, WORD, CharacterSet, Codes, Kinds
 from rl_ebm.messages.arguments import shown
-from rl_ebm.rewards.charsets import LINE_FEED, WORD, CharacterSet, Codes, Kinds
 
 MAX_STATES = 20_000
 """of the automata that a pattern may become"""

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from rl_ebm.automata import Machine, check_size, deterministic
-from rl_ebm.rewards.phrases import check_ids, check_score
+from rl_ebm.automata.phrases import check_ids, check_score
 from rl_ebm.tokens import TokenSpace
 
 MAX_WORK = 40_000_000

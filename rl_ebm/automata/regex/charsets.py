@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rl_ebm.rewards.regex_ids import FIRST, MOST
+from rl_ebm.automata.regex.ids import FIRST, MOST
 
 Codes = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]

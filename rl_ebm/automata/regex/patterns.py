@@ -15,15 +15,22 @@ import numpy.typing as npt
 import torch
 
 from rl_ebm.automata import Machine, check_size, deterministic
+from rl_ebm.automata.phrases import check_score
+from rl_ebm.automata.regex.charsets import CharacterSet
+from rl_ebm.automata.regex.endings import endings, shortest
+from rl_ebm.automata.regex.ids import decode, encode
+from rl_ebm.automata.regex.nfa import (
+    MAX_STATES,
+    Automaton,
+    compile_tree,
+    literals,
+    parse,
+    too_large,
+)
+from rl_ebm.automata.regex.pieces import Pieces, pieces_of
+from rl_ebm.automata.regex.utf8 import CODES, Utf8
+from rl_ebm.automata.symbols import with_eos
 from rl_ebm.messages.arguments import shown
-from rl_ebm.rewards.charsets import CharacterSet
-from rl_ebm.rewards.endings import endings, shortest
-from rl_ebm.rewards.nfa import MAX_STATES, Automaton, compile_tree, literals, parse, too_large
-from rl_ebm.rewards.phrases import check_score
-from rl_ebm.rewards.pieces import Pieces, pieces_of
-from rl_ebm.rewards.regex_ids import decode, encode
-from rl_ebm.rewards.symbols import with_eos
-from rl_ebm.rewards.utf8 import CODES, Utf8
 from rl_ebm.tokens import TokenSpace, check_space
 
 Ints = npt.NDArray[np.int64]

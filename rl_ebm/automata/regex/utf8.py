@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from rl_ebm.rewards.charsets import UNICODE
+from rl_ebm.automata.regex.charsets import UNICODE
 
 Ints = npt.NDArray[np.int64]
 REPLACEMENT = 0xFFFD

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rl_ebm.automata import Machine, deterministic, hidden
-from rl_ebm.rewards.base import check_table, check_tensor
+from rl_ebm.automata.weights import check_table, check_tensor
 from rl_ebm.tokens import TokenSpace, check_space
 
 MAX_PAIRS = 2**12

@@ -1,0 +1,1 @@
+"""Regular expressions as machines: their syntax, characters, and the text of tokenizers."""
