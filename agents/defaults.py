@@ -42,6 +42,6 @@ def is_pretrained(policy: nn.Module) -> bool:
     """Whether a policy that is passed in is taken for a model that was trained before."""
     if isinstance(policy, (Tabular, Transformer)):
         return False
-    if type(policy).__module__ == "rl_ebm.policies.hf":
+    if type(policy).__module__.startswith("rl_ebm.policies.hf."):
         return True
     return sum(p.numel() for p in policy.parameters()) >= PRETRAINED

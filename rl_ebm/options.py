@@ -14,7 +14,7 @@ from rl_ebm.ebm import EBM
 from rl_ebm.envs import TASKS, make_task
 from rl_ebm.messages.words import nearest
 from rl_ebm.networks.backbone import TransformerConfig
-from rl_ebm.references import parse_reference
+from rl_ebm.policies import parse_reference
 from rl_ebm.rewards import parse_reward, read_table
 from rl_ebm.tokens import TokenSpace
 

@@ -17,14 +17,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rl_ebm import bounds
-from rl_ebm.detours import (
-    MOST,
-    all_responses,
-    are_listed,
-    detours,
-    rows_at_once,
-)
 from rl_ebm.exact import AutomatonSolution, Solution, summarise_automaton
+from rl_ebm.policies.detours import MOST, all_responses, are_listed, detours, rows_at_once
 from rl_ebm.policies.scoring import Policy, device_of, evaluating, sample
 from rl_ebm.report_sampled import (
     SampledBounds,

@@ -9,8 +9,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from rl_ebm import bounds, divergences
-from rl_ebm.detours import along, rows_at_once
 from rl_ebm.exact import Solution
+from rl_ebm.policies.detours import along, rows_at_once
 from rl_ebm.policies.scoring import Policy
 from rl_ebm.report_sampled import SampledPrefix
 from rl_ebm.soft_bellman import log_policy

@@ -13,7 +13,7 @@ import rl_ebm
 from rl_ebm import agents, envs, flags, policies, rewards
 from rl_ebm.messages import memory
 from rl_ebm.policies import scoring
-from rl_ebm.references import read_responses
+from rl_ebm.policies.expression import read_responses
 
 SPACE = rl_ebm.TokenSpace(3, 3)
 ROWS = torch.full((2, 3), 7.0)  # several lines, were it printed

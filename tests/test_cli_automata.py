@@ -11,7 +11,7 @@ import torch
 
 import rl_ebm
 from rl_ebm.cli import main
-from rl_ebm.references import parse_reference, read_responses
+from rl_ebm.policies.expression import parse_reference, read_responses
 
 SPACE = rl_ebm.TokenSpace(4, 4, eos_id=0)
 

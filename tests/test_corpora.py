@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rl_ebm
-from rl_ebm.references import parse_reference, read_responses
+from rl_ebm.policies.expression import parse_reference, read_responses
 from rl_ebm.rewards import read_table
 
 AB = rl_ebm.TokenSpace(3, 4, eos_id=2)

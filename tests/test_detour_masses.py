@@ -7,8 +7,8 @@ import torch
 from toy_policies import seeded
 
 import rl_ebm
-from rl_ebm.detours import detours
 from rl_ebm.policies import Tabular, Uniform, sample
+from rl_ebm.policies.detours import detours
 
 
 def test_tokens_that_are_as_likely_count_as_well():

@@ -268,7 +268,7 @@ def test_saving_again_replaces_and_a_write_that_fails_leaves_what_was(tmp_path, 
             raise OSError(5, "Input/output error")
         shutil.move(source, target)
 
-    monkeypatch.setattr("rl_ebm.policies.hf_files.os.replace", broken)
+    monkeypatch.setattr("rl_ebm.policies.hf.folders.os.replace", broken)
     with pytest.raises(OSError, match="Input/output"):
         first.save_pretrained(folder)
     assert moves == [("p", "p.old"), ("p.part", "p"), ("p.old", "p")]

@@ -53,10 +53,8 @@ LAYERS = (
         "state_errors",
     ),
     (
-        "detours",
         "ebm",
         "fixed_points.",
-        "references",
     ),
     (
         "agents.",

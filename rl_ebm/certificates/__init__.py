@@ -14,10 +14,10 @@ Adams (2015), https://arxiv.org/abs/1511.02543. The expectations of (4) are of v
 known bounds: for them there are asymptotic intervals only, and a KL is reported as asymptotic with
 them. An end of such an interval is given where nothing speaks against normal theory: not the tail
 of the sample (:mod:`rl_ebm.statistics.tails`), nor responses that the policy hardly gives
-(:mod:`rl_ebm.detours`; all responses, where they are few). Else it is infinite, and a warning says
-why. E_pi log W and E_pi R are ``-inf`` where the policy gives mass to something impossible: where
-an EBM forbids responses, and they were not all looked at, that cannot be excluded, and the lower
-end is ``-inf``.
+(:mod:`rl_ebm.policies.detours`; all responses, where they are few). Else it is infinite, and a
+warning says why. E_pi log W and E_pi R are ``-inf`` where the policy gives mass to something
+impossible: where an EBM forbids responses, and they were not all looked at, that cannot be
+excluded, and the lower end is ``-inf``.
 
 Without exact samples and without a bound on the reward nothing bounds log Z from above: a mode
 of p* that the policy never visits changes no sample. KL(pi, p*) then has no upper end, and the

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.policies.automaton import AutomatonPolicy
+from rl_ebm.policies.expression import parse_reference
 from rl_ebm.policies.hmm import fit_hmm
 from rl_ebm.policies.ngram import fit_ngram
 from rl_ebm.policies.scoring import (
@@ -41,6 +42,7 @@ __all__ = [
     "log_pi_rows",
     "log_prob",
     "mask_logits",
+    "parse_reference",
     "q_values",
     "sample",
     "tree_logits",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import rl_ebm
-from rl_ebm.references import parse_reference
+from rl_ebm.policies.expression import parse_reference
 
 from . import judge
 from .mutate import NUMBERS, spoil, spoil_bytes

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rl_ebm.policies.scoring import device_of
 
 if TYPE_CHECKING:
-    from rl_ebm.policies.hf import HuggingFace
+    from rl_ebm.policies.hf.policy import HuggingFace
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from rl_ebm.policies.hf import HuggingFace
+    from rl_ebm.policies.hf.policy import HuggingFace
 
 STEPS = 3
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rl_ebm.messages.arguments import whole
-from rl_ebm.policies import hf_files
-from rl_ebm.policies.hf_adapter import AdapterFree, evaluating, keep_adapter_alone
-from rl_ebm.policies.hf_check import check_passes
+from rl_ebm.policies.hf import folders
+from rl_ebm.policies.hf.adapter import AdapterFree, evaluating, keep_adapter_alone
+from rl_ebm.policies.hf.check import check_passes
 from rl_ebm.policies.scoring import device_of, resolve_prompt_ids
 from rl_ebm.tokens import TokenSpace, check_space
 from rl_ebm.tokens.prompts import GivenPrompts, check_prompts
@@ -166,7 +166,7 @@ class HuggingFace(nn.Module):
             OSError: of the file system; what was in ``folder`` is then as it was.
         """
         extras = {"bos_id": self.bos_id, "logits_are_values": self.logits_are_values}
-        hf_files.write_model(self.model, Path(folder), extras)
+        folders.write_model(self.model, Path(folder), extras)
 
     @classmethod
     def from_pretrained(
@@ -188,7 +188,7 @@ class HuggingFace(nn.Module):
         Raises:
             ValueError: no model there, or an adapter whose model has to be given.
         """
-        model, extras = hf_files.read_model(Path(folder), base)
+        model, extras = folders.read_model(Path(folder), base)
         bos_id = extras.get("bos_id") if bos_id is None else bos_id
         return cls(model, space, prompts, bos_id, bool(extras.get("logits_are_values", False)))
 
