@@ -8,10 +8,10 @@ if __name__ == "envs":
 
 from rl_ebm.envs.flat import FlatObservation, FlatVectorObservation
 from rl_ebm.envs.registration import ENV_ID, register
-from rl_ebm.envs.tasks import TASKS, Task, make_task
 from rl_ebm.envs.token_mdp import TokenMDP
 from rl_ebm.envs.transition import State, Transition
 from rl_ebm.envs.vector import TokenVectorEnv
+from rl_ebm.tasks import TASKS, Task, make_task
 
 __all__ = [
     "ENV_ID",

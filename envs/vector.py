@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from rl_ebm.ebm import EBM
 from rl_ebm.envs.observation import Observation, Observer, choose_prompts, to_numpy
-from rl_ebm.envs.tasks import Task, find_ebm
 from rl_ebm.envs.transition import State, Transition
 from rl_ebm.messages.arguments import Int, Number, shown, whole
+from rl_ebm.tasks.named import Task, find_ebm
 
 
 class TokenVectorEnv(gymnasium.vector.VectorEnv[Observation, Any, NDArray[Any]]):

@@ -15,7 +15,6 @@ from torch import Tensor
 from rl_ebm.agents import AgentEntry, entry_of_run, make_options
 from rl_ebm.automata import from_tensors, to_tensors
 from rl_ebm.ebm import EBM
-from rl_ebm.envs.tasks import make_task
 from rl_ebm.files import (
     CERTIFICATE,
     CONFIG,
@@ -44,6 +43,7 @@ from rl_ebm.policies import (
 from rl_ebm.policies.scoring import device_of
 from rl_ebm.rewards import Automaton, Reward, Table
 from rl_ebm.run_config import read_config
+from rl_ebm.tasks.named import make_task
 from rl_ebm.tokens import TokenSpace
 from rl_ebm.version import VERSION
 

@@ -9,8 +9,8 @@ import torch
 
 from rl_ebm import solve
 from rl_ebm.envs import TASKS, Task, make_task
-from rl_ebm.envs.tasks import find_ebm
 from rl_ebm.policies import Tabular, Uniform
+from rl_ebm.tasks.named import find_ebm
 from rl_ebm.tokens import TokenSpace
 
 

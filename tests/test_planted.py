@@ -9,7 +9,7 @@ import torch
 
 import rl_ebm
 from rl_ebm.envs import make_task
-from rl_ebm.envs.planted import STAR_ARMS, planted_modes
+from rl_ebm.tasks.planted import STAR_ARMS, planted_modes
 
 
 def scores_of(ebm):

@@ -10,7 +10,8 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from rl_ebm import TokenSpace
-from rl_ebm.envs import planted, scores
+from rl_ebm.tasks import drawn as scores
+from rl_ebm.tasks import planted
 
 
 def zipf(space: TokenSpace) -> Float64[Tensor, "N"]:

@@ -15,10 +15,11 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from rl_ebm.ebm import EBM, check_ebm
-from rl_ebm.envs import planted, scores
 from rl_ebm.messages.arguments import Int, Number, shown, whole
 from rl_ebm.policies import Policy, Uniform
 from rl_ebm.rewards.base import Prompts, Reward
+from rl_ebm.tasks import drawn as scores
+from rl_ebm.tasks import planted
 from rl_ebm.tokens import TokenSpace
 
 
