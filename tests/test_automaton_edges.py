@@ -18,9 +18,9 @@ from rl_ebm.agents import ExactAgent
 from rl_ebm.automata import deterministic, hidden, log_matmul, minimise, product, row_sums
 from rl_ebm.automata.regex import nfa
 from rl_ebm.exact import problems
-from rl_ebm.exact.automaton_sample import _pick
-from rl_ebm.exact.automaton_summary import summarise_automaton
-from rl_ebm.exact.automaton_values import find_edges, q_rows
+from rl_ebm.exact.automaton.sampling import _pick
+from rl_ebm.exact.automaton.summary import summarise_automaton
+from rl_ebm.exact.automaton.values import find_edges, q_rows
 from rl_ebm.policies import AutomatonPolicy, Uniform, fit_hmm
 from rl_ebm.policies.hmm import _normalised
 from rl_ebm.rewards import Automaton
@@ -234,7 +234,7 @@ def test_rows_of_states_with_many_targets(monkeypatch):
     t = torch.arange(5).repeat(20)
     rows = []
     for limit in (0, 2**13):
-        monkeypatch.setattr("rl_ebm.exact.automaton_values._PER_TARGET", limit)
+        monkeypatch.setattr("rl_ebm.exact.automaton.values._PER_TARGET", limit)
         rows.append(q_rows(solution.values, space, t, found.k, found.log_alpha))
     torch.testing.assert_close(*rows, rtol=1e-12, atol=1e-12)
 
@@ -243,7 +243,7 @@ def test_sums_of_rows_by_blocks(monkeypatch):
     machine = random_law(torch.Generator().manual_seed(0), 4, 5, 1, 1, 0.3)
     weight = machine.log_weight.exp().tolist()
     for block in (1, 2**24):
-        monkeypatch.setattr(sys.modules["rl_ebm.automata.product"], "_BLOCK", block)
+        monkeypatch.setattr(sys.modules["rl_ebm.automata.products"], "_BLOCK", block)
         got = row_sums(machine)[:, 0].exp().tolist()
         assert got == pytest.approx([math.fsum(row) for row in weight])
 
@@ -252,7 +252,7 @@ def test_what_is_too_large_is_refused(monkeypatch):
     one, two = Automaton.counts(SPACE, [1, 2]), Automaton.counts(SPACE, [2, 1, 1])
     with pytest.raises(rl_ebm.exact.TooLargeError, match="may be used"):
         rl_ebm.solve(rl_ebm.EBM(SPACE, one), memory=10)
-    monkeypatch.setattr(sys.modules["rl_ebm.automata.product"], "MAX_STATES", 3)
+    monkeypatch.setattr(sys.modules["rl_ebm.automata.products"], "MAX_STATES", 3)
     with pytest.raises(ValueError, match="more than 3 states"):
         one + two
     monkeypatch.setattr(nfa, "MAX_STATES", 50)

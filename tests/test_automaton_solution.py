@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import rl_ebm
 from rl_ebm.automata import deterministic
-from rl_ebm.exact.automaton_values import find_edges
+from rl_ebm.exact.automaton.values import find_edges
 
 CASES = range(300)
 

@@ -11,8 +11,8 @@ from automaton_cases import random_case
 import rl_ebm
 from rl_ebm.automata import deterministic
 from rl_ebm.exact import lists, summarise
-from rl_ebm.exact.automaton_marginals import find_flow, token_log_marginals
-from rl_ebm.exact.automaton_summary import summarise_automaton
+from rl_ebm.exact.automaton.marginals import find_flow, token_log_marginals
+from rl_ebm.exact.automaton.summary import summarise_automaton
 from rl_ebm.policies import AutomatonPolicy, Uniform
 from rl_ebm.rewards import Automaton
 

@@ -16,13 +16,16 @@ from toy_policies import GARBAGE, PROMPTS, SMALL, close, randomised, responses, 
 from verify_cases import ALL_SPACES, REFERENCES, case, check_solution, truth
 
 import rl_ebm
-from rl_ebm.exact import backup, summarise
+from rl_ebm.exact import summarise
+from rl_ebm.exact.tree import backup
 from rl_ebm.policies import Tabular, Uniform
 from rl_ebm.rewards import from_trl
 from rl_ebm.rewards.transformer import TransformerReward
 from rl_ebm.tokens import TokenSpace
 
-solve_module = importlib.import_module("rl_ebm.exact.solve")  # its package shows a function there
+solve_module = importlib.import_module(
+    "rl_ebm.exact.dispatch"
+)  # its package shows a function there
 summary_module = importlib.import_module("rl_ebm.exact.summary")
 
 in_all_spaces = pytest.mark.parametrize("shape", ALL_SPACES, ids=str)

@@ -15,7 +15,9 @@ from rl_ebm.exact import TooLargeError, check_memory
 from rl_ebm.policies import Tabular, Uniform
 from rl_ebm.tokens import TokenSpace
 
-solve_module = importlib.import_module("rl_ebm.exact.solve")  # its package shows a function there
+solve_module = importlib.import_module(
+    "rl_ebm.exact.dispatch"
+)  # its package shows a function there
 
 
 def never(*_):

@@ -15,7 +15,7 @@ from toy_policies import SMALL, randomised, seeded
 import rl_ebm
 from rl_ebm.automata import deterministic, hidden
 from rl_ebm.exact import summarise, summarise_automaton
-from rl_ebm.exact.automaton_marginals import find_flow, token_log_marginals
+from rl_ebm.exact.automaton.marginals import find_flow, token_log_marginals
 from rl_ebm.policies import AutomatonPolicy, Tabular, Transformer, Uniform
 from rl_ebm.rewards import Automaton
 from rl_ebm.tokens import TokenSpace

@@ -13,7 +13,8 @@ from brute_force import INF, log_sum_exp, prefixes, random_tables
 from toy_policies import seeded
 
 import rl_ebm
-from rl_ebm.exact import automaton_sample, backup
+from rl_ebm.exact.automaton import sampling as automaton_sample
+from rl_ebm.exact.tree import backup
 from rl_ebm.policies import Tabular
 from rl_ebm.soft_bellman import bellman_residual
 from rl_ebm.tokens import TokenSpace

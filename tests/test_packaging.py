@@ -226,7 +226,7 @@ def test_make_lays_the_links_again_where_a_file_has_come_or_gone(tmp_path):
     (tree / "agents/new.py").write_text("")
     assert "pip install" in commands()
     (tree / "agents/new.py").unlink()
-    (tree / "rl_ebm/exact/solve.py").unlink()
+    (tree / "rl_ebm/exact/dispatch.py").unlink()
     assert "pip install" in commands()
 
 

@@ -1,13 +1,12 @@
 """Exact solutions of an EBM; each is itself a policy."""
 
-from rl_ebm.exact.automaton import AutomatonSolution
-from rl_ebm.exact.automaton_summary import summarise_automaton
+from rl_ebm.exact.automaton import AutomatonSolution, summarise_automaton
 from rl_ebm.exact.base import LISTED, Solution, lists
+from rl_ebm.exact.dispatch import TooLargeError, check_memory, find_machines, solve
 from rl_ebm.exact.figures import Response, Summary
 from rl_ebm.exact.problems import problems
-from rl_ebm.exact.solution import TreeSolution
-from rl_ebm.exact.solve import TooLargeError, check_memory, find_machines, solve
 from rl_ebm.exact.summary import summarise
+from rl_ebm.exact.tree import TreeSolution
 
 __all__ = [
     "LISTED",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rl_ebm.exact.base import Solution, lists
-from rl_ebm.exact.solve import TooLargeError
+from rl_ebm.exact.dispatch import TooLargeError
 from rl_ebm.fixed_points import Problem
 from rl_ebm.messages.words import count_text
 from rl_ebm.soft_bellman import log_policy, sequence_log_probs

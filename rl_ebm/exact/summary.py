@@ -7,7 +7,7 @@ import math
 import torch
 
 from rl_ebm.exact.automaton import AutomatonSolution
-from rl_ebm.exact.automaton_summary import summarise_automaton
+from rl_ebm.exact.automaton.summary import summarise_automaton
 from rl_ebm.exact.base import Solution, lists
 from rl_ebm.exact.figures import Response, Summary
 from rl_ebm.messages.arguments import whole

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rl_ebm.ebm import EBM
-from rl_ebm.exact.backup import PLAIN, backup_leaves, finite_range
-from rl_ebm.exact.solution import TreeSolution
+from rl_ebm.exact.tree.backup import PLAIN, backup_leaves, finite_range
+from rl_ebm.exact.tree.solution import TreeSolution
 from rl_ebm.soft_bellman import soft_value
 
 _LARGEST = 1e300

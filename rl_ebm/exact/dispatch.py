@@ -13,9 +13,9 @@ from rl_ebm.automata import Machine
 from rl_ebm.automata.weights import check_values
 from rl_ebm.ebm import EBM, end_reference
 from rl_ebm.exact.automaton import AutomatonSolution
-from rl_ebm.exact.automaton_bytes import need
+from rl_ebm.exact.automaton.memory import need
 from rl_ebm.exact.base import Solution
-from rl_ebm.exact.tree_values import bytes_of_value, fill_tree
+from rl_ebm.exact.tree.values import bytes_of_value, fill_tree
 from rl_ebm.messages.arguments import is_number, shown
 from rl_ebm.messages.memory import free_bytes
 from rl_ebm.messages.words import bytes_text, count_text

@@ -11,8 +11,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from rl_ebm.ebm import EBM
-from rl_ebm.exact.backup import join, split
 from rl_ebm.exact.base import Rows
+from rl_ebm.exact.tree.backup import join, split
 from rl_ebm.policies.scoring import check_draws, resolve_prompt_ids, sample
 from rl_ebm.soft_bellman import backup, gather_tokens, log_policy
 from rl_ebm.tokens import Batch, length_mask
@@ -32,7 +32,7 @@ class TreeSolution:
 
     What it keeps is the scores (the EBM's own table is not copied), V of every state, and
     log p_ref where that is more than a constant for each depth; q* is put together from them.
-    Where R / beta is large (:data:`rl_ebm.exact.backup.PLAIN`) V is kept in float64 and in two
+    Where R / beta is large (:data:`rl_ebm.exact.tree.backup.PLAIN`) V is kept in float64 and in two
     parts, R / beta of a likely response below the state and the rest: of numbers near 1e9 only
     7 digits are left after the point, of their differences all of them.
 

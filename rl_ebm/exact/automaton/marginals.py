@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rl_ebm.automata import Machine, segment_logsumexp
 from rl_ebm.automata.logspace import finite
-from rl_ebm.exact.automaton_values import Values, end_weights
+from rl_ebm.exact.automaton.values import Values, end_weights
 from rl_ebm.soft_bellman import expectation, log_policy
 from rl_ebm.tokens import TokenSpace
 

@@ -9,14 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rl_ebm.exact.automaton import AutomatonSolution
-from rl_ebm.exact.automaton_marginals import (
-    Flow,
-    entropy,
-    expected_weight,
-    find_flow,
-    token_shares,
-)
+from rl_ebm.exact.automaton.marginals import Flow, entropy, expected_weight, find_flow, token_shares
+from rl_ebm.exact.automaton.solution import AutomatonSolution
 from rl_ebm.exact.figures import Response, Summary
 
 _SPARE = 16

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.exact.automaton_values import Values
+from rl_ebm.exact.automaton.values import Values
 from rl_ebm.tokens import Batch, TokenSpace
 
 _BLOCK = 2**23

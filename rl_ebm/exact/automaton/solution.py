@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rl_ebm.automata import Machine, Reading
 from rl_ebm.ebm import EBM
-from rl_ebm.exact.automaton_sample import sample_paths
-from rl_ebm.exact.automaton_values import Values, find_values, q_rows
+from rl_ebm.exact.automaton.sampling import sample_paths
+from rl_ebm.exact.automaton.values import Values, find_values, q_rows
 from rl_ebm.exact.base import Rows
 from rl_ebm.messages.arguments import check_generator
 from rl_ebm.policies.scoring import check_draws, resolve_prompt_ids
