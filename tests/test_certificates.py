@@ -13,9 +13,9 @@ from toy_policies import PROMPTS, Only, close, everything, responses, seeded, ta
 
 import rl_ebm
 from rl_ebm.certificates import log_z_interval, sample_interval, self_normalised_kl
-from rl_ebm.certificates.sampler import UniformResponses
+from rl_ebm.certificates.smc import smc
+from rl_ebm.certificates.weights import UniformResponses
 from rl_ebm.policies import sample
-from rl_ebm.smc import smc
 from rl_ebm.statistics.interval import difference
 from rl_ebm.statistics.mean_bounds import betting_lower, log_mean
 

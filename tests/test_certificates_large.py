@@ -10,8 +10,8 @@ import torch
 from toy_policies import seeded
 
 import rl_ebm
+from rl_ebm.certificates.smc import smc
 from rl_ebm.policies import Uniform, log_prob
-from rl_ebm.smc import smc
 
 SPACE = rl_ebm.TokenSpace(10, 12)
 COUPLING = 1.5 * torch.randn(10, 10, generator=seeded(), dtype=torch.float64)

@@ -7,9 +7,9 @@ import torch
 from toy_policies import seeded, transformer
 
 import rl_ebm
+from rl_ebm.certificates.smc import smc
 from rl_ebm.policies import Transformer, log_prob, q_values, sample
 from rl_ebm.policies.scoring import mask_logits
-from rl_ebm.smc import smc
 from rl_ebm.tokens import length_mask
 
 LONG = rl_ebm.TokenSpace(5, 128, eos_id=2)

@@ -58,14 +58,13 @@ LAYERS = (
     ),
     (
         "agents.",
+        "certificates.",
         "exact.",
-        "smc",
         "tasks.",
     ),
     (
         "accumulate",
         "audit",
-        "certificates.",
         "envs.",
         "reward_calls",
         "run_config",

@@ -12,7 +12,7 @@ from interval_cases import Case, light, truth_of
 from toy_policies import seeded
 
 import rl_ebm
-from rl_ebm.certificates import sampler
+from rl_ebm.certificates import weights as sampler
 from rl_ebm.policies import Tabular, Uniform, detours
 from rl_ebm.statistics.expectations import Known, expectation, ratio_expectation
 from rl_ebm.statistics.tails import is_normal, skewness

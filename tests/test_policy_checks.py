@@ -9,9 +9,9 @@ from toy_policies import seeded
 
 import rl_ebm
 from rl_ebm.agents import AGENTS
+from rl_ebm.certificates.smc import smc
 from rl_ebm.policies import Tabular
 from rl_ebm.policies.checks import check_rows
-from rl_ebm.smc import smc
 
 SPACES = [
     rl_ebm.TokenSpace(3, 4),

@@ -20,8 +20,8 @@ from toy_policies import (
 )
 
 import rl_ebm
+from rl_ebm.certificates.smc import smc, systematic
 from rl_ebm.policies import Tabular
-from rl_ebm.smc import smc, systematic
 
 INF = math.inf
 SPACES = [rl_ebm.TokenSpace(3, 4), rl_ebm.TokenSpace(3, 4, eos_id=1)]

@@ -26,12 +26,12 @@ probabilities up to their rounding.
 """
 
 from rl_ebm.certificates.certificate import Certificate
-from rl_ebm.certificates.certify import certify
 from rl_ebm.certificates.limits import (
     log_z_interval,
     log_z_limits,
     self_normalised_kl,
 )
+from rl_ebm.certificates.procedure import certify
 from rl_ebm.statistics.expectations import sample_interval
 
 __all__ = [

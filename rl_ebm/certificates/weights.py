@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from rl_ebm.certificates.smc import smc
 from rl_ebm.ebm import EBM
 from rl_ebm.policies.detours import MOST, all_responses, are_listed, detours
 from rl_ebm.policies.scoring import Policy, device_of, q_values, sample
-from rl_ebm.smc import smc
 from rl_ebm.soft_bellman import log_policy, sequence_log_prob
 from rl_ebm.tokens import Batch, TokenSpace
 

@@ -14,7 +14,7 @@ from rl_ebm.certificates.limits import (
     log_z_limits,
     self_normalised_kl,
 )
-from rl_ebm.certificates.sampler import Elsewhere, Sampler, UniformResponses, check_reward_max
+from rl_ebm.certificates.weights import Elsewhere, Sampler, UniformResponses, check_reward_max
 from rl_ebm.ebm import EBM
 from rl_ebm.messages.arguments import is_number, is_whole, shown, whole
 from rl_ebm.policies.outputs import check_kind
@@ -61,10 +61,11 @@ def certify(
             it, and a little better by as many samples of the reference (without a reference: of
             the uniform law over all responses).
         generator: on the policy's device; None for the global one.
-        particles: bound log Z from below by ``samples // particles`` runs of :func:`rl_ebm.smc.smc`
-            with so many particles, instead of by single weights: better where the policy's
-            logits are good values, and far worse where they are declared to be values and are
-            none. To be decided before looking at the result of either.
+        particles: bound log Z from below by ``samples // particles`` runs of
+            :func:`rl_ebm.certificates.smc.smc` with so many particles, instead of by single
+            weights: better where the policy's logits are good values, and far worse where they are
+            declared to be values and are none. To be decided before looking at the result of
+            either.
         memory: about how many bytes one evaluation of the policy may take.
 
     Raises:
