@@ -26,8 +26,8 @@ from benchmarks.machine import describe
 from benchmarks.scale import hidden_reference
 from rl_ebm.checkpoint import write_text
 from rl_ebm.policies import AutomatonPolicy
-from rl_ebm.report_sampled import SampledReport
 from rl_ebm.rewards import Automaton
+from rl_ebm.verification.sampled_report import SampledReport
 
 RESULTS = Path(__file__).parent / "results"
 PHRASE, FORBIDDEN = [5, 17, 17, 9], [7, 8]

@@ -14,7 +14,7 @@ import tyro
 
 import rl_ebm
 from rl_ebm.plots import error_figure
-from rl_ebm.verify import logit_errors
+from rl_ebm.verification.verify import logit_errors
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ from rl_ebm.policies import HuggingFace
 from rl_ebm.policies.scoring import Policy, sample
 from rl_ebm.rewards import Automaton
 from rl_ebm.statistics.interval import Interval
-from rl_ebm.verify_sampled import bounded
+from rl_ebm.verification.along_samples import bounded
 
 RESULTS = Path(__file__).parent / "results"
 STAND_IN: dict[str, Any] = {"forbidden_log_weight": -10.0}

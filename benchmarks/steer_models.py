@@ -19,7 +19,7 @@ from rl_ebm.policies.scoring import Policy, log_prob, q_values
 from rl_ebm.rewards import Automaton
 from rl_ebm.statistics.interval import Interval
 from rl_ebm.tokens import Batch, TokenSpace
-from rl_ebm.verify_sampled import ratio_interval
+from rl_ebm.verification.along_samples import ratio_interval
 
 WANTED, FORBIDDEN = "letter", "river"
 SCORE = 6.5  # nats at beta = 1

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from rl_ebm.verify import State
+from rl_ebm.verification.verify import State
 
 
 def error_figure(states: Sequence[State], max_columns: int = 64) -> Figure:
@@ -23,7 +23,7 @@ def error_figure(states: Sequence[State], max_columns: int = 64) -> Figure:
     darker where p* goes.
 
     Args:
-        states: the per-depth errors of :func:`rl_ebm.verify.logit_errors`.
+        states: the per-depth errors of :func:`rl_ebm.verification.verify.logit_errors`.
         max_columns: cells in a row.
     """
     figure = Figure(figsize=(11, 4.5), layout="constrained")

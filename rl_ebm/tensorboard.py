@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from rl_ebm.files import EVENTS, create
-from rl_ebm.report_sampled import AnyReport
-from rl_ebm.verify import State
+from rl_ebm.verification.sampled_report import AnyReport
+from rl_ebm.verification.verify import State
 
 
 class EventFile:

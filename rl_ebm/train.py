@@ -24,7 +24,6 @@ from rl_ebm.files.lock import only_one
 from rl_ebm.messages.arguments import Number, Whole, flag, shown, whole
 from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.policies import Policy, Tabular, Trainable, Transformer
-from rl_ebm.report_sampled import AnyReport
 from rl_ebm.reward_calls import is_called
 from rl_ebm.rewards import Reward, Table
 from rl_ebm.runs import (
@@ -41,6 +40,7 @@ from rl_ebm.runs import (
 )
 from rl_ebm.train_config import TrainConfig, check_limits
 from rl_ebm.training import Trainer
+from rl_ebm.verification.sampled_report import AnyReport
 
 SOLVED_UNASKED = 2**20
 """sequences of an EBM without a table up to which it is solved without being asked"""

@@ -23,7 +23,6 @@ from rl_ebm.files import METRICS, POLICY, REPORT, STATE, RunError, own_files, wr
 from rl_ebm.files.tensors import holds, save_tensors
 from rl_ebm.metrics import MetricsFile
 from rl_ebm.pace import Pace
-from rl_ebm.report_sampled import AnyReport
 from rl_ebm.reward_calls import calls_of
 from rl_ebm.runs import cut_back, load_weights, remove_parts
 from rl_ebm.saved_state import check_state
@@ -31,8 +30,9 @@ from rl_ebm.stopping import Asked, Interrupted, stops_between_steps
 from rl_ebm.tensorboard import Board
 from rl_ebm.train_config import LOG_SECONDS
 from rl_ebm.train_config import TrainConfig as TrainConfig
-from rl_ebm.verify import logit_errors, verify
-from rl_ebm.verify_sampled import samples_at
+from rl_ebm.verification.along_samples import samples_at
+from rl_ebm.verification.sampled_report import AnyReport
+from rl_ebm.verification.verify import logit_errors, verify
 
 MAX_EVALUATED = 2**17
 """more states than this are listed only when asked to: it would take longer than training"""

@@ -14,7 +14,7 @@ import rl_ebm
 from rl_ebm.automata import hidden
 from rl_ebm.policies import AutomatonPolicy, Uniform
 from rl_ebm.rewards import Automaton
-from rl_ebm.verify_sampled import SAMPLES, samples_at
+from rl_ebm.verification.along_samples import SAMPLES, samples_at
 
 
 class Alive(TorchDispatchMode):

@@ -15,8 +15,8 @@ from interval_cases import CASES, impossible, long_tail, missed_branch, truth_of
 from toy_policies import seeded
 
 import rl_ebm
-from rl_ebm.verify import verify_listed
-from rl_ebm.verify_sampled import verify_sampled
+from rl_ebm.verification.along_samples import verify_sampled
+from rl_ebm.verification.verify import verify_listed
 
 INF = math.inf
 

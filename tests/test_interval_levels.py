@@ -26,7 +26,7 @@ from rl_ebm.statistics.expectations import (
 from rl_ebm.statistics.interval import mean_interval
 from rl_ebm.statistics.mean_bounds import betting_lower, betting_upper, empirical_bernstein_upper
 from rl_ebm.statistics.tails import FEWEST, upper_doubt
-from rl_ebm.verify_sampled import verify_sampled
+from rl_ebm.verification.along_samples import verify_sampled
 
 INF = math.inf
 

@@ -24,7 +24,6 @@ LAYERS = (
         "intervals",
         "messages.",
         "pace",
-        "report",
         "stopping",
         "version",
     ),
@@ -41,7 +40,6 @@ LAYERS = (
         "exits",
         "metrics",
         "networks.",
-        "report_sampled",
         "soft_bellman",
     ),
     (
@@ -50,7 +48,6 @@ LAYERS = (
         "policies.",
         "rewards.",
         "saved_state",
-        "state_errors",
     ),
     (
         "ebm",
@@ -63,25 +60,22 @@ LAYERS = (
         "tasks.",
     ),
     (
-        "accumulate",
         "audit",
         "envs.",
         "reward_calls",
         "run_config",
-        "visits",
+        "verification.",
     ),
     (
         "charts",
         "options",
+        "plots",
         "runs",
-        "verify_sampled",
     ),
     (
         "diagnose",
-        "verify",
+        "tensorboard",
     ),
-    ("plots",),
-    ("tensorboard",),
     ("training",),
     ("train",),
     (

@@ -16,8 +16,8 @@ from rl_ebm.certificates import weights as sampler
 from rl_ebm.policies import Tabular, Uniform, detours
 from rl_ebm.statistics.expectations import Known, expectation, ratio_expectation
 from rl_ebm.statistics.tails import is_normal, skewness
-from rl_ebm.verify import verify_listed
-from rl_ebm.verify_sampled import verify_sampled
+from rl_ebm.verification.along_samples import verify_sampled
+from rl_ebm.verification.verify import verify_listed
 
 INF = math.inf
 REPETITIONS = 40

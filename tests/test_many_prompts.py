@@ -11,14 +11,16 @@ from toy_policies import Plain, seeded, tabular, transformer
 from verify_cases import logit_tables
 
 import rl_ebm
-from rl_ebm.accumulate import Accumulator
 from rl_ebm.exact import solve
 from rl_ebm.policies import Uniform
 from rl_ebm.policies.walk import prompts_at_once, walk_prompts
 from rl_ebm.tokens import TokenSpace
-from rl_ebm.verify import KEPT
+from rl_ebm.verification.every_prefix import Accumulator
+from rl_ebm.verification.verify import KEPT
 
-verify_module = importlib.import_module("rl_ebm.verify")  # the package shows a function there
+verify_module = importlib.import_module(
+    "rl_ebm.verification.verify"
+)  # the package shows a function there
 
 
 def problem(count, space, reference=None):

@@ -19,10 +19,10 @@ from rl_ebm.fixed_points.boundary import boundary_limit
 from rl_ebm.fixed_points.flow import follow
 from rl_ebm.fixed_points.penalised import deviation
 from rl_ebm.policies import Tabular, Uniform
-from rl_ebm.report import plain
 from rl_ebm.soft_bellman import rounded_up
-from rl_ebm.state_errors import state_errors
 from rl_ebm.tokens import TokenSpace
+from rl_ebm.verification.report import plain
+from rl_ebm.verification.state_errors import state_errors
 
 
 def positive(x):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rl_ebm import bounds, divergences
 from rl_ebm.soft_bellman import log_policy, soft_value
-from rl_ebm.state_errors import state_errors
+from rl_ebm.verification.state_errors import state_errors
 
 FIGURES = ("kl", "entropy", "span", "linf", "v_star", "v")
 

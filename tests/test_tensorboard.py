@@ -28,7 +28,7 @@ from rl_ebm.plots import error_figure, figure_image
 from rl_ebm.policies import Tabular
 from rl_ebm.train import train
 from rl_ebm.training import TrainConfig
-from rl_ebm.verify import logit_errors, verify
+from rl_ebm.verification.verify import logit_errors, verify
 
 LOOK_OFTEN = {"steps": 6, "log_every": 2, "eval_every": 1e-9, "checkpoint_every": 1e-9}
 EVENTS = "events.out.tfevents.*"

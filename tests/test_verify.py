@@ -28,7 +28,7 @@ from verify_cases import (
 import rl_ebm
 from rl_ebm.policies import Tabular, Uniform
 from rl_ebm.tokens import TokenSpace
-from rl_ebm.verify import combine
+from rl_ebm.verification.verify import combine
 
 walk_module = importlib.import_module("rl_ebm.policies.walk")
 

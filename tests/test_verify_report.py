@@ -17,7 +17,7 @@ import rl_ebm
 from rl_ebm.policies import Uniform
 from rl_ebm.policies.walk import walk
 from rl_ebm.tokens import TokenSpace
-from rl_ebm.verify import logit_errors
+from rl_ebm.verification.verify import logit_errors
 
 walk_module = importlib.import_module("rl_ebm.policies.walk")
 in_all_spaces = pytest.mark.parametrize("shape", ALL_SPACES, ids=str)

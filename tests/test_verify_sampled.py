@@ -13,8 +13,8 @@ import rl_ebm
 from rl_ebm.policies import Tabular
 from rl_ebm.rewards import Automaton
 from rl_ebm.statistics.interval import Interval
-from rl_ebm.verify import verify_listed
-from rl_ebm.verify_sampled import bounded, verify_sampled
+from rl_ebm.verification.along_samples import bounded, verify_sampled
+from rl_ebm.verification.verify import verify_listed
 
 FIGURES = (
     "kl_target_policy",

@@ -16,8 +16,8 @@ from rl_ebm import bounds, divergences
 from rl_ebm.exact import Solution
 from rl_ebm.exact.base import Rows
 from rl_ebm.policies.walk import Block
-from rl_ebm.report import Bounds, Depth, Prefix, Report
 from rl_ebm.soft_bellman import expectation, log_policy, soft_value
+from rl_ebm.verification.report import Bounds, Depth, Prefix, Report
 
 WORST = 10
 """how many of the worst prefixes a report names"""

@@ -20,19 +20,19 @@ from rl_ebm import bounds
 from rl_ebm.exact import AutomatonSolution, Solution, summarise_automaton
 from rl_ebm.policies.detours import MOST, all_responses, are_listed, detours, rows_at_once
 from rl_ebm.policies.scoring import Policy, device_of, evaluating, sample
-from rl_ebm.report_sampled import (
+from rl_ebm.rewards.limits import reward_limits
+from rl_ebm.statistics.expectations import Known, bounded, certain, expectation, ratio_expectation
+from rl_ebm.statistics.expectations import ratio_interval as ratio_interval
+from rl_ebm.statistics.interval import Interval, check_confidence, check_samples
+from rl_ebm.tokens import Batch
+from rl_ebm.verification.sampled_report import (
     SampledBounds,
     SampledDepth,
     SampledPrefix,
     SampledReport,
     combine_sampled,
 )
-from rl_ebm.rewards.limits import reward_limits
-from rl_ebm.statistics.expectations import Known, bounded, certain, expectation, ratio_expectation
-from rl_ebm.statistics.expectations import ratio_interval as ratio_interval
-from rl_ebm.statistics.interval import Interval, check_confidence, check_samples
-from rl_ebm.tokens import Batch
-from rl_ebm.visits import WORST, Visits
+from rl_ebm.verification.visits import WORST, Visits
 
 SAMPLES = 100
 """responses of target and policy each that a verification while training reads, at most"""

@@ -2,7 +2,7 @@ r"""Verify a policy against an exact solution: every prefix, exactly.
 
 The policy's tree is walked by blocks (:mod:`rl_ebm.policies.walk`), and each block adds its share
 of every figure by the chain rule. Nothing is sampled, and nothing of the size of the tree is
-kept. What the figures mean stands at :class:`rl_ebm.report.Report`.
+kept. What the figures mean stands at :class:`rl_ebm.verification.report.Report`.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rl_ebm import bounds
-from rl_ebm.accumulate import WORST, Accumulator
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import Solution, lists
 from rl_ebm.messages.arguments import flag, whole
 from rl_ebm.policies.outputs import check_kind
 from rl_ebm.policies.scoring import Policy, evaluating
 from rl_ebm.policies.walk import DEFAULT_MEMORY, prompts_at_once, walk, walk_prompts
-from rl_ebm.report import Bounds, Depth, Prefix, Report
-from rl_ebm.report_sampled import AnyReport
 from rl_ebm.soft_bellman import log_policy
-from rl_ebm.verify_sampled import verify_sampled
+from rl_ebm.verification.along_samples import verify_sampled
+from rl_ebm.verification.every_prefix import WORST, Accumulator
+from rl_ebm.verification.report import Bounds, Depth, Prefix, Report
+from rl_ebm.verification.sampled_report import AnyReport
 
 KEPT = 100
 """prompts up to which a report keeps the figures of each unasked"""

@@ -12,10 +12,10 @@ from rl_ebm import bounds, divergences
 from rl_ebm.exact import Solution
 from rl_ebm.policies.detours import along, rows_at_once
 from rl_ebm.policies.scoring import Policy
-from rl_ebm.report_sampled import SampledPrefix
 from rl_ebm.soft_bellman import log_policy
-from rl_ebm.state_errors import state_errors
 from rl_ebm.tokens import Batch, TokenSpace
+from rl_ebm.verification.sampled_report import SampledPrefix
+from rl_ebm.verification.state_errors import state_errors
 
 WORST = 10
 _SHOWN = 64

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from rl_ebm.messages.words import count_text
-from rl_ebm.report import Report, plain
 from rl_ebm.statistics.interval import Interval, average
+from rl_ebm.verification.report import Report, plain
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class SampledReport:
 
     Log-probabilities, and the divergence at every visited state, are exact; expectations over
     states are estimated, each with its interval. The figures are those of
-    :class:`rl_ebm.report.Report`, in nats and reward units.
+    :class:`rl_ebm.verification.report.Report`, in nats and reward units.
     """
 
     mode: str
