@@ -16,17 +16,14 @@ if __name__ == "agents":
 
 from itertools import product
 
-from rl_ebm.agents.account import Behaviour, behaviour, learned_log_z
 from rl_ebm.agents.best_of_n import BestOfNAgent, BestOfNConfig
 from rl_ebm.agents.best_of_n import fixed_point as best_of_n_fixed_point
 from rl_ebm.agents.exact import ExactAgent, ExactConfig
-from rl_ebm.agents.kl_penalty import fixed_point as penalised_fixed_point
 from rl_ebm.agents.matching import SLOPES, MatchingAgent, MatchingConfig
 from rl_ebm.agents.matching import fixed_point as matching_fixed_point
 from rl_ebm.agents.monte_carlo import MonteCarloAgent, MonteCarloConfig
 from rl_ebm.agents.monte_carlo import fixed_point as monte_carlo_fixed_point
 from rl_ebm.agents.names import meant
-from rl_ebm.agents.off_policy import fixed_point as off_policy_fixed_point
 from rl_ebm.agents.on_policy_distillation import (
     OnPolicyDistillationAgent,
     OnPolicyDistillationConfig,
@@ -52,6 +49,9 @@ from rl_ebm.agents.registry import (
 )
 from rl_ebm.agents.sampled_teacher import SampledTeacherAgent, SampledTeacherConfig
 from rl_ebm.agents.sampled_teacher import fixed_point as sampled_teacher_fixed_point
+from rl_ebm.agents.shared.account import Behaviour, behaviour, learned_log_z
+from rl_ebm.agents.shared.kl_penalty import fixed_point as penalised_fixed_point
+from rl_ebm.agents.shared.off_policy import fixed_point as off_policy_fixed_point
 from rl_ebm.agents.soft_q import SoftQAgent, SoftQConfig
 from rl_ebm.agents.teacher_forcing import TeacherForcingAgent, TeacherForcingConfig
 from rl_ebm.agents.trajectory_balance import (

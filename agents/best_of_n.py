@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from rl_ebm.agents.imitation import ImitationAgent, ImitationOptions
-from rl_ebm.agents.learner import draw_prompts
-from rl_ebm.agents.option_types import checked_options
+from rl_ebm.agents.shared.imitation import ImitationAgent, ImitationOptions
+from rl_ebm.agents.shared.learner import draw_prompts
+from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.fixed_points import FixedPoint, Problem, best_of_n, best_response
 from rl_ebm.tokens import Batch
 

@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rl_ebm import divergences
-from rl_ebm.agents.learner import Learner, check_rates
-from rl_ebm.agents.option_types import checked_options
-from rl_ebm.agents.trained import check_given, check_trained
+from rl_ebm.agents.shared.learner import Learner, check_rates
+from rl_ebm.agents.shared.option_types import checked_options
+from rl_ebm.agents.shared.trained import check_given, check_trained
 from rl_ebm.ebm import EBM
 from rl_ebm.messages.words import count_text
 from rl_ebm.policies.scoring import Policy, Trainable, tree_q_values

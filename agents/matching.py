@@ -27,10 +27,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from rl_ebm.agents.kl_penalty import centred
-from rl_ebm.agents.learner import group_ids, log_mean_exp
-from rl_ebm.agents.on_policy import OnPolicyAgent, OnPolicyOptions, trained_on
-from rl_ebm.agents.option_types import checked_options
+from rl_ebm.agents.shared.kl_penalty import centred
+from rl_ebm.agents.shared.learner import group_ids, log_mean_exp
+from rl_ebm.agents.shared.on_policy import OnPolicyAgent, OnPolicyOptions, trained_on
+from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.ebm import EBM
 from rl_ebm.fixed_points import FixedPoint, Problem, target
 from rl_ebm.policies.scoring import Policy, Trainable

@@ -25,10 +25,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.agents.learner import log_mean_exp, token_values
-from rl_ebm.agents.off_policy import OffPolicyAgent, OffPolicyOptions
-from rl_ebm.agents.off_policy import fixed_point as off_policy_fixed_point
-from rl_ebm.agents.option_types import checked_options
+from rl_ebm.agents.shared.learner import log_mean_exp, token_values
+from rl_ebm.agents.shared.off_policy import OffPolicyAgent, OffPolicyOptions
+from rl_ebm.agents.shared.off_policy import fixed_point as off_policy_fixed_point
+from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.ebm import EBM
 from rl_ebm.fixed_points import FixedPoint, Problem
 from rl_ebm.policies.scoring import Policy, Trainable, q_values

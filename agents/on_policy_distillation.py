@@ -20,9 +20,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from rl_ebm import divergences
-from rl_ebm.agents.account import Behaviour
-from rl_ebm.agents.imitation import ImitationAgent, ImitationOptions, given
-from rl_ebm.agents.option_types import checked_options
+from rl_ebm.agents.shared.account import Behaviour
+from rl_ebm.agents.shared.imitation import ImitationAgent, ImitationOptions, given
+from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.policies.scoring import Policy, q_values, sample
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.tokens import Batch, length_mask

@@ -21,9 +21,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.agents.learner import token_values
-from rl_ebm.agents.off_policy import OffPolicyAgent, OffPolicyOptions
-from rl_ebm.agents.option_types import checked_options
+from rl_ebm.agents.shared.learner import token_values
+from rl_ebm.agents.shared.off_policy import OffPolicyAgent, OffPolicyOptions
+from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import log_policy, soft_value
 from rl_ebm.tokens import Batch, length_mask

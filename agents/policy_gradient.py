@@ -18,9 +18,9 @@ from __future__ import annotations
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.agents.kl_penalty import PenaltyOptions, advantages, kl_terms, token_weights
-from rl_ebm.agents.on_policy import OnPolicyAgent
-from rl_ebm.agents.option_types import checked_options
+from rl_ebm.agents.shared.kl_penalty import PenaltyOptions, advantages, kl_terms, token_weights
+from rl_ebm.agents.shared.on_policy import OnPolicyAgent
+from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.tokens import Batch
 
 

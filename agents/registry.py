@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from torch import Tensor
 
 from rl_ebm.agents.names import meant
-from rl_ebm.agents.off_policy import fixed_point as off_policy_fixed_point
+from rl_ebm.agents.shared.off_policy import fixed_point as off_policy_fixed_point
 from rl_ebm.fixed_points import FixedPoint, Problem, target
 from rl_ebm.messages.arguments import shown
 from rl_ebm.messages.words import nearest
@@ -24,7 +24,7 @@ NOT_KNOWN = FixedPoint(None, degenerate=None, how="not known", sampler=None)
 class Agent(Protocol):
     """What the training loop needs of an agent.
 
-    It may also say what it learned and who draws for it, :mod:`rl_ebm.agents.account`.
+    It may also say what it learned and who draws for it, :mod:`rl_ebm.agents.shared.account`.
     """
 
     policy: Trainable

@@ -25,10 +25,10 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from rl_ebm.agents.imitation import ImitationAgent, ImitationOptions
-from rl_ebm.agents.learner import check_group_size, draw_groups, group_ids, token_values
-from rl_ebm.agents.option_types import checked_options
-from rl_ebm.agents.replay import check_rows, columns
+from rl_ebm.agents.shared.imitation import ImitationAgent, ImitationOptions
+from rl_ebm.agents.shared.learner import check_group_size, draw_groups, group_ids, token_values
+from rl_ebm.agents.shared.option_types import checked_options
+from rl_ebm.agents.shared.replay import check_rows, columns
 from rl_ebm.fixed_points import FixedPoint, Problem, resampled_law, target
 from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import log_policy

@@ -22,9 +22,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.agents.learner import token_values
-from rl_ebm.agents.off_policy import OffPolicyAgent, OffPolicyOptions
-from rl_ebm.agents.option_types import checked_options
+from rl_ebm.agents.shared.learner import token_values
+from rl_ebm.agents.shared.off_policy import OffPolicyAgent, OffPolicyOptions
+from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.ebm import EBM
 from rl_ebm.policies.scoring import Policy, Trainable, q_values
 from rl_ebm.soft_bellman import gather_tokens, log_policy, soft_value

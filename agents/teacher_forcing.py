@@ -8,9 +8,9 @@ p* for the exact solution.
 
 from __future__ import annotations
 
-from rl_ebm.agents.account import Behaviour
-from rl_ebm.agents.imitation import ImitationAgent, ImitationOptions, given
-from rl_ebm.agents.option_types import checked_options
+from rl_ebm.agents.shared.account import Behaviour
+from rl_ebm.agents.shared.imitation import ImitationAgent, ImitationOptions, given
+from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.policies.scoring import Policy
 
 

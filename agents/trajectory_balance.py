@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.agents.learner import check_group_size, draw_groups, group_ids
-from rl_ebm.agents.off_policy import OffPolicyAgent, OffPolicyOptions
-from rl_ebm.agents.option_types import checked_options
+from rl_ebm.agents.shared.learner import check_group_size, draw_groups, group_ids
+from rl_ebm.agents.shared.off_policy import OffPolicyAgent, OffPolicyOptions
+from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import log_policy, sequence_log_prob
 from rl_ebm.tokens import Batch

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from benchmarks import steer_text
-from rl_ebm.agents.imitation import teacher_forcing_loss
-from rl_ebm.agents.learner import Learner
+from rl_ebm.agents.shared.imitation import teacher_forcing_loss
+from rl_ebm.agents.shared.learner import Learner
 from rl_ebm.policies import AutomatonPolicy, HuggingFace, fit_ngram
 from rl_ebm.policies.scoring import Policy, log_prob, q_values
 from rl_ebm.rewards import Automaton

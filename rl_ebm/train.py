@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rl_ebm.agents import entry_of
 from rl_ebm.agents.defaults import default_options
-from rl_ebm.agents.trained import check_apart, check_weights
+from rl_ebm.agents.shared.trained import check_apart, check_weights
 from rl_ebm.ebm import EBM, check_ebm
 from rl_ebm.exact import Solution, TooLargeError, find_machines
 from rl_ebm.exact import solve as solve_exactly

@@ -13,7 +13,7 @@ from toy_policies import close, seeded
 import rl_ebm
 from rl_ebm import cli
 from rl_ebm.agents import AGENTS, Behaviour, VarGradAgent, behaviour, learned_log_z
-from rl_ebm.agents.learner import log_ref_and_gain
+from rl_ebm.agents.shared.learner import log_ref_and_gain
 from rl_ebm.agents.trajectory_balance import TrajectoryBalanceAgent
 from rl_ebm.checkpoint import RunError
 from rl_ebm.diagnose import _starved, diagnose, laws

@@ -11,10 +11,10 @@ from toy_policies import close, seeded
 
 from rl_ebm.agents import AGENTS
 from rl_ebm.agents.best_of_n import best_of_groups
-from rl_ebm.agents.kl_penalty import PenaltyOptions
-from rl_ebm.agents.learner import EXTRA, learning_rate
 from rl_ebm.agents.policy_gradient import policy_gradient_loss
 from rl_ebm.agents.ppo import PPOConfig, clipped_loss
+from rl_ebm.agents.shared.kl_penalty import PenaltyOptions
+from rl_ebm.agents.shared.learner import EXTRA, learning_rate
 from rl_ebm.charts import batch_charts
 
 

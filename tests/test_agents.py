@@ -14,7 +14,7 @@ from toy_policies import close, responses, seeded
 
 import rl_ebm
 from rl_ebm.agents import AGENTS, Agent, SoftQAgent, SoftQConfig
-from rl_ebm.agents.learner import (
+from rl_ebm.agents.shared.learner import (
     WARMUP,
     Learner,
     draw_prompts,

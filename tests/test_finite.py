@@ -11,9 +11,9 @@ import torch
 from toy_policies import close, seeded
 
 import rl_ebm
-from rl_ebm.agents.kl_penalty import PenaltyOptions, standardised
 from rl_ebm.agents.policy_gradient import policy_gradient_loss
 from rl_ebm.agents.sampled_teacher import resample
+from rl_ebm.agents.shared.kl_penalty import PenaltyOptions, standardised
 from rl_ebm.divergences import tv
 from rl_ebm.exact import problems
 from rl_ebm.fixed_points import Penalty, finite, penalised

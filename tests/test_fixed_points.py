@@ -11,8 +11,8 @@ from fixed_point_cases import PENALTIES, problem_of, small_ebm
 from toy_policies import close, seeded
 
 import rl_ebm
-from rl_ebm.agents.kl_penalty import PenaltyOptions
 from rl_ebm.agents.policy_gradient import policy_gradient_loss
+from rl_ebm.agents.shared.kl_penalty import PenaltyOptions
 from rl_ebm.divergences import tv
 from rl_ebm.fixed_points import Penalty, penalised
 from rl_ebm.fixed_points.closed_form import best_of_n, hyperbolic_rule

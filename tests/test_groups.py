@@ -13,11 +13,11 @@ from toy_policies import close, seeded
 
 import rl_ebm
 from rl_ebm.agents import AGENTS, PolicyGradientConfig
-from rl_ebm.agents.kl_penalty import advantages
-from rl_ebm.agents.learner import group_ids
 from rl_ebm.agents.policy_gradient import policy_gradient_loss
-from rl_ebm.agents.replay import Replay
 from rl_ebm.agents.sampled_teacher import resample
+from rl_ebm.agents.shared.kl_penalty import advantages
+from rl_ebm.agents.shared.learner import group_ids
+from rl_ebm.agents.shared.replay import Replay
 from rl_ebm.diagnose import laws
 from rl_ebm.divergences import kl, tv
 from rl_ebm.exact import problems

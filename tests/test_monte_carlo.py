@@ -11,8 +11,8 @@ from toy_policies import close, seeded
 
 import rl_ebm
 from rl_ebm.agents import AGENTS
-from rl_ebm.agents.learner import log_mean_exp
 from rl_ebm.agents.monte_carlo import monte_carlo_loss
+from rl_ebm.agents.shared.learner import log_mean_exp
 from rl_ebm.policies import Uniform
 from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import log_policy

@@ -14,11 +14,11 @@ import rl_ebm
 from rl_ebm import divergences
 from rl_ebm.agents import AGENTS
 from rl_ebm.agents.best_of_n import best_of_groups
-from rl_ebm.agents.kl_penalty import PenaltyOptions, kl_terms, standardised
 from rl_ebm.agents.matching import SLOPES, matching_loss
 from rl_ebm.agents.on_policy_distillation import on_policy_distillation_loss
 from rl_ebm.agents.path_consistency import path_consistency_loss
 from rl_ebm.agents.ppo import PPOConfig, clipped_loss
+from rl_ebm.agents.shared.kl_penalty import PenaltyOptions, kl_terms, standardised
 from rl_ebm.agents.trajectory_balance import batch_log_z, trajectory_balance_loss
 from rl_ebm.policies import Uniform
 

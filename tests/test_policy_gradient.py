@@ -12,8 +12,8 @@ from toy_policies import close, responses, scores_of, seeded
 
 import rl_ebm
 from rl_ebm.agents import PolicyGradientAgent, PolicyGradientConfig
-from rl_ebm.agents.kl_penalty import centred
 from rl_ebm.agents.policy_gradient import policy_gradient_loss
+from rl_ebm.agents.shared.kl_penalty import centred
 from rl_ebm.tokens import Batch
 
 # Small enough for every group of k responses: 4, 3, 3 and 2 responses.

@@ -12,7 +12,7 @@ from toy_policies import close, logits_by_prefix, scores_of, seeded, tabular
 
 import rl_ebm
 from rl_ebm.agents import SoftQAgent, SoftQConfig
-from rl_ebm.agents.replay import Replay
+from rl_ebm.agents.shared.replay import Replay
 from rl_ebm.agents.soft_q import lambda_returns, n_step_returns, soft_q_loss
 from rl_ebm.policies import Tabular, Uniform
 from rl_ebm.tokens import Batch

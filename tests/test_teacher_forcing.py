@@ -21,7 +21,7 @@ from toy_policies import close, responses, scores_of, seeded
 
 import rl_ebm
 from rl_ebm.agents import TeacherForcingAgent, TeacherForcingConfig
-from rl_ebm.agents.imitation import teacher_forcing_loss
+from rl_ebm.agents.shared.imitation import teacher_forcing_loss
 
 in_all_kinds = pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
 UNCLIPPED = TeacherForcingConfig(max_grad_norm=1e12)

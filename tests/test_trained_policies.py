@@ -17,7 +17,7 @@ from toy_policies import exact_log_probs, responses, seeded
 import rl_ebm
 from rl_ebm.agents import AGENTS
 from rl_ebm.agents.defaults import ADAPTER_RATE, BATCH_SIZE, RATE, default_options
-from rl_ebm.agents.trained import tensors_of
+from rl_ebm.agents.shared.trained import tensors_of
 from rl_ebm.policies import Tabular, Transformer, TransformerConfig
 from rl_ebm.rewards import Function
 from rl_ebm.train_config import TrainConfig

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.agents.account import Behaviour, root_values
-from rl_ebm.agents.learner import (
+from rl_ebm.agents.shared.account import Behaviour, root_values
+from rl_ebm.agents.shared.learner import (
     Learner,
     check_batch_size,
     check_finite_weights,
@@ -23,9 +23,9 @@ from rl_ebm.agents.learner import (
     draw_prompts,
     immediate_log_weights,
 )
-from rl_ebm.agents.option_types import checked_options
-from rl_ebm.agents.replay import Replay, check_rows
-from rl_ebm.agents.trained import check_given, check_trained
+from rl_ebm.agents.shared.option_types import checked_options
+from rl_ebm.agents.shared.replay import Replay, check_rows
+from rl_ebm.agents.shared.trained import check_given, check_trained
 from rl_ebm.ebm import EBM
 from rl_ebm.fixed_points import FixedPoint, Problem, forbids, law_of, stand_ins, target
 from rl_ebm.policies.scoring import Policy, Trainable, sample

@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.agents.learner import group_ids
-from rl_ebm.agents.on_policy import OnPolicyOptions, trained_on
-from rl_ebm.agents.option_types import checked_options
+from rl_ebm.agents.shared.learner import group_ids
+from rl_ebm.agents.shared.on_policy import OnPolicyOptions, trained_on
+from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.divergences import KL_TERMS
 from rl_ebm.fixed_points import FixedPoint, Penalty, Problem, penalised, penalised_in_groups
 from rl_ebm.tokens import length_mask

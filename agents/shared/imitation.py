@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from rl_ebm.agents.account import Behaviour
-from rl_ebm.agents.learner import Learner, check_batch_size, check_rates, draw_prompts
-from rl_ebm.agents.option_types import checked_options
-from rl_ebm.agents.trained import check_given, check_trained
+from rl_ebm.agents.shared.account import Behaviour
+from rl_ebm.agents.shared.learner import Learner, check_batch_size, check_rates, draw_prompts
+from rl_ebm.agents.shared.option_types import checked_options
+from rl_ebm.agents.shared.trained import check_given, check_trained
 from rl_ebm.ebm import EBM
 from rl_ebm.policies.scoring import Policy, Trainable, q_values, sample
 from rl_ebm.policies.tabular import Uniform

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rl_ebm.agents.account import Behaviour
-from rl_ebm.agents.learner import (
+from rl_ebm.agents.shared.account import Behaviour
+from rl_ebm.agents.shared.learner import (
     Learner,
     check_batch_size,
     check_finite_weights,
@@ -21,8 +21,8 @@ from rl_ebm.agents.learner import (
     log_ref_and_gain,
     token_values,
 )
-from rl_ebm.agents.option_types import checked_options
-from rl_ebm.agents.trained import check_given, check_trained
+from rl_ebm.agents.shared.option_types import checked_options
+from rl_ebm.agents.shared.trained import check_given, check_trained
 from rl_ebm.ebm import EBM
 from rl_ebm.fixed_points import Problem, forbids, law_of, stand_ins
 from rl_ebm.policies.scoring import Policy, Trainable, q_values, sample

@@ -1,0 +1,1 @@
+"""What several objectives need: learners, batches on and off the policy, replay, penalties."""
