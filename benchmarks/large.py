@@ -24,9 +24,9 @@ import tyro
 import rl_ebm
 from benchmarks.machine import describe
 from benchmarks.scale import hidden_reference
-from rl_ebm.checkpoint import write_text
 from rl_ebm.policies import AutomatonPolicy
 from rl_ebm.rewards import Automaton
+from rl_ebm.training.checkpoint import write_text
 from rl_ebm.verification.sampled_report import SampledReport
 
 RESULTS = Path(__file__).parent / "results"

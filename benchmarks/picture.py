@@ -13,7 +13,7 @@ from pathlib import Path
 import tyro
 
 import rl_ebm
-from rl_ebm.plots import error_figure
+from rl_ebm.training.pictures import error_figure
 from rl_ebm.verification.verify import logit_errors
 
 

@@ -28,9 +28,9 @@ from matplotlib.figure import Figure
 import rl_ebm
 from benchmarks.machine import describe
 from rl_ebm.automata import hidden
-from rl_ebm.checkpoint import write_text
 from rl_ebm.policies import AutomatonPolicy
 from rl_ebm.rewards import Automaton
+from rl_ebm.training.checkpoint import write_text
 
 RESULTS = Path(__file__).parent / "results"
 

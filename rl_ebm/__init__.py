@@ -37,15 +37,15 @@ _find_folder("envs")
 
 from rl_ebm import agents, envs, policies, rewards
 from rl_ebm.certificates import Certificate, certify
-from rl_ebm.checkpoint import RunError
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import AutomatonSolution, TooLargeError, TreeSolution, solve
-from rl_ebm.runs import load
 from rl_ebm.soft_bellman import q_from_r, r_from_q
 from rl_ebm.statistics.interval import Interval
 from rl_ebm.tokens import Batch, TokenSpace
-from rl_ebm.train import resume, train
-from rl_ebm.training import TrainConfig
+from rl_ebm.training.checkpoint import RunError
+from rl_ebm.training.config import TrainConfig
+from rl_ebm.training.directory import load
+from rl_ebm.training.run import resume, train
 from rl_ebm.verification.report import Report
 from rl_ebm.verification.sampled_report import SampledReport
 from rl_ebm.verification.verify import verify

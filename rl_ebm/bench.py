@@ -24,7 +24,6 @@ from typing import Any
 import torch
 
 from rl_ebm.agents import AGENTS, entry_of, make_options, meant
-from rl_ebm.checkpoint import outline
 from rl_ebm.ebm import EBM
 from rl_ebm.envs import TASKS, make_task
 from rl_ebm.files import RunError, check_folder, write_text
@@ -32,14 +31,16 @@ from rl_ebm.files.lock import only_one
 from rl_ebm.files.tensors import holds
 from rl_ebm.messages.arguments import WrongTypeError, shown
 from rl_ebm.messages.words import nearest
-from rl_ebm.metrics import read_rows
 from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.policies import Uniform
 from rl_ebm.rewards import Table, read_table
-from rl_ebm.runs import CONFIG, METRICS, SCORES, STATE, describe_ebm, read_config
-from rl_ebm.stopping import Terminated, sigterm_raises
-from rl_ebm.train import resume, train
-from rl_ebm.training import MAX_EVALUATED, NonFiniteError, TrainConfig
+from rl_ebm.training.checkpoint import outline
+from rl_ebm.training.config import TrainConfig
+from rl_ebm.training.directory import CONFIG, METRICS, SCORES, STATE, describe_ebm, read_config
+from rl_ebm.training.loop import MAX_EVALUATED, NonFiniteError
+from rl_ebm.training.metrics_csv import read_rows
+from rl_ebm.training.run import resume, train
+from rl_ebm.training.stopping import Terminated, sigterm_raises
 
 RESULTS = "results.csv"
 EXACT = ("kl_target_policy", "kl_policy_target", "tv", "expected_reward_policy")

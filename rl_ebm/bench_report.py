@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from rl_ebm.agents import entry_of
 from rl_ebm.audit import is_target
 from rl_ebm.bench import Plan, Problem, Rows, last_of
-from rl_ebm.checkpoint import write_text
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import problems, solve, summarise
 from rl_ebm.intervals import interval
+from rl_ebm.training.checkpoint import write_text
 
 FLOOR = 1e-9
 """smallest KL that a curve shows, nats"""

@@ -40,10 +40,10 @@ from rl_ebm.options import (
     train_flags,
 )
 from rl_ebm.policies import Policy, log_prob, sample
-from rl_ebm.runs import CERTIFICATE, REPORT, decode, load, read_config
 from rl_ebm.statistics.interval import Interval
-from rl_ebm.train import resume, train
-from rl_ebm.training import TrainConfig
+from rl_ebm.training.config import TrainConfig
+from rl_ebm.training.directory import CERTIFICATE, REPORT, decode, load, read_config
+from rl_ebm.training.run import resume, train
 from rl_ebm.verification.sampled_report import AnyReport
 from rl_ebm.verification.verify import verify
 

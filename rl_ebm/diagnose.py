@@ -30,14 +30,15 @@ from rl_ebm.agents import (
     behaviour,
     learned_log_z,
 )
-from rl_ebm.checkpoint import RunError, load_state
 from rl_ebm.divergences import kl
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import Solution, problems, solve
 from rl_ebm.fixed_points import Problem
 from rl_ebm.policies import Policy, Tabular, Trainable
 from rl_ebm.policies.scoring import tree_q_values
-from rl_ebm.runs import (
+from rl_ebm.soft_bellman import log_policy, q_from_r, sequence_log_probs
+from rl_ebm.training.checkpoint import RunError, load_state
+from rl_ebm.training.directory import (
     CONFIG,
     STATE,
     agent_of_run,
@@ -47,7 +48,6 @@ from rl_ebm.runs import (
     make_policy,
     read_config,
 )
-from rl_ebm.soft_bellman import log_policy, q_from_r, sequence_log_probs
 
 RARE = 0.1
 """a response is missing where the policy gives it less than this share of what the target does"""

@@ -12,7 +12,7 @@ import torch
 
 from rl_ebm.flags import fail
 from rl_ebm.messages.words import bytes_text
-from rl_ebm.stopping import Terminated
+from rl_ebm.training.stopping import Terminated
 
 # What Python and torch say when a size is too large for the machine.
 _SIZES = re.compile("alloc|too large|overflow|out of memory", re.IGNORECASE)

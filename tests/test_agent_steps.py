@@ -15,7 +15,7 @@ from rl_ebm.agents.policy_gradient import policy_gradient_loss
 from rl_ebm.agents.ppo import PPOConfig, clipped_loss
 from rl_ebm.agents.shared.kl_penalty import PenaltyOptions
 from rl_ebm.agents.shared.learner import EXTRA, learning_rate
-from rl_ebm.charts import batch_charts
+from rl_ebm.training.charts import batch_charts
 
 
 def make(name, problem, policy=None, **options):

@@ -24,7 +24,7 @@ from rl_ebm.exact.automaton.values import find_edges, q_rows
 from rl_ebm.policies import AutomatonPolicy, Uniform, fit_hmm
 from rl_ebm.policies.hmm import _normalised
 from rl_ebm.rewards import Automaton
-from rl_ebm.runs import describe_ebm, rebuild_ebm, write_config
+from rl_ebm.training.directory import describe_ebm, rebuild_ebm, write_config
 
 SPACE = rl_ebm.TokenSpace(3, 4)
 

@@ -20,10 +20,10 @@ from rl_ebm import cli, intervals
 from rl_ebm.agents import AGENTS
 from rl_ebm.bench import Plan, Problem, finished, jobs, last_of, measure, rows_of, run
 from rl_ebm.bench_report import frontier, targets, write_report
-from rl_ebm.checkpoint import RunError
 from rl_ebm.fixed_points import boundary
 from rl_ebm.policies import Tabular, TransformerConfig, Uniform
-from rl_ebm.runs import load
+from rl_ebm.training.checkpoint import RunError
+from rl_ebm.training.directory import load
 
 ROOT = Path(__file__).parents[1]
 TINY = TransformerConfig(layers=1, heads=1, dim=8, hidden=8)

@@ -11,10 +11,10 @@ from run_cases import NETWORK, load_state, small_options
 from toy_policies import seeded
 
 import rl_ebm
-from rl_ebm import training
 from rl_ebm.rewards import Automaton, TransformerReward
-from rl_ebm.train import CALLED_UNASKED, is_cheap
-from rl_ebm.train_config import TrainConfig
+from rl_ebm.training import loop as training
+from rl_ebm.training.config import TrainConfig
+from rl_ebm.training.run import CALLED_UNASKED, is_cheap
 
 
 def rows(run):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rl_ebm.pace import FREE, SHARE, Pace
+from rl_ebm.training.pace import FREE, SHARE, Pace
 
 
 def test_nothing_is_done_before_its_time():

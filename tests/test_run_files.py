@@ -21,16 +21,16 @@ from run_cases import (
 )
 
 import rl_ebm
-from rl_ebm import checkpoint
-from rl_ebm.checkpoint import load_state as read_state
-from rl_ebm.checkpoint import save_state
 from rl_ebm.cli import main
 from rl_ebm.files import RunError
 from rl_ebm.files import opening as files
 from rl_ebm.files.tensors import holds, load_tensors, save_tensors
 from rl_ebm.messages import memory
-from rl_ebm.metrics import MetricsFile, read_rows
-from rl_ebm.train import resume
+from rl_ebm.training import checkpoint
+from rl_ebm.training.checkpoint import load_state as read_state
+from rl_ebm.training.checkpoint import save_state
+from rl_ebm.training.metrics_csv import MetricsFile, read_rows
+from rl_ebm.training.run import resume
 
 SPACE = rl_ebm.TokenSpace(3, 3)
 NAMES = ("config.json", "state.pt", "policy.safetensors", "task.safetensors", "metrics.csv",

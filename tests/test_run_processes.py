@@ -27,7 +27,7 @@ import rl_ebm
 from rl_ebm.cli import main
 from rl_ebm.files import RunError
 from rl_ebm.files.lock import only_one
-from rl_ebm.train import train
+from rl_ebm.training.run import train
 
 SPACE = rl_ebm.TokenSpace(3, 3)
 
@@ -116,7 +116,7 @@ def test_a_signal_between_steps_saves_what_was_trained(number, code, tmp_path, c
 
 def test_a_signal_while_it_is_verified_does_not_wait(tmp_path, capsys):
     """The last look may take long: the run is saved at once, and goes on with that look."""
-    from rl_ebm import training
+    from rl_ebm.training import loop as training
 
     def verify(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -22,11 +22,11 @@ from run_cases import (
 from safetensors.torch import load_file, save_file
 
 import rl_ebm
-from rl_ebm import checkpoint
 from rl_ebm.cli import main
 from rl_ebm.policies import Tabular, Uniform
-from rl_ebm.runs import RunError, load, write_config
-from rl_ebm.train import resume, train
+from rl_ebm.training import checkpoint
+from rl_ebm.training.directory import RunError, load, write_config
+from rl_ebm.training.run import resume, train
 
 SPACE = rl_ebm.TokenSpace(3, 3)
 

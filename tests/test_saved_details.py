@@ -12,10 +12,10 @@ import torch
 from run_cases import NETWORK, load_state, small_options
 
 import rl_ebm
-from rl_ebm.checkpoint import _reach, _rebuild, _Storage
 from rl_ebm.files import RunError
 from rl_ebm.files.tensors import holds, load_tensors, save_tensors
-from rl_ebm.train import resume, train
+from rl_ebm.training.checkpoint import _reach, _rebuild, _Storage
+from rl_ebm.training.run import resume, train
 
 SPACE = rl_ebm.TokenSpace(3, 3)
 

@@ -17,7 +17,7 @@ import json, math, sys, traceback
 import numpy as np, torch, rl_ebm
 from rl_ebm import policies
 from rl_ebm.smc import smc
-from rl_ebm.training import Trainer
+from rl_ebm.training.loop import Trainer
 
 S = rl_ebm.TokenSpace(3, 3)
 E = rl_ebm.TokenSpace(4, 3, eos_id=1)

@@ -11,7 +11,7 @@ from rl_ebm import cli, policies
 from rl_ebm.audit import audit, to_text
 from rl_ebm.bench import Plan, Problem
 from rl_ebm.tokens.prompts import check_prompts
-from rl_ebm.training import Trainer
+from rl_ebm.training.loop import Trainer
 
 SPACE = rl_ebm.TokenSpace(3, 2)
 EBM = rl_ebm.EBM(SPACE, torch.randn(9, generator=seeded(0)).double())

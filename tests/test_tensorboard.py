@@ -23,11 +23,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import rl_ebm
 from rl_ebm.cli import main
-from rl_ebm.metrics import MetricsFile
-from rl_ebm.plots import error_figure, figure_image
 from rl_ebm.policies import Tabular
-from rl_ebm.train import train
-from rl_ebm.training import TrainConfig
+from rl_ebm.training.config import TrainConfig
+from rl_ebm.training.metrics_csv import MetricsFile
+from rl_ebm.training.pictures import error_figure, figure_image
+from rl_ebm.training.run import train
 from rl_ebm.verification.verify import logit_errors, verify
 
 LOOK_OFTEN = {"steps": 6, "log_every": 2, "eval_every": 1e-9, "checkpoint_every": 1e-9}

@@ -20,8 +20,8 @@ from rl_ebm.agents.defaults import ADAPTER_RATE, BATCH_SIZE, RATE, default_optio
 from rl_ebm.agents.shared.trained import tensors_of
 from rl_ebm.policies import Tabular, Transformer, TransformerConfig
 from rl_ebm.rewards import Function
-from rl_ebm.train_config import TrainConfig
-from rl_ebm.training import Trainer
+from rl_ebm.training.config import TrainConfig
+from rl_ebm.training.loop import Trainer
 
 SPACE = rl_ebm.TokenSpace(3, 3)
 SCORES = torch.randn(27, generator=seeded())

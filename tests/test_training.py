@@ -17,13 +17,14 @@ from run_cases import (
 )
 
 import rl_ebm
-from rl_ebm import training
 from rl_ebm.agents import AGENTS, SoftQConfig, TeacherForcingConfig
-from rl_ebm.checkpoint import RunError
 from rl_ebm.policies import Tabular, Transformer
-from rl_ebm.runs import load
-from rl_ebm.train import resume, solution_for_training, train
-from rl_ebm.training import NonFiniteError, TrainConfig
+from rl_ebm.training import loop as training
+from rl_ebm.training.checkpoint import RunError
+from rl_ebm.training.config import TrainConfig
+from rl_ebm.training.directory import load
+from rl_ebm.training.loop import NonFiniteError
+from rl_ebm.training.run import resume, solution_for_training, train
 
 SPACE = rl_ebm.TokenSpace(3, 3)
 

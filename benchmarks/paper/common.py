@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.machine import describe
-from rl_ebm.checkpoint import write_text
+from rl_ebm.training.checkpoint import write_text
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from rl_ebm import EBM, TokenSpace, solve
 from rl_ebm.agents.exact import exact_loss
-from rl_ebm.checkpoint import load_state, save_state
 from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.policies import Transformer
 from rl_ebm.policies.scoring import tree_q_values
 from rl_ebm.rewards import TransformerReward
 from rl_ebm.soft_bellman import log_policy, sequence_log_probs
+from rl_ebm.training.checkpoint import load_state, save_state
 
 SMALL = TransformerConfig(layers=2, heads=2, dim=16, hidden=16)
 """the paper's N = 2: 3,633 parameters as an EBM at V = 8, T = 4"""

@@ -1,4 +1,5 @@
-"""The agents of this library, through the loop of :mod:`rl_ebm.training`: sample, score, update."""
+"""The agents of this library, through the loop of :mod:`rl_ebm.training.loop`: sample, score,
+update."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from benchmarks.peers.watch import Watch
 from rl_ebm import EBM, solve
 from rl_ebm.agents import AGENTS
 from rl_ebm.networks.backbone import TransformerConfig
-from rl_ebm.runs import make_policy
+from rl_ebm.training.directory import make_policy
 
 NETWORK = {"kind": "transformer"} | asdict(TransformerConfig())
 SHORT = {"soft-q": (30.0, 60.0), "policy-gradient": (60.0,), "vargrad": (20.0, 60.0)}

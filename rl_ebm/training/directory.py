@@ -42,9 +42,9 @@ from rl_ebm.policies import (
 )
 from rl_ebm.policies.scoring import device_of
 from rl_ebm.rewards import Automaton, Reward, Table
-from rl_ebm.run_config import read_config
 from rl_ebm.tasks.named import make_task
 from rl_ebm.tokens import TokenSpace
+from rl_ebm.training.run_config import read_config
 from rl_ebm.version import VERSION
 
 __all__ = [

@@ -24,9 +24,9 @@ from rl_ebm.files.lock import only_one
 from rl_ebm.messages.arguments import Number, Whole, flag, shown, whole
 from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.policies import Policy, Tabular, Trainable, Transformer
-from rl_ebm.reward_calls import is_called
 from rl_ebm.rewards import Reward, Table
-from rl_ebm.runs import (
+from rl_ebm.training.config import TrainConfig, check_limits
+from rl_ebm.training.directory import (
     OWN,
     agent_of_run,
     check_asked,
@@ -38,8 +38,8 @@ from rl_ebm.runs import (
     rebuild_ebm,
     write_config,
 )
-from rl_ebm.train_config import TrainConfig, check_limits
-from rl_ebm.training import Trainer
+from rl_ebm.training.loop import Trainer
+from rl_ebm.training.reward_calls import is_called
 from rl_ebm.verification.sampled_report import AnyReport
 
 SOLVED_UNASKED = 2**20
@@ -128,7 +128,7 @@ def train(
         seed: of the initial weights and of everything that is drawn.
         config: how often to log, verify and checkpoint; ``steps`` and ``seconds`` go first.
         overwrite: whether a run that is in ``out`` already may be deleted.
-        source: where ``ebm`` is from, see :func:`rl_ebm.runs.describe_ebm`.
+        source: where ``ebm`` is from, see :func:`rl_ebm.training.directory.describe_ebm`.
         compile: use torch.compile on the network's passes, of the library's own Transformer.
         progress: show a bar; None where standard error is a terminal.
         solve: whether to solve the EBM first, for exact metrics on the way and the report. None:

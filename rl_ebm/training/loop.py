@@ -15,21 +15,21 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rl_ebm.agents import Agent
-from rl_ebm.charts import batch_charts, drawn_charts
-from rl_ebm.checkpoint import load_state, save_state
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import LISTED, Solution
 from rl_ebm.files import METRICS, POLICY, REPORT, STATE, RunError, own_files, write_text
 from rl_ebm.files.tensors import holds, save_tensors
-from rl_ebm.metrics import MetricsFile
-from rl_ebm.pace import Pace
-from rl_ebm.reward_calls import calls_of
-from rl_ebm.runs import cut_back, load_weights, remove_parts
-from rl_ebm.saved_state import check_state
-from rl_ebm.stopping import Asked, Interrupted, stops_between_steps
-from rl_ebm.tensorboard import Board
-from rl_ebm.train_config import LOG_SECONDS
-from rl_ebm.train_config import TrainConfig as TrainConfig
+from rl_ebm.training.board import Board
+from rl_ebm.training.charts import batch_charts, drawn_charts
+from rl_ebm.training.checkpoint import load_state, save_state
+from rl_ebm.training.config import LOG_SECONDS
+from rl_ebm.training.config import TrainConfig as TrainConfig
+from rl_ebm.training.directory import cut_back, load_weights, remove_parts
+from rl_ebm.training.metrics_csv import MetricsFile
+from rl_ebm.training.pace import Pace
+from rl_ebm.training.reward_calls import calls_of
+from rl_ebm.training.saved_state import check_state
+from rl_ebm.training.stopping import Asked, Interrupted, stops_between_steps
 from rl_ebm.verification.along_samples import samples_at
 from rl_ebm.verification.sampled_report import AnyReport
 from rl_ebm.verification.verify import logit_errors, verify

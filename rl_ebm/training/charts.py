@@ -8,8 +8,8 @@ from torch import Tensor
 from rl_ebm.agents import Agent
 from rl_ebm.ebm import EBM
 from rl_ebm.policies import sample
-from rl_ebm.reward_calls import is_called
 from rl_ebm.tokens import Batch
+from rl_ebm.training.reward_calls import is_called
 
 DRAWN = 256
 """responses of the policy drawn for its curves where the agent draws none of its own"""

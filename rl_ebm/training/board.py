@@ -113,7 +113,7 @@ class Board:
 
     def states(self, depths: list[State], tokens: int) -> None:
         """Histograms of per-state logit errors by depth, and the picture of both logits."""
-        from rl_ebm.plots import error_figure, figure_image
+        from rl_ebm.training.pictures import error_figure, figure_image
 
         for t, state in enumerate(depths):
             errors = state.linf[torch.isfinite(state.linf)]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl_ebm.checkpoint import Stored
 from rl_ebm.files import STATE, RunError
+from rl_ebm.training.checkpoint import Stored
 
 _ADAM = {"step", "exp_avg", "exp_avg_sq"}
 
