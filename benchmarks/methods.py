@@ -23,11 +23,11 @@ import tyro
 
 from benchmarks.machine import describe
 from rl_ebm.agents import AGENTS
-from rl_ebm.bench import RESULTS as CSV
-from rl_ebm.bench import Plan, Problem, Rows, last_of, read_options, run
-from rl_ebm.bench_report import targets, write_report
-from rl_ebm.intervals import geometric_interval
 from rl_ebm.networks.backbone import TransformerConfig
+from rl_ebm.studies.bench import RESULTS as CSV
+from rl_ebm.studies.bench import Plan, Problem, Rows, last_of, read_options, run
+from rl_ebm.studies.bench_report import targets, write_report
+from rl_ebm.studies.seeds import geometric_interval
 from rl_ebm.training.checkpoint import write_text
 
 RESULTS = Path(__file__).parent / "results"

@@ -19,14 +19,14 @@ import tyro
 
 from benchmarks.machine import describe
 from rl_ebm import EBM, TokenSpace, solve
-from rl_ebm.audit import audit
 from rl_ebm.divergences import tv
 from rl_ebm.envs import make_task
-from rl_ebm.exact import problems
 from rl_ebm.fixed_points import Penalty, Problem, penalised
 from rl_ebm.fixed_points.finite import group_fixed_point, resampled_law
-from rl_ebm.intervals import geometric_interval
 from rl_ebm.policies import Uniform
+from rl_ebm.studies.audit import audit
+from rl_ebm.studies.problems import problems
+from rl_ebm.studies.seeds import geometric_interval
 from rl_ebm.training.checkpoint import write_text
 
 RESULTS = Path(__file__).parent / "results"

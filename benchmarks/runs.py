@@ -17,7 +17,7 @@ import torch
 
 import rl_ebm
 from rl_ebm.envs import make_task
-from rl_ebm.intervals import interval
+from rl_ebm.studies.seeds import interval
 
 Rows = list[dict[str, Any]]
 FOUR = ("soft-q", "policy-gradient", "teacher-forcing", "exact")

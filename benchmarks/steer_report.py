@@ -10,8 +10,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from rl_ebm.certificates.certificate import Certificate
-from rl_ebm.intervals import interval
 from rl_ebm.statistics.interval import Interval
+from rl_ebm.studies.seeds import interval
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ import tyro
 
 from benchmarks.machine import describe
 from rl_ebm.agents import AGENTS
-from rl_ebm.bench import Plan, Problem, Rows, last_of, run
 from rl_ebm.networks.backbone import TransformerConfig
+from rl_ebm.studies.bench import Plan, Problem, Rows, last_of, run
 from rl_ebm.training.checkpoint import write_text
 
 RESULTS = Path(__file__).parent / "results"

@@ -15,12 +15,7 @@ import torch
 
 from rl_ebm import __version__, flags
 from rl_ebm.agents import AGENTS, entry_of
-from rl_ebm.audit import audit, to_json, to_text
-from rl_ebm.bench import Plan, Problem, read_options
-from rl_ebm.bench import run as bench
-from rl_ebm.bench_report import write_report
 from rl_ebm.certificates import Certificate, certify
-from rl_ebm.diagnose import diagnose
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import TooLargeError, solve, summarise
 from rl_ebm.exits import exit_code
@@ -41,6 +36,11 @@ from rl_ebm.options import (
 )
 from rl_ebm.policies import Policy, log_prob, sample
 from rl_ebm.statistics.interval import Interval
+from rl_ebm.studies.audit import audit, to_json, to_text
+from rl_ebm.studies.bench import Plan, Problem, read_options
+from rl_ebm.studies.bench import run as bench
+from rl_ebm.studies.bench_report import write_report
+from rl_ebm.studies.diagnose import diagnose
 from rl_ebm.training.config import TrainConfig
 from rl_ebm.training.directory import CERTIFICATE, REPORT, decode, load, read_config
 from rl_ebm.training.run import resume, train

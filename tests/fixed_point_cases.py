@@ -9,8 +9,8 @@ import torch
 from toy_policies import seeded
 
 import rl_ebm
-from rl_ebm.exact import problems
 from rl_ebm.policies import Tabular
+from rl_ebm.studies.problems import problems
 
 PENALTIES = [
     (k, place, level)

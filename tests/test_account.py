@@ -15,14 +15,14 @@ from rl_ebm import cli
 from rl_ebm.agents import AGENTS, Behaviour, VarGradAgent, behaviour, learned_log_z
 from rl_ebm.agents.shared.learner import log_ref_and_gain
 from rl_ebm.agents.trajectory_balance import TrajectoryBalanceAgent
-from rl_ebm.diagnose import _starved, diagnose, laws
 from rl_ebm.divergences import tv
-from rl_ebm.exact import problems
 from rl_ebm.fixed_points import Penalty, penalised
 from rl_ebm.fixed_points.flow import by_depth, follow
 from rl_ebm.policies import Tabular, TransformerConfig, Uniform, sample
 from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import sequence_log_probs
+from rl_ebm.studies.diagnose import _starved, diagnose, laws
+from rl_ebm.studies.problems import problems
 from rl_ebm.training.checkpoint import RunError
 from rl_ebm.training.run import resume
 

@@ -14,12 +14,12 @@ from toy_policies import close, seeded
 import rl_ebm
 from rl_ebm import cli, divergences
 from rl_ebm.agents import AGENTS
-from rl_ebm.audit import MEASURES, any_of, audit, to_json, to_text
 from rl_ebm.envs import make_task
-from rl_ebm.exact import problems
 from rl_ebm.fixed_points import boundary
 from rl_ebm.policies import Tabular, Uniform
 from rl_ebm.soft_bellman import log_policy, sequence_log_probs
+from rl_ebm.studies.audit import MEASURES, any_of, audit, to_json, to_text
+from rl_ebm.studies.problems import problems
 
 SIX6 = Path(__file__).parents[2] / "shared" / "data" / "six6_ref_r1.tsv"
 ALWAYS_TARGET = set(AGENTS) - {"policy-gradient", "grpo", "best-of-n"}

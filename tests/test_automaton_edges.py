@@ -17,13 +17,13 @@ import rl_ebm
 from rl_ebm.agents import ExactAgent
 from rl_ebm.automata import deterministic, hidden, log_matmul, minimise, product, row_sums
 from rl_ebm.automata.regex import nfa
-from rl_ebm.exact import problems
 from rl_ebm.exact.automaton.sampling import _pick
 from rl_ebm.exact.automaton.summary import summarise_automaton
 from rl_ebm.exact.automaton.values import find_edges, q_rows
 from rl_ebm.policies import AutomatonPolicy, Uniform, fit_hmm
 from rl_ebm.policies.hmm import _normalised
 from rl_ebm.rewards import Automaton
+from rl_ebm.studies.problems import problems
 from rl_ebm.training.directory import describe_ebm, rebuild_ebm, write_config
 
 SPACE = rl_ebm.TokenSpace(3, 4)

@@ -16,12 +16,13 @@ from toy_policies import seeded
 
 import rl_ebm
 from benchmarks import methods, tune
-from rl_ebm import cli, intervals
+from rl_ebm import cli
 from rl_ebm.agents import AGENTS
-from rl_ebm.bench import Plan, Problem, finished, jobs, last_of, measure, rows_of, run
-from rl_ebm.bench_report import frontier, targets, write_report
 from rl_ebm.fixed_points import boundary
 from rl_ebm.policies import Tabular, TransformerConfig, Uniform
+from rl_ebm.studies import seeds as intervals
+from rl_ebm.studies.bench import Plan, Problem, finished, jobs, last_of, measure, rows_of, run
+from rl_ebm.studies.bench_report import frontier, targets, write_report
 from rl_ebm.training.checkpoint import RunError
 from rl_ebm.training.directory import load
 
@@ -143,7 +144,7 @@ def test_no_policy_is_above_the_frontier():
         kl = float((log_pi.exp() * (log_pi + 2 * math.log(3))).sum())
         reward = float((log_pi.exp() * scores).sum())
         # Lagrangian bound at every point of the frontier: E[R] - beta KL is largest there.
-        for factor, k, r in zip(rl_ebm.bench_report.SWEEP, kls, rewards, strict=True):
+        for factor, k, r in zip(rl_ebm.studies.bench_report.SWEEP, kls, rewards, strict=True):
             beta = 0.7 * factor
             assert reward - beta * kl <= r - beta * k + 1e-9
 

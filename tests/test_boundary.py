@@ -13,12 +13,12 @@ from toy_policies import close, seeded
 import rl_ebm
 from rl_ebm.agents import AGENTS
 from rl_ebm.divergences import tv
-from rl_ebm.exact import problems
 from rl_ebm.fixed_points import Penalty, boundary, penalised
 from rl_ebm.fixed_points.boundary import boundary_limit, settled, staying
 from rl_ebm.fixed_points.flow import by_depth, follow
 from rl_ebm.policies import Tabular, Uniform
 from rl_ebm.soft_bellman import sequence_log_probs
+from rl_ebm.studies.problems import problems
 
 
 @pytest.mark.parametrize("shape", [(3, 2, None), (2, 3, 1)])

@@ -12,10 +12,10 @@ from toy_policies import seeded
 import rl_ebm
 from rl_ebm import cli
 from rl_ebm.agents import AGENTS
-from rl_ebm.diagnose import diagnose, laws, policy_of
-from rl_ebm.exact import problems
 from rl_ebm.policies import Tabular, Transformer, TransformerConfig
 from rl_ebm.rewards import Table
+from rl_ebm.studies.diagnose import diagnose, laws, policy_of
+from rl_ebm.studies.problems import problems
 
 SPACE = rl_ebm.TokenSpace(3, 3)
 

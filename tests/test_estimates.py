@@ -11,7 +11,6 @@ from certificate_cases import REPETITIONS, binomial_quantile, most_misses
 from toy_policies import seeded
 
 from rl_ebm.certificates import sample_interval
-from rl_ebm.intervals import T95
 from rl_ebm.statistics.interval import (
     Interval,
     average,
@@ -19,6 +18,7 @@ from rl_ebm.statistics.interval import (
     mean_interval,
     student_quantile,
 )
+from rl_ebm.studies.seeds import T95
 
 INF = math.inf
 

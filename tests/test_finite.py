@@ -15,7 +15,6 @@ from rl_ebm.agents.policy_gradient import policy_gradient_loss
 from rl_ebm.agents.sampled_teacher import resample
 from rl_ebm.agents.shared.kl_penalty import PenaltyOptions, standardised
 from rl_ebm.divergences import tv
-from rl_ebm.exact import problems
 from rl_ebm.fixed_points import Penalty, finite, penalised
 from rl_ebm.fixed_points.finite import (
     group_advantages,
@@ -25,6 +24,7 @@ from rl_ebm.fixed_points.finite import (
 )
 from rl_ebm.policies import Tabular
 from rl_ebm.soft_bellman import log_policy
+from rl_ebm.studies.problems import problems
 
 
 def random_law(n, seed=0, scale=1.0):

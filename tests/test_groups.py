@@ -18,12 +18,12 @@ from rl_ebm.agents.sampled_teacher import resample
 from rl_ebm.agents.shared.kl_penalty import advantages
 from rl_ebm.agents.shared.learner import group_ids
 from rl_ebm.agents.shared.replay import Replay
-from rl_ebm.diagnose import laws
 from rl_ebm.divergences import kl, tv
-from rl_ebm.exact import problems
 from rl_ebm.fixed_points import target
 from rl_ebm.policies import Tabular, Transformer, TransformerConfig, Uniform
 from rl_ebm.soft_bellman import log_policy
+from rl_ebm.studies.diagnose import laws
+from rl_ebm.studies.problems import problems
 from rl_ebm.tokens import Batch, length_mask
 
 COMPARES = {  # every agent that compares responses to a prompt, with the options by which it does

@@ -12,7 +12,6 @@ from toy_policies import seeded
 import rl_ebm
 from rl_ebm.certificates.limits import log_z_limits
 from rl_ebm.divergences import entropy_from_samples, kl_from_samples
-from rl_ebm.intervals import geometric, half_width
 from rl_ebm.policies import Tabular
 from rl_ebm.statistics.expectations import (
     Known,
@@ -26,6 +25,7 @@ from rl_ebm.statistics.expectations import (
 from rl_ebm.statistics.interval import mean_interval
 from rl_ebm.statistics.mean_bounds import betting_lower, betting_upper, empirical_bernstein_upper
 from rl_ebm.statistics.tails import FEWEST, upper_doubt
+from rl_ebm.studies.seeds import geometric, half_width
 from rl_ebm.verification.along_samples import verify_sampled
 
 INF = math.inf

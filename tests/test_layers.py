@@ -21,7 +21,6 @@ ROOT = Path(rl_ebm.__file__).parent
 # From the bottom up. A name ending in "." is a package: a room for all modules below it.
 LAYERS = (
     (
-        "intervals",
         "messages.",
         "version",
     ),
@@ -53,7 +52,6 @@ LAYERS = (
         "tasks.",
     ),
     (
-        "audit",
         "envs.",
         "verification.",
     ),
@@ -63,11 +61,9 @@ LAYERS = (
     ),
     (
         "",
-        "bench",
-        "diagnose",
         "exits",
+        "studies.",
     ),
-    ("bench_report",),
     ("cli",),
     ("__main__",),
 )

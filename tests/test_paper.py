@@ -13,8 +13,9 @@ from benchmarks.paper import common, fit, laws
 from benchmarks.paper.bounds import against
 from benchmarks.paper.chain import Chain, kl_terms
 from benchmarks.paper.common import HERE, SECTIONS, Options, collect
-from rl_ebm import EBM, TokenSpace, intervals, solve
+from rl_ebm import EBM, TokenSpace, solve
 from rl_ebm.policies import log_prob
+from rl_ebm.studies import seeds as intervals
 from rl_ebm.tokens import Batch
 
 SCRIPTS = [name for name in SECTIONS if (HERE / f"{name}.py").exists()]

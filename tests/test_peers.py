@@ -26,9 +26,9 @@ from benchmarks.peers.trial import fastest
 from benchmarks.peers.watch import TimeUp, Watch, grid
 from benchmarks.peers.with_sb3 import flat_observations
 from rl_ebm import solve, verify
-from rl_ebm.bench import Problem
 from rl_ebm.envs import make_task
 from rl_ebm.policies import Tabular
+from rl_ebm.studies.bench import Problem
 
 ROOT = Path(__file__).parents[1]
 EBM = make_task("random", vocab_size=2, max_length=3, reference="uniform")

@@ -8,8 +8,8 @@ from toy_policies import seeded
 
 import rl_ebm
 from rl_ebm import cli, policies
-from rl_ebm.audit import audit, to_text
-from rl_ebm.bench import Plan, Problem
+from rl_ebm.studies.audit import audit, to_text
+from rl_ebm.studies.bench import Plan, Problem
 from rl_ebm.tokens.prompts import check_prompts
 from rl_ebm.training.loop import Trainer
 

@@ -12,13 +12,13 @@ from toy_policies import close, seeded
 import rl_ebm
 from rl_ebm import cli
 from rl_ebm.agents import AGENTS, AgentEntry, PolicyGradientAgent, PolicyGradientConfig, register
-from rl_ebm.audit import MEASURES, audit, is_target, to_json, to_text
-from rl_ebm.bench import Plan, Problem
-from rl_ebm.bench_report import targets
-from rl_ebm.diagnose import diagnose
-from rl_ebm.exact import problems
 from rl_ebm.fixed_points import FixedPoint, boundary, target
 from rl_ebm.policies import Tabular, Uniform
+from rl_ebm.studies.audit import MEASURES, audit, is_target, to_json, to_text
+from rl_ebm.studies.bench import Plan, Problem
+from rl_ebm.studies.bench_report import targets
+from rl_ebm.studies.diagnose import diagnose
+from rl_ebm.studies.problems import problems
 from rl_ebm.tokens import Batch
 
 

@@ -34,10 +34,10 @@ from benchmarks.runs import FOUR
 from rl_ebm import EBM, TokenSpace, bounds, divergences, solve
 from rl_ebm.agents import AGENTS
 from rl_ebm.envs import make_task
-from rl_ebm.intervals import geometric_interval, interval
 from rl_ebm.policies import Transformer
 from rl_ebm.policies.scoring import tree_q_values
 from rl_ebm.soft_bellman import expectation, forward_log_marginals, log_policy
+from rl_ebm.studies.seeds import geometric_interval, interval
 
 NAMES = {
     "prop3": "Prop. 3, 2T max|q - q*|",

@@ -46,9 +46,9 @@ from benchmarks.paper.fit import (
     scores,
 )
 from rl_ebm import EBM, TokenSpace, solve
-from rl_ebm.intervals import geometric, geometric_interval
 from rl_ebm.policies.scoring import q_values, tree_q_values
 from rl_ebm.soft_bellman import log_policy, sequence_log_probs
+from rl_ebm.studies.seeds import geometric, geometric_interval
 
 RATES = (3e-3, 1e-3, 1e-4)
 """the paper's grid; it takes the one with the smallest area under the EBM's curve"""

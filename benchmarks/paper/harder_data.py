@@ -32,7 +32,7 @@ from benchmarks.paper.common import (
 )
 from benchmarks.paper.fit import MAKE, SMALL, Schedule, gap, watch
 from rl_ebm import TokenSpace
-from rl_ebm.intervals import geometric, geometric_interval
+from rl_ebm.studies.seeds import geometric, geometric_interval
 
 LAWS = {
     "zipf": "Zipf in order (the paper's)",

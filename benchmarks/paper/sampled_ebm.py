@@ -41,8 +41,8 @@ from benchmarks.paper.contrast import (
 )
 from benchmarks.paper.fit import SMALL, gap, log_law, scores
 from rl_ebm import TokenSpace
-from rl_ebm.intervals import NORMAL95, geometric_interval, interval
 from rl_ebm.networks.backbone import TransformerConfig
+from rl_ebm.studies.seeds import NORMAL95, geometric_interval, interval
 
 LAWS = {"zipf": "Zipf in order", "normal": "softmax(N(0, I) / 0.3)", "chain": "a chain"}
 SIZES = {"zipf": SMALL, "normal": SMALL, "chain": TransformerConfig(2, 4, 64, 64)}

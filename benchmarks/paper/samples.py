@@ -22,7 +22,7 @@ from benchmarks.paper import laws
 from benchmarks.paper.common import Options, Rows, collect, publish, select, table
 from benchmarks.paper.fit import MAKE, SMALL, Schedule, gap, watch
 from rl_ebm import TokenSpace
-from rl_ebm.intervals import geometric, geometric_interval, interval
+from rl_ebm.studies.seeds import geometric, geometric_interval, interval
 
 LAWS = {
     "pairwise": "easy R, hard q: R a sum over pairs",

@@ -27,9 +27,9 @@ from rl_ebm.agents import (
     TeacherForcingAgent,
     TeacherForcingConfig,
 )
-from rl_ebm.intervals import interval
 from rl_ebm.policies import Transformer
 from rl_ebm.policies.scoring import log_pi_rows, sample
+from rl_ebm.studies.seeds import interval
 
 SCALE = 1.5
 """standard deviation of the couplings, nats"""

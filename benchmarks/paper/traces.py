@@ -39,11 +39,11 @@ from benchmarks.paper.common import (
 )
 from benchmarks.paper.fit import Schedule, fit, gap, make_arm, marks
 from rl_ebm import TokenSpace
-from rl_ebm.intervals import interval
 from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.policies import Transformer
 from rl_ebm.policies.scoring import tree_q_values
 from rl_ebm.soft_bellman import log_policy, sequence_log_probs
+from rl_ebm.studies.seeds import interval
 
 TINY = TransformerConfig(layers=1, heads=2, dim=8, hidden=8)
 LAWS = {"parity": "parity of the answer", "normal": "softmax(N(0, I) / 0.5)"}

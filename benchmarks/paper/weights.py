@@ -32,11 +32,11 @@ from benchmarks.paper.fit import (
     make_arm,
 )
 from rl_ebm import EBM, TokenSpace, solve
-from rl_ebm.intervals import geometric_interval, interval
 from rl_ebm.networks.backbone import causal, everything
 from rl_ebm.policies import Transformer
 from rl_ebm.policies.scoring import tree_q_values
 from rl_ebm.rewards import TransformerReward
+from rl_ebm.studies.seeds import geometric_interval, interval
 
 LAWS = {
     "zipf": "Zipf in order",

@@ -27,9 +27,9 @@ from benchmarks.peers.files import Results, assemble
 from benchmarks.peers.processes import Run, start
 from benchmarks.peers.report import picture, remarks, table
 from benchmarks.peers.trial import fastest
-from rl_ebm.bench import Problem
 from rl_ebm.envs import TASKS
 from rl_ebm.messages.words import nearest
+from rl_ebm.studies.bench import Problem
 
 HERE = Path(__file__).parent
 

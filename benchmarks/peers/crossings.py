@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from benchmarks.peers.contender import Contender
 from benchmarks.peers.watch import Rows
-from rl_ebm.intervals import interval
+from rl_ebm.studies.seeds import interval
 
 KL = "kl_policy_target"
 

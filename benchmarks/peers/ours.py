@@ -1,5 +1,4 @@
-"""The agents of this library, through the loop of :mod:`rl_ebm.training.loop`: sample, score,
-update."""
+"""The agents of this library, through our own loop: sample, score, update."""
 
 from __future__ import annotations
 

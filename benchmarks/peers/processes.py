@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.peers.entries import CONTENDERS
 from benchmarks.peers.worker import NOT_INSTALLED
-from rl_ebm.bench import Problem
+from rl_ebm.studies.bench import Problem
 
 ROOT = Path(__file__).parents[2]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "JAX_PLATFORMS": "cpu"}

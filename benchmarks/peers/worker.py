@@ -20,7 +20,7 @@ import tyro
 from benchmarks.peers.entries import CONTENDERS
 from benchmarks.peers.watch import TimeUp, Watch
 from rl_ebm import solve
-from rl_ebm.bench import Problem
+from rl_ebm.studies.bench import Problem
 
 NOT_INSTALLED = 3
 

@@ -4,7 +4,6 @@ from rl_ebm.exact.automaton import AutomatonSolution, summarise_automaton
 from rl_ebm.exact.base import LISTED, Solution, lists
 from rl_ebm.exact.dispatch import TooLargeError, check_memory, find_machines, solve
 from rl_ebm.exact.figures import Response, Summary
-from rl_ebm.exact.problems import problems
 from rl_ebm.exact.summary import summarise
 from rl_ebm.exact.tree import TreeSolution
 
@@ -19,7 +18,6 @@ __all__ = [
     "check_memory",
     "find_machines",
     "lists",
-    "problems",
     "solve",
     "summarise",
     "summarise_automaton",

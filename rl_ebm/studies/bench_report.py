@@ -13,11 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rl_ebm.agents import entry_of
-from rl_ebm.audit import is_target
-from rl_ebm.bench import Plan, Problem, Rows, last_of
 from rl_ebm.ebm import EBM
-from rl_ebm.exact import problems, solve, summarise
-from rl_ebm.intervals import interval
+from rl_ebm.exact import solve, summarise
+from rl_ebm.studies.audit import is_target
+from rl_ebm.studies.bench import Plan, Problem, Rows, last_of
+from rl_ebm.studies.problems import problems
+from rl_ebm.studies.seeds import interval
 from rl_ebm.training.checkpoint import write_text
 
 FLOOR = 1e-9

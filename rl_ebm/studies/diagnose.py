@@ -32,11 +32,12 @@ from rl_ebm.agents import (
 )
 from rl_ebm.divergences import kl
 from rl_ebm.ebm import EBM
-from rl_ebm.exact import Solution, problems, solve
+from rl_ebm.exact import Solution, solve
 from rl_ebm.fixed_points import Problem
 from rl_ebm.policies import Policy, Tabular, Trainable
 from rl_ebm.policies.scoring import tree_q_values
 from rl_ebm.soft_bellman import log_policy, q_from_r, sequence_log_probs
+from rl_ebm.studies.problems import problems
 from rl_ebm.training.checkpoint import RunError, load_state
 from rl_ebm.training.directory import (
     CONFIG,

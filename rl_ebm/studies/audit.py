@@ -10,9 +10,10 @@ import torch
 
 from rl_ebm.agents import AGENTS, make_options
 from rl_ebm.divergences import kl, tv
-from rl_ebm.exact import Solution, problems
+from rl_ebm.exact import Solution
 from rl_ebm.fixed_points import FixedPoint, Problem
 from rl_ebm.soft_bellman import expectation
+from rl_ebm.studies.problems import problems
 
 SAME = 1e-8
 """total variation up to which a fixed point is the EBM"""

@@ -1,0 +1,1 @@
+"""Questions asked of many runs or objectives: audit, diagnosis, comparison."""
