@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import rl_ebm
-from rl_ebm import agents, envs, flags, policies, rewards
+from rl_ebm import agents, envs, policies, rewards
+from rl_ebm.cli import parsing as flags
 from rl_ebm.messages import memory
 from rl_ebm.policies import scoring
 from rl_ebm.policies.expression import read_responses

@@ -11,10 +11,10 @@ from agent_cases import KINDS, case
 from toy_policies import close, seeded
 
 import rl_ebm
-from rl_ebm import cli
 from rl_ebm.agents import AGENTS, Behaviour, VarGradAgent, behaviour, learned_log_z
 from rl_ebm.agents.shared.learner import log_ref_and_gain
 from rl_ebm.agents.trajectory_balance import TrajectoryBalanceAgent
+from rl_ebm.cli import commands as cli
 from rl_ebm.divergences import tv
 from rl_ebm.fixed_points import Penalty, penalised
 from rl_ebm.fixed_points.flow import by_depth, follow

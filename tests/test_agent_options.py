@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import rl_ebm
-from rl_ebm import cli
 from rl_ebm.agents import AGENTS, entry_of
 from rl_ebm.agents.names import ELSEWHERE, PREFERENCES, key, meant
 from rl_ebm.agents.path_consistency import path_consistency_loss
 from rl_ebm.agents.soft_q import n_step_returns
+from rl_ebm.cli import commands as cli
 from rl_ebm.studies.bench import Plan, Problem
 
 # Names -------------------------------------------------------------------------------------------

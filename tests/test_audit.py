@@ -12,8 +12,9 @@ from agent_cases import KIND_IDS, KINDS, case
 from toy_policies import close, seeded
 
 import rl_ebm
-from rl_ebm import cli, divergences
+from rl_ebm import divergences
 from rl_ebm.agents import AGENTS
+from rl_ebm.cli import commands as cli
 from rl_ebm.envs import make_task
 from rl_ebm.fixed_points import boundary
 from rl_ebm.policies import Tabular, Uniform

@@ -16,8 +16,8 @@ from toy_policies import seeded
 
 import rl_ebm
 from benchmarks import methods, tune
-from rl_ebm import cli
 from rl_ebm.agents import AGENTS
+from rl_ebm.cli import commands as cli
 from rl_ebm.fixed_points import boundary
 from rl_ebm.policies import Tabular, TransformerConfig, Uniform
 from rl_ebm.studies import seeds as intervals

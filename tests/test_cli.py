@@ -20,9 +20,10 @@ from run_cases import (
 )
 
 import rl_ebm
-from rl_ebm import cli, flags
 from rl_ebm.agents import AGENTS
+from rl_ebm.cli import commands as cli
 from rl_ebm.cli import main
+from rl_ebm.cli import parsing as flags
 
 TABLE = "sequence\tscore\n" + "".join(f"{a}{b}\t{i}\n" for i, (a, b) in enumerate(
     product("AC", repeat=2)))  # fmt: skip

@@ -179,7 +179,7 @@ def test_bounds_from_samples_hold_the_exact_values(capsys, tmp_path, monkeypatch
     def too_large(ebm):
         raise rl_ebm.TooLargeError("too large")
 
-    monkeypatch.setattr("rl_ebm.cli.solve", too_large)
+    monkeypatch.setattr("rl_ebm.cli.commands.solve", too_large)
     code, _, err = run(
         capsys, "verify", folder, "--confidence", "0.999", "--seed", "3", f"--reward-max={most}"
     )

@@ -10,8 +10,8 @@ import torch
 from toy_policies import seeded
 
 import rl_ebm
-from rl_ebm import cli
 from rl_ebm.agents import AGENTS
+from rl_ebm.cli import commands as cli
 from rl_ebm.policies import Tabular, Transformer, TransformerConfig
 from rl_ebm.rewards import Table
 from rl_ebm.studies.diagnose import diagnose, laws, policy_of

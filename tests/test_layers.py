@@ -26,7 +26,6 @@ LAYERS = (
     ),
     (
         "files.",
-        "flags",
         "statistics.",
         "tokens.",
     ),
@@ -55,16 +54,12 @@ LAYERS = (
         "envs.",
         "verification.",
     ),
-    (
-        "options",
-        "training.",
-    ),
+    ("training.",),
     (
         "",
-        "exits",
         "studies.",
     ),
-    ("cli",),
+    ("cli.",),
     ("__main__",),
 )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rl_ebm import cli
+from rl_ebm.cli import commands as cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

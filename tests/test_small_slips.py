@@ -7,7 +7,8 @@ import torch
 from toy_policies import seeded
 
 import rl_ebm
-from rl_ebm import cli, policies
+from rl_ebm import policies
+from rl_ebm.cli import commands as cli
 from rl_ebm.studies.audit import audit, to_text
 from rl_ebm.studies.bench import Plan, Problem
 from rl_ebm.tokens.prompts import check_prompts

@@ -10,8 +10,8 @@ from fixed_point_cases import problem_of, small_ebm
 from toy_policies import close, seeded
 
 import rl_ebm
-from rl_ebm import cli
 from rl_ebm.agents import AGENTS, AgentEntry, PolicyGradientAgent, PolicyGradientConfig, register
+from rl_ebm.cli import commands as cli
 from rl_ebm.fixed_points import FixedPoint, boundary, target
 from rl_ebm.policies import Tabular, Uniform
 from rl_ebm.studies.audit import MEASURES, audit, is_target, to_json, to_text

@@ -9,10 +9,10 @@ from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
-from rl_ebm import flags
 from rl_ebm.agents import AGENTS
 from rl_ebm.cli import COMMANDS
-from rl_ebm.options import Audit, Bench, Diagnose, Sample, Solve, Train, Verify
+from rl_ebm.cli import parsing as flags
+from rl_ebm.cli.flags import Audit, Bench, Diagnose, Sample, Solve, Train, Verify
 
 from . import damage, judge
 from .mutate import NUMBERS, TEXTS, spoil

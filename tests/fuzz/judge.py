@@ -18,8 +18,8 @@ from typing import Any
 import gymnasium
 
 import rl_ebm
-from rl_ebm import flags
 from rl_ebm.cli import main
+from rl_ebm.cli import parsing as flags
 
 HOUSE = os.path.realpath(Path(rl_ebm.__file__).parent)
 # Gymnasium's own checks of what is its own (seeds, wrappers, a step before the first reset).

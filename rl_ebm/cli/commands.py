@@ -13,15 +13,12 @@ from typing import Any
 
 import torch
 
-from rl_ebm import __version__, flags
+from rl_ebm import __version__
 from rl_ebm.agents import AGENTS, entry_of
 from rl_ebm.certificates import Certificate, certify
-from rl_ebm.ebm import EBM
-from rl_ebm.exact import TooLargeError, solve, summarise
-from rl_ebm.exits import exit_code
-from rl_ebm.files import write_text
-from rl_ebm.messages.words import count_text, nearest
-from rl_ebm.options import (
+from rl_ebm.cli import parsing
+from rl_ebm.cli.exits import exit_code
+from rl_ebm.cli.flags import (
     Agents,
     Audit,
     Bench,
@@ -34,6 +31,10 @@ from rl_ebm.options import (
     generator_of_flag,
     train_flags,
 )
+from rl_ebm.ebm import EBM
+from rl_ebm.exact import TooLargeError, solve, summarise
+from rl_ebm.files import write_text
+from rl_ebm.messages.words import count_text, nearest
 from rl_ebm.policies import Policy, log_prob, sample
 from rl_ebm.statistics.interval import Interval
 from rl_ebm.studies.audit import audit, to_json, to_text
@@ -50,18 +51,18 @@ from rl_ebm.verification.verify import verify
 
 def run_train(args: Sequence[str]) -> int:
     """Train an agent, or go on with a run."""
-    if flags.value_of("--resume", args) is not None:
+    if parsing.value_of("--resume", args) is not None:
         return _run_resume(args)
-    name = flags.value_of("--agent", args) or "soft-q"
+    name = parsing.value_of("--agent", args) or "soft-q"
     entry_of(name)
     kind = train_flags(name)
-    for flag in flags.given(args) - flags.flag_names(kind):
-        others = [o for o, e in AGENTS.items() if flag in flags.flag_names(e.config)]
+    for flag in parsing.given(args) - parsing.flag_names(kind):
+        others = [o for o, e in AGENTS.items() if flag in parsing.flag_names(e.config)]
         if others:
             raise ValueError(
                 f"{flag} is no option of --agent {name}, but of {' and '.join(others)}"
             )
-    a: Any = flags.parse(kind, args, "rl-ebm train", _ABOUT["train"])
+    a: Any = parsing.parse(kind, args, "rl-ebm train", _ABOUT["train"])
     if a.out is None:
         raise ValueError("say where the run goes: --out FOLDER (or --resume RUN)")
     ebm, source = a.target.make()
@@ -91,16 +92,16 @@ def run_train(args: Sequence[str]) -> int:
 
 def _run_resume(args: Sequence[str]) -> int:
     usable = {"--resume", "--steps", "--seconds", "--device", "--help"}
-    known = flags.flag_names(Train).union(
-        *(flags.flag_names(entry.config) for entry in AGENTS.values())
+    known = parsing.flag_names(Train).union(
+        *(parsing.flag_names(entry.config) for entry in AGENTS.values())
     )
-    extra = sorted((flags.given(args) - usable) & known)
+    extra = sorted((parsing.given(args) - usable) & known)
     if extra:
         raise ValueError(
             f"{extra[0]} cannot be given with --resume: the run keeps its configuration (only "
             "--steps, --seconds and --device may change)"
         )
-    a = flags.parse(Train, args, "rl-ebm train", _ABOUT["train"])
+    a = parsing.parse(Train, args, "rl-ebm train", _ABOUT["train"])
     assert a.resume is not None
     _, report, went_on = resume(
         a.resume, steps=a.steps, seconds=a.seconds, device=device_of_flag(a.device)
@@ -114,7 +115,7 @@ def _run_resume(args: Sequence[str]) -> int:
 
 def run_verify(args: Sequence[str]) -> int:
     """Verify a run's policy exactly, or from samples; print the report, and write it as JSON."""
-    a = flags.parse(Verify, args, "rl-ebm verify", _ABOUT["verify"])
+    a = parsing.parse(Verify, args, "rl-ebm verify", _ABOUT["verify"])
     if a.max_kl is not None and not a.max_kl >= 0:
         raise ValueError(f"--max-kl must be a number >= 0, got {a.max_kl}")
     if a.memory < 1:
@@ -166,7 +167,7 @@ def _gate(kl: float | Interval, most: float) -> int:
 
 def run_solve(args: Sequence[str]) -> int:
     """Solve an EBM exactly; print log Z, entropy and the most probable sequences."""
-    a = flags.parse(Solve, args, "rl-ebm solve", _ABOUT["solve"])
+    a = parsing.parse(Solve, args, "rl-ebm solve", _ABOUT["solve"])
     if a.top < 0:
         raise ValueError(f"--top must be >= 0, got {a.top}")
     ebm, source = a.target.make()
@@ -213,7 +214,7 @@ def _mean(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 def run_audit(args: Sequence[str]) -> int:
     """Compute what each objective converges to on an EBM: its fixed point against p*."""
-    a = flags.parse(Audit, args, "rl-ebm audit", _ABOUT["audit"])
+    a = parsing.parse(Audit, args, "rl-ebm audit", _ABOUT["audit"])
     ebm, _ = a.target.make()
     lines = audit(solve(ebm.to(device_of_flag(a.device))))
     referred = ebm.reference is not None
@@ -223,7 +224,7 @@ def run_audit(args: Sequence[str]) -> int:
 
 def run_diagnose(args: Sequence[str]) -> int:
     """Split a run's error into objective, capacity and optimisation, and say what to mend."""
-    a = flags.parse(Diagnose, args, "rl-ebm diagnose", _ABOUT["diagnose"])
+    a = parsing.parse(Diagnose, args, "rl-ebm diagnose", _ABOUT["diagnose"])
     if not a.seconds > 0:
         raise ValueError(f"--seconds must be > 0, got {a.seconds}")
     found = diagnose(a.run, a.seconds)
@@ -233,7 +234,7 @@ def run_diagnose(args: Sequence[str]) -> int:
 
 def run_bench(args: Sequence[str]) -> int:
     """Compare agents on tasks under one budget of reward calls; write a report."""
-    a = flags.parse(Bench, args, "rl-ebm bench", _ABOUT["bench"])
+    a = parsing.parse(Bench, args, "rl-ebm bench", _ABOUT["bench"])
     if a.seeds < 1 or a.workers < 1:
         raise ValueError(f"--seeds and --workers must be >= 1, got {a.seeds} and {a.workers}")
     plan = Plan(
@@ -248,7 +249,7 @@ def run_bench(args: Sequence[str]) -> int:
     try:
         rows, failed = bench(plan, a.out, a.workers)
     except KeyboardInterrupt:
-        flags.fail("stopped; the same command goes on with what is left")
+        parsing.fail("stopped; the same command goes on with what is left")
         return 130
     if not rows:
         raise ValueError(f"every run failed: {'; '.join(failed)}")
@@ -259,7 +260,7 @@ def run_bench(args: Sequence[str]) -> int:
 
 def run_sample(args: Sequence[str]) -> int:
     """Draw responses from a run's policy: one line each, with log pi and the reward."""
-    a = flags.parse(Sample, args, "rl-ebm sample", _ABOUT["sample"])
+    a = parsing.parse(Sample, args, "rl-ebm sample", _ABOUT["sample"])
     if a.n < 1:
         raise ValueError(f"-n must be >= 1, got {a.n}")
     if a.n >= 2**63:
@@ -301,7 +302,7 @@ def _print_samples(
 
 def run_agents(args: Sequence[str]) -> int:
     """List the agents, with the paper of each."""
-    flags.parse(Agents, args, "rl-ebm agents", _ABOUT["agents"])
+    parsing.parse(Agents, args, "rl-ebm agents", _ABOUT["agents"])
     for name, entry in AGENTS.items():
         print(f"{name:16s} {entry.summary} ({entry.paper})")
     return 0
@@ -335,9 +336,9 @@ def help_text() -> str:
         "sample": Sample,
     }
     for name, kind in kinds.items():
-        lines.append(flags.help_text(kind, f"rl-ebm {name}"))
+        lines.append(parsing.help_text(kind, f"rl-ebm {name}"))
     for name, entry in AGENTS.items():
-        lines.append(flags.help_text(entry.config, f"rl-ebm train --agent {name}"))
+        lines.append(parsing.help_text(entry.config, f"rl-ebm train --agent {name}"))
     return "\n".join(lines)
 
 
@@ -366,5 +367,5 @@ def _run(args: Sequence[str]) -> int:
         return 0
     command, rest = args[0], args[1:]
     if command not in COMMANDS:
-        return flags.fail(f"there is no command {command!r}{nearest(command, COMMANDS)}")
+        return parsing.fail(f"there is no command {command!r}{nearest(command, COMMANDS)}")
     return COMMANDS[command](rest)

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import torch
 
-from rl_ebm.flags import fail
+from rl_ebm.cli.parsing import fail
 from rl_ebm.messages.words import bytes_text
 from rl_ebm.training.stopping import Terminated
 
