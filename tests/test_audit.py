@@ -235,7 +235,7 @@ def test_the_agent_with_a_table_ends_at_its_fixed_point(name, options):
     config = entry.config(**(size | options), lr=0.05)
     policy = Tabular.from_tables([t[0].detach() for t in reference.tables()], space)
     agent = entry.agent(ebm, policy, config, seeded(2), solution)
-    steps = 800
+    steps = 500
     for k in range(steps):
         batch = agent.sample()
         agent.update(None if batch is None else ebm.score(batch), k / steps)

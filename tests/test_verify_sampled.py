@@ -85,7 +85,7 @@ def test_intervals_hold_as_often_as_they_say():
     ebm, policy = CASES[0]
     solution = rl_ebm.solve(ebm)
     truth = verify_listed(policy, solution).scalars()
-    confidence, runs = 0.8, 300
+    confidence, runs = 0.8, 150
     missed = dict.fromkeys(FIGURES, 0)
     for seed in range(runs):
         g = torch.Generator().manual_seed(seed)
