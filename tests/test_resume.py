@@ -124,7 +124,7 @@ def subprocess_case(agent: str, tmp_path: Path, kills: list[tuple[float, str]]) 
 
 @pytest.mark.slow
 def test_sigkill_of_a_process(tmp_path):  # at random moments, every agent: test_kills.py
-    subprocess_case("soft-q", tmp_path, [(0.0, "config.json"), (0.1, "state.pt")])
+    subprocess_case("soft-q", tmp_path, [(0.1, "state.pt"), (3.0, "config.json")])
 
 
 def test_resume_without_a_checkpoint_starts_at_step_0(whole, tmp_path):
