@@ -11,9 +11,9 @@ BIN := $(VENV)/bin
 FILES := $(shell find rl_ebm/ agents envs -name '*.py' | sort | cksum | cut -d' ' -f1)
 EDITABLE := --config-settings editable_mode=strict -e '.[dev]'
 # What touches another library: run with its oldest release that is allowed, and with the newest.
-RELEASES := tests/test_cli.py tests/test_envs_flat.py tests/test_envs_gymnasium.py \
-	tests/test_hf.py tests/test_lowest.py tests/test_runs.py tests/test_tensorboard.py \
-	tests/test_tokens.py tests/test_transformer.py
+RELEASES := tests/cli/test_cli.py tests/envs/test_envs_flat.py tests/envs/test_envs_gymnasium.py \
+	tests/house/test_lowest.py tests/policies/test_hf.py tests/policies/test_transformer.py \
+	tests/tokens/test_tokens.py tests/training/test_runs.py tests/training/test_tensorboard.py
 
 .PHONY: demo test test-slow test-lowest test-newest paper install clean
 

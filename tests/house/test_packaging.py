@@ -203,7 +203,11 @@ def test_the_tests_of_a_source_distribution_run(tmp_path):
     made = ("dist/", "rl_ebm.egg-info/", "rl_ebm/agents/", "rl_ebm/envs/")
     missing = {p for p in files if not (unpacked / p).is_file() and not str(p).startswith(made)}
     assert missing == set()
-    quick = ["tests/test_layers.py", "tests/test_lowest.py", "tests/test_tokens.py"]
+    quick = [
+        "tests/house/test_layers.py",
+        "tests/house/test_lowest.py",
+        "tests/tokens/test_tokens.py",
+    ]
     said = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *quick, at=unpacked)
     assert re.search(r"\d+ passed", said)
 

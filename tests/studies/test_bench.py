@@ -26,7 +26,7 @@ from rl_ebm.studies.bench_report import frontier, targets, write_report
 from rl_ebm.training.checkpoint import RunError
 from rl_ebm.training.directory import load
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = TransformerConfig(layers=1, heads=1, dim=8, hidden=8)
 OPTIONS = {"soft-q": {"batch_size": 64}, "grpo": {"batch_size": 32, "group_size": 4}}
 

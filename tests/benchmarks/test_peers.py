@@ -30,7 +30,7 @@ from rl_ebm.envs import make_task
 from rl_ebm.policies import Tabular
 from rl_ebm.studies.bench import Problem
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EBM = make_task("random", vocab_size=2, max_length=3, reference="uniform")
 SOLUTION = solve(EBM)
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import rl_ebm
 from rl_ebm.rewards import read_table, table_file
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+DATA = Path(__file__).parents[3] / "shared" / "data"
 INF = math.inf
 CHARACTERS = "TCGA-é*"
 INTEGERS = ["10", "9", "-3", "0", "101"]

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 IN_GIT = (
     ".ci", ".github", "agents", "benchmarks", "envs", "rl_ebm", "tests", ".gitignore", "LICENSE",
     "MANIFEST.in", "Makefile", "README.md", "constraints.txt", "constraints-lowest.txt",

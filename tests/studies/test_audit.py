@@ -22,7 +22,7 @@ from rl_ebm.soft_bellman import log_policy, sequence_log_probs
 from rl_ebm.studies.audit import MEASURES, any_of, audit, to_json, to_text
 from rl_ebm.studies.problems import problems
 
-SIX6 = Path(__file__).parents[2] / "shared" / "data" / "six6_ref_r1.tsv"
+SIX6 = Path(__file__).parents[3] / "shared" / "data" / "six6_ref_r1.tsv"
 ALWAYS_TARGET = set(AGENTS) - {"policy-gradient", "grpo", "best-of-n"}
 REPLAY = {"batch_size": 512, "replay_size": 8192, "replay_batch": 512}
 WITH_REPLAY = sorted(n for n, entry in AGENTS.items() if hasattr(entry.config, "replay_size"))

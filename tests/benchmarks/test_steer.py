@@ -19,7 +19,7 @@ from benchmarks import steer_text
 from benchmarks.steer_models import FORBIDDEN, PROMPTS, QUICK, WANTED, Guided, make
 from rl_ebm.policies.scoring import log_prob, q_values
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_same_seed_gives_the_same_sentences():

@@ -11,7 +11,7 @@ import pytest
 
 from rl_ebm.cli import commands as cli
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 SCRIPTS = sorted(set(re.findall(r"python -m (benchmarks\.\w+)", README)))

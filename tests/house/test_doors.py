@@ -7,17 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_cases():
     args = [sys.executable, "-m", "pytest", "-q", "-x", "-o", "addopts=", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*args, str(TESTS / "door_cases.py")],
+        [*args, "tests/support/door_cases.py"],
         capture_output=True,
         text=True,
-        cwd=TESTS.parent,
-        env={**os.environ, "PYTHONPATH": str(TESTS.parent)},
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert "passed" in done.stdout
