@@ -324,7 +324,7 @@ def test_at_the_law_of_the_best_of_n_its_expected_gradient_vanishes(kind):
     space = problem.space
     entry = AGENTS["best-of-n"]
     config = entry.config(source="reference", n=n, **WIDE)
-    (state,) = rl_ebm.exact.problems(rl_ebm.solve(problem.ebm))
+    (state,) = problems(rl_ebm.solve(problem.ebm))
     law = entry.fixed_point(config, state).log_law
     q = rl_ebm.q_from_r(state.at_ends(law), space)
     policy = rl_ebm.policies.Tabular.from_tables(q, space)

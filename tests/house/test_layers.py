@@ -20,15 +20,43 @@ ROOT = Path(rl_ebm.__file__).parent
 
 # From the bottom up. A name ending in "." is a package: a room for all modules below it.
 LAYERS = (
-    ("messages.", "version",),
-    ("files.", "statistics.", "tokens.",),
-    ("automata.", "networks.", "soft_bellman",),
-    ("bounds", "divergences", "policies.", "rewards.",),
-    ("ebm", "fixed_points.",),
-    ("agents.", "certificates.", "exact.", "tasks.",),
-    ("envs.", "verification.",),
+    (
+        "messages.",
+        "version",
+    ),
+    (
+        "files.",
+        "statistics.",
+        "tokens.",
+    ),
+    (
+        "automata.",
+        "networks.",
+        "soft_bellman",
+    ),
+    (
+        "bounds",
+        "divergences",
+        "policies.",
+        "rewards.",
+    ),
+    (
+        "ebm",
+        "fixed_points.",
+    ),
+    (
+        "agents.",
+        "certificates.",
+        "exact.",
+        "tasks.",
+    ),
+    (
+        "envs.",
+        "verification.",
+    ),
     ("training.",),
-    ("", "studies.",),
+    ("studies.",),
+    ("",),
     ("cli.",),
     ("__main__",),
 )
