@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from rl_ebm import __version__
 from rl_ebm.agents import AGENTS, entry_of
 from rl_ebm.certificates import Certificate, certify
 from rl_ebm.cli import parsing
@@ -47,6 +46,7 @@ from rl_ebm.training.directory import CERTIFICATE, REPORT, decode, load, read_co
 from rl_ebm.training.run import resume, train
 from rl_ebm.verification.sampled_report import AnyReport
 from rl_ebm.verification.verify import verify
+from rl_ebm.version import VERSION
 
 
 def run_train(args: Sequence[str]) -> int:
@@ -363,7 +363,7 @@ def _run(args: Sequence[str]) -> int:
         print(help_text())
         return 0
     if args[0] == "--version":
-        print(__version__)
+        print(VERSION)
         return 0
     command, rest = args[0], args[1:]
     if command not in COMMANDS:

@@ -21,6 +21,7 @@ from rl_ebm.agents.ppo import PPOConfig, clipped_loss
 from rl_ebm.agents.shared.kl_penalty import PenaltyOptions, kl_terms, standardised
 from rl_ebm.agents.trajectory_balance import batch_log_z, trajectory_balance_loss
 from rl_ebm.policies import Uniform
+from rl_ebm.studies.problems import problems
 
 in_all_kinds = pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
 TINY = [((2, 2, None), None, False), ((3, 2, 0), None, True)]
