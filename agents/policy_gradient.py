@@ -8,7 +8,7 @@ For k responses y_i ~ pi to a prompt, with returns in nats
 
 where A has no gradient. kappa is an estimate of KL(pi, p_ref) by u = log pi - log p_ref. The
 default, k1 in the reward, has the gradient of KL(pi, p*) as its mean: its fixed point is the
-EBM. What the other options end at, :mod:`rl_ebm.fixed_points.penalised` says.
+EBM. What the other options end at, :mod:`rl_ebm.fixed_points.penalties` says.
 Kool et al. 2019 (https://openreview.net/forum?id=r1lgTGL5DE); Ahmadian et al. 2024
 (arXiv 2402.14740); Shao et al. 2024 (arXiv 2402.03300) for k3 in the loss and group-std.
 """

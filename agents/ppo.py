@@ -7,7 +7,7 @@ With rho_t = pi(a_t|s_t) / pi_old(a_t|s_t) and the advantage A of the whole resp
 Schulman et al. 2017 (arXiv 1707.06347, Eq. 7); GRPO (Shao et al. 2024, arXiv 2402.03300, Eq. 3)
 has group-std advantages, k3 in the loss and the mean over each response's tokens. The first
 step on a batch is the plain policy gradient, so that a fixed point is one of that:
-:mod:`rl_ebm.fixed_points.penalised`.
+:mod:`rl_ebm.fixed_points.penalties`.
 """
 
 from __future__ import annotations

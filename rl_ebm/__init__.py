@@ -42,6 +42,7 @@ from rl_ebm.exact import AutomatonSolution, TooLargeError, TreeSolution, solve
 from rl_ebm.soft_bellman import q_from_r, r_from_q
 from rl_ebm.statistics.interval import Interval
 from rl_ebm.studies.audit import audit
+from rl_ebm.studies.diagnose import diagnose
 from rl_ebm.tokens import Batch, TokenSpace
 from rl_ebm.training.checkpoint import RunError
 from rl_ebm.training.config import TrainConfig
@@ -70,6 +71,7 @@ __all__ = [
     "agents",
     "audit",
     "certify",
+    "diagnose",
     "envs",
     "load",
     "policies",
