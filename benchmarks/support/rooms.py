@@ -93,12 +93,22 @@ def report(modules: dict[str, Path], scripts: Sequence[Path] = ()) -> Rooms:
     return Rooms(rooms, floors, sorted(left), closets)
 
 
+def text(found: Rooms) -> str:
+    """The picture as text, the lowest floor last."""
+    lines = [
+        f"{i:2}  {'  '.join(room or 'rl_ebm' for room in floor)}"
+        for i, floor in reversed(list(enumerate(found.floors)))
+    ]
+    arrows = sum(map(len, found.rooms.values()))
+    lines.append(
+        f"{len(found.rooms)} rooms on {len(found.floors)} floors, {arrows} arrows between them"
+    )
+    return "\n".join(lines)
+
+
 def main() -> None:
     found = report(read_modules(), list(SCRIPTS.rglob("*.py")))
-    for i, floor in reversed(list(enumerate(found.floors))):
-        print(f"{i:2}  {'  '.join(r or 'rl_ebm' for r in floor)}")
-    arrows = sum(map(len, found.rooms.values()))
-    print(f"{len(found.rooms)} rooms on {len(found.floors)} floors, {arrows} arrows between them")
+    print(text(found))
     print(f"in a circle: {', '.join(found.circles) or 'none'}")
     print(f"with one importer, in another room: {', '.join(found.closets) or 'none'}")
 
