@@ -49,7 +49,7 @@ def test_a_chain_moves_with_the_ratio_of_the_weights():
 
 
 @in_all_kinds
-@pytest.mark.parametrize("source", ["reference", "policy"])
+@pytest.mark.parametrize("source", [pytest.param("reference", marks=pytest.mark.slow), "policy"])
 def test_the_chains_come_to_draw_from_the_ebm(kind, source):
     problem = case(kind)
     agent = make("sampled-teacher", problem, method="mcmc", source=source, batch_size=3000)

@@ -329,12 +329,12 @@ REPLAY = {"explore": 0, "replay_size": 999, "replay_batch": 128}
     ("kind", "network", "options"),
     [
         (KINDS[1], False, {}),
-        (KINDS[2], False, {"n_step": 2, "tau": 0.5}),
         (KINDS[3], False, {"lam": 0.5}),
-        (KINDS[3], False, REPLAY),
+        pytest.param(KINDS[2], False, {"n_step": 2, "tau": 0.5}, marks=pytest.mark.slow),
+        pytest.param(KINDS[3], False, REPLAY, marks=pytest.mark.slow),
         pytest.param(KINDS[2], True, {}, marks=pytest.mark.slow),
     ],
-    ids=["whole-paths", "n-step-target", "lambda", "replay", "transformer"],
+    ids=["whole-paths", "lambda", "n-step-target", "replay", "transformer"],
 )
 def test_it_reaches_the_ebm_and_log_z_from_a_random_start(kind, network, options):
     problem = case(kind)

@@ -349,7 +349,7 @@ def test_a_process_is_the_same_command_line(tmp_path):
     assert err == "rl-ebm: beta must be a finite number > 0, got 0.0\n"
 
 
-@pytest.mark.parametrize("top", ["1", "4000"])
+@pytest.mark.parametrize("top", ["1", pytest.param("4000", marks=pytest.mark.slow)])
 def test_a_broken_pipe_is_silent(top):
     """As with ``| head``: whether the output fits a buffer or not."""
     command = [sys.executable, "-m", "rl_ebm", "solve", "--top", top]

@@ -75,7 +75,7 @@ def kill_and_resume(run: Path, agent: str, operations) -> int:
     raise AssertionError("not enough operations")
 
 
-@pytest.mark.parametrize("agent", STATES)  # all of them: test_kills.py
+@pytest.mark.parametrize("agent", ["soft-q", "exact"])  # all of them: test_kills.py
 def test_kill_resume_kill_resume_is_bit_identical(agent, whole, tmp_path):
     reference = whole(agent)
     rng = random.Random(agent)
