@@ -9,7 +9,7 @@ from inspect import signature
 
 import pytest
 import torch
-from agent_cases import KIND_IDS, KINDS, case, gradient
+from agent_cases import KIND_IDS, KINDS, case, gradient, make
 from toy_policies import close, responses, seeded
 
 import rl_ebm
@@ -61,13 +61,6 @@ OTHER_METRICS = {
 }
 VALUES = {"soft-q", "path-consistency", "subtb", "detailed-balance", "monte-carlo"}
 """agents whose logits become q*"""
-
-
-def make(name, problem, policy=None, generator=None, **options):
-    entry = AGENTS[name]
-    teacher = problem.star() if entry.needs_teacher else None
-    policy = problem.table() if policy is None else policy
-    return entry.agent(problem.ebm, policy, entry.config(**options), generator, teacher)
 
 
 def step(agent, ebm, progress=0.5):
