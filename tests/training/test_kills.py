@@ -130,9 +130,9 @@ def test_killed_at_random_moments(agent, tmp_path):
     assert differences(load_state(whole), load_state(run)) == []
     weights = load_file(run / "policy.safetensors")
     assert differences(dict(load_state(whole)["policy"]), weights, "policy") == []
-    figures = figures(whole)
+    want = figures(whole)
     steps = set(range(FLAGS["log_every"], STEPS + 1, FLAGS["log_every"]))
-    check_same(figures(run), figures, steps, STEPS)
+    check_same(figures(run), want, steps, STEPS)
     # TensorBoard's x are global tokens.
     tokens = {step: int(figures[step, "tokens"]) for step in steps}
     check_same(scalars(run), scalars(whole), set(tokens.values()), tokens[STEPS])
