@@ -134,6 +134,6 @@ def test_killed_at_random_moments(agent, tmp_path):
     steps = set(range(FLAGS["log_every"], STEPS + 1, FLAGS["log_every"]))
     check_same(figures(run), want, steps, STEPS)
     # TensorBoard's x are global tokens.
-    tokens = {step: int(figures[step, "tokens"]) for step in steps}
+    tokens = {step: int(want[step, "tokens"]) for step in steps}
     check_same(scalars(run), scalars(whole), set(tokens.values()), tokens[STEPS])
     assert not list(run.glob("*.part")), "leftovers of a write that was cut short"
