@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import tyro
 
-from benchmarks.machine import describe
+from benchmarks.support.machine import describe
 from rl_ebm.agents import AGENTS
 from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.studies.bench import Plan, Problem, Rows, last_of, run

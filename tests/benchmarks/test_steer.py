@@ -16,7 +16,7 @@ import torch
 
 import rl_ebm
 from benchmarks import steer_text
-from benchmarks.steer_models import FORBIDDEN, PROMPTS, QUICK, WANTED, Guided, make
+from benchmarks.steer.models import FORBIDDEN, PROMPTS, QUICK, WANTED, Guided, make
 from rl_ebm.policies.scoring import log_prob, q_values
 
 ROOT = Path(__file__).parents[2]
