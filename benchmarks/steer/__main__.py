@@ -27,7 +27,7 @@ import torch
 import tyro
 
 import rl_ebm
-from benchmarks import steer_text
+from benchmarks.steer import text
 from benchmarks.steer.models import (
     FORBIDDEN,
     PROMPTS,
@@ -127,7 +127,7 @@ class Observer:
             forbidden=forbidden,
             surprise=surprise(self.judge, task, batch),
             depths=[depth.mean_kl for depth in report.per_depth],
-            texts=steer_text.decode(task.tokenizer, batch.take(torch.arange(6))),
+            texts=text.decode(task.tokenizer, batch.take(torch.arange(6))),
         )
 
     def run(self, name: str, seed: int, start: HuggingFace, title: str) -> tuple[Run, Look]:
@@ -181,7 +181,7 @@ def neural(
         found = rl_ebm.certify(one, ebm, samples=size.certified, reward_max=SCORE, generator=g)
         batch = sample(one, task.space, 8, g, torch.zeros(8).long())
         print(f"{name}\n{found}", flush=True)
-        yield name, found, steer_text.decode(task.tokenizer, batch)
+        yield name, found, text.decode(task.tokenizer, batch)
 
 
 def main(options: Options) -> None:
