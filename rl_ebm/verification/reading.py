@@ -58,7 +58,8 @@ def markdown() -> str:
         told += "; from samples alone" if f.exact is None else ""
         told += "; at every prefix alone" if f.sampled is None else ""
         key = f.key.replace("/", ".")
-        lines.append(f"| `{key}` | {f.label} | {f.unit} | {f.prompts} | {told} |")
+        cells = (f"`{key}`", f.label, f.unit, f.prompts, told)
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines)
 
 

@@ -35,6 +35,7 @@ from toy_policies import (
 import rl_ebm
 from rl_ebm.policies import Tabular, Uniform
 from rl_ebm.tokens import TokenSpace
+from rl_ebm.verification.figures import FIGURES
 
 ALL_SPACES = [*SPACES, (2, 1, 0), (2, 4, 1)]  # the last two never branch
 KINDS = ["plain", "table", "values", "transformer", "uniform", "solution", "near"]
@@ -348,5 +349,8 @@ def compare(report, wants, tolerance=1e-9):
         part["worst_prefixes"] = wrong_ones(part["worst_prefixes"])
         if tied(want):  # which of equally bad prefixes are named has its own test
             want = want | {"worst_prefixes": part["worst_prefixes"]}
+        for figure in FIGURES:
+            value = part.get(figure.key)
+            assert figure.infinite or value is None or math.isfinite(float(value)), figure.key
         assert_same(part, want, tolerance)
     return got
