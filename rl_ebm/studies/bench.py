@@ -41,9 +41,10 @@ from rl_ebm.training.loop import MAX_EVALUATED, NonFiniteError
 from rl_ebm.training.metrics_csv import read_rows
 from rl_ebm.training.run import resume, train
 from rl_ebm.training.stopping import Terminated, sigterm_raises
+from rl_ebm.verification.figures import FIGURES
 
 RESULTS = "results.csv"
-EXACT = ("kl_target_policy", "kl_policy_target", "tv", "expected_reward_policy")
+BENCHED = tuple(figure for figure in FIGURES if figure.benched)
 Rows = list[dict[str, Any]]
 
 
@@ -236,7 +237,7 @@ def rows_of(job: Job) -> Rows:
         for row in read_rows(path)[1]:
             if not row.get("exact/kl_target_policy"):
                 continue
-            exact = {key: float(row[f"exact/{key}"]) for key in EXACT}
+            exact = {f.key: float(row[f"exact/{f.key}"]) for f in BENCHED}
             # log Z - KL(pi, p*) = E[R] / beta - KL(pi, p_ref)
             kl_reference = exact["expected_reward_policy"] / job.problem.beta - float(
                 row["eval/elbo"]

@@ -22,7 +22,7 @@ from rl_ebm.policies import Tabular, Uniform
 from rl_ebm.soft_bellman import rounded_up
 from rl_ebm.studies.problems import problems
 from rl_ebm.tokens import TokenSpace
-from rl_ebm.verification.report import plain
+from rl_ebm.verification.parts import plain
 from rl_ebm.verification.state_errors import state_errors
 
 
