@@ -40,7 +40,7 @@ from rl_ebm.policies import (
     Transformer,
     Uniform,
 )
-from rl_ebm.policies.scoring import device_of
+from rl_ebm.policies.base import device_of
 from rl_ebm.rewards import Automaton, Reward, Table
 from rl_ebm.tasks.named import make_task
 from rl_ebm.tokens import TokenSpace

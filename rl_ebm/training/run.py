@@ -24,7 +24,8 @@ from rl_ebm.files.lock import only_one
 from rl_ebm.messages.arguments import Number, Whole, flag, shown, whole
 from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.policies import Policy, Tabular, Trainable, Transformer
-from rl_ebm.rewards import Reward, Table
+from rl_ebm.rewards import Reward
+from rl_ebm.rewards.base import is_called, scores_of
 from rl_ebm.training.config import TrainConfig, check_limits
 from rl_ebm.training.directory import (
     OWN,
@@ -39,7 +40,6 @@ from rl_ebm.training.directory import (
     write_config,
 )
 from rl_ebm.training.loop import Trainer
-from rl_ebm.training.reward_calls import is_called
 from rl_ebm.verification.sampled_report import AnyReport
 
 SOLVED_UNASKED = 2**20
@@ -361,9 +361,9 @@ def solution_for_training(
 
 def is_cheap(ebm: EBM) -> bool:
     """Whether an EBM is solved without being asked."""
-    if isinstance(ebm.reward_model, Table) or find_machines(ebm) is not None:
+    if scores_of(ebm.reward_model) is not None or find_machines(ebm) is not None:
         return True
-    theirs = is_called(ebm)
+    theirs = is_called(ebm.reward_model)
     count = ebm.num_prompts * ebm.space.num_sequences
     return count <= (CALLED_UNASKED if theirs else SOLVED_UNASKED)
 

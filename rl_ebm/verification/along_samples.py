@@ -17,10 +17,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rl_ebm import bounds
-from rl_ebm.exact import AutomatonSolution, Solution, summarise_automaton
+from rl_ebm.exact import Solution
+from rl_ebm.policies.base import Policy, device_of, evaluating, forbids_of, logits_are_values
 from rl_ebm.policies.detours import MOST, all_responses, are_listed, detours, rows_at_once
-from rl_ebm.policies.scoring import Policy, device_of, evaluating, sample
-from rl_ebm.rewards.limits import reward_limits
+from rl_ebm.policies.scoring import sample
+from rl_ebm.rewards.base import limits_of
 from rl_ebm.statistics.expectations import Known, bounded, certain, expectation, ratio_expectation
 from rl_ebm.statistics.expectations import ratio_interval as ratio_interval
 from rl_ebm.statistics.interval import Interval, check_confidence, check_samples
@@ -116,7 +117,7 @@ class _Along:
 
 def _walk(policy: Policy, solution: Solution, batch: Batch, of_target: bool, memory: int) -> _Along:
     """Walk along samples of the target, or of the policy, and along others that it hardly gives."""
-    values = bool(getattr(policy, "logits_are_values", False))
+    values = logits_are_values(policy)
     law: Policy = solution if of_target else policy
     space, n = solution.space, len(batch)
     masses = None
@@ -181,7 +182,7 @@ def _verify_prompt(
     memory: int,
 ) -> SampledReport:
     space = solution.space
-    values = bool(getattr(policy, "logits_are_values", False))
+    values = logits_are_values(policy)
     device = device_of(policy)
     ids = torch.full((samples,), prompt, device=solution.device)
     drawn = solution.sample(samples, generator, ids).clean()
@@ -250,10 +251,8 @@ def _expectations(
     """What is a mean over responses, by its key in the report."""
     ebm, space, star, mine = solution.ebm, solution.space, of_star.visits, of_mine.visits
     confidence = claims.confidence
-    least, most = reward_limits(ebm.reward_model, space, prompt)
-    summary = None
-    if isinstance(solution, AutomatonSolution):
-        summary = summarise_automaton(solution, 0, prompt)
+    least, most = limits_of(ebm.reward_model, space, prompt)
+    summary = solution.summary(0, prompt)
     figures: dict[str, Any] = {
         "kl_target_policy": claims.mean(
             "kl_target_policy", star.kl, of_star.error(of_star.beyond.kl, missing)
@@ -321,10 +320,10 @@ def _uncovered(
     seen to do so, with the other forbidding the same: else a KL would be infinite at that state.
     """
     missing = impossible = ""
-    if getattr(policy, "forbids", False) and not (of_star.visits.closed or of_star.beyond.closed):
+    if forbids_of(policy) and not (of_star.visits.closed or of_star.beyond.closed):
         missing = "the policy forbids some responses, and none that would be possible is known"
     if solution.forbids:
-        if getattr(policy, "forbids", None) is False:
+        if forbids_of(policy) is False:
             impossible = "the target forbids some responses, and the policy none"
         elif not (of_mine.visits.closed_star or of_mine.beyond.closed_star):
             impossible = "the target forbids some responses, and the policy was not seen to do so"
@@ -339,7 +338,7 @@ def _lost(visits: Visits, x: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
 def _impossible_reward(solution: Solution, of_mine: _Along) -> Float[Tensor, "n"]:
     """Rewards of the policy's samples; ``-inf`` where a state shows that it gives mass to such."""
     seen = torch.isinf(of_mine.visits.kl)
-    by_reward = not bool(getattr(solution.ebm.reference, "forbids", False))
+    by_reward = not forbids_of(solution.ebm.reference)
     if by_reward and solution.forbids_responses and bool(seen.any()):
         return of_mine.reward.masked_fill(seen, -math.inf)
     return of_mine.reward

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from rl_ebm.policies.scoring import device_of
+from rl_ebm.policies.base import device_of
 
 if TYPE_CHECKING:
     from rl_ebm.policies.hf.policy import HuggingFace
