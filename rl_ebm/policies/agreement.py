@@ -100,7 +100,7 @@ class Seen:
         try:
             out = of()
         except (RuntimeError, IndexError, TypeError, AttributeError) as error:
-            said = (str(error) or type(error).__name__).splitlines()[0][:200]
+            said = (str(error) or type(error).__name__).splitlines()[0][:200].rstrip(".")
             raise ValueError(f"{self.name}'s {member} fails: {said}") from error
         if not isinstance(out, Tensor) or tuple(out.shape) != shape:
             got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
