@@ -28,13 +28,13 @@ from rl_ebm.rewards import Reward
 from rl_ebm.rewards.base import is_called, scores_of
 from rl_ebm.training.config import TrainConfig, check_limits
 from rl_ebm.training.directory import (
-    OWN,
     agent_of_run,
     check_asked,
     damage_told,
     describe_ebm,
     make_policy,
     own_policy,
+    policy_config,
     read_config,
     rebuild_ebm,
     write_config,
@@ -188,18 +188,9 @@ def train(
         raise TypeError(
             f"network must be a TransformerConfig, 'transformer' or 'tabular', got {shown(network)}"
         )
-    policy_config: dict[str, Any] = (
-        {"kind": "transformer"} | asdict(network)
-        if isinstance(network, TransformerConfig)
-        else {"kind": network}
-    )
-    if network == "transformer":
-        policy_config |= asdict(TransformerConfig())
-    if policy is not None:
-        policy_config = dict(OWN)
     description = {
         "ebm": describe_ebm(ebm, source),
-        "policy": policy_config,
+        "policy": network_config(network) if policy is None else policy_config(policy),
         "agent": {
             "name": agent,
             "logits_are_values": entry.agent.logits_are_values,
@@ -302,6 +293,15 @@ def resume(
         if extended:
             write_config(run, {k: v for k, v in description.items() if k != "version"}, ebm)
         return trainer.agent.policy, trainer.train(), True
+
+
+def network_config(network: TransformerConfig | str) -> dict[str, Any]:
+    """What a configuration says of a new policy: its kind, and a Transformer's sizes."""
+    if network == "transformer":
+        network = TransformerConfig()
+    if isinstance(network, TransformerConfig):
+        return {"kind": "transformer"} | asdict(network)
+    return {"kind": network}
 
 
 def _trainer(
