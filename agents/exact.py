@@ -22,7 +22,8 @@ from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.agents.shared.trained import check_given, check_trained
 from rl_ebm.ebm import EBM
 from rl_ebm.messages.words import count_text
-from rl_ebm.policies.scoring import Policy, Trainable, tree_q_values
+from rl_ebm.policies.base import Policy, Trainable
+from rl_ebm.policies.scoring import tree_q_values
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.tokens import Batch, TokenSpace
 

@@ -33,7 +33,7 @@ from rl_ebm.agents.shared.on_policy import OnPolicyAgent, OnPolicyOptions, train
 from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.ebm import EBM
 from rl_ebm.fixed_points import FixedPoint, Problem, target
-from rl_ebm.policies.scoring import Policy, Trainable
+from rl_ebm.policies.base import Policy, Trainable
 from rl_ebm.tokens import Batch
 
 LARGEST = 30.0

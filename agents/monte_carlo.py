@@ -31,7 +31,8 @@ from rl_ebm.agents.shared.off_policy import fixed_point as off_policy_fixed_poin
 from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.ebm import EBM
 from rl_ebm.fixed_points import FixedPoint, Problem
-from rl_ebm.policies.scoring import Policy, Trainable, q_values
+from rl_ebm.policies.base import Policy, Trainable
+from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.tokens import Batch, length_mask
 

@@ -23,7 +23,8 @@ from rl_ebm import divergences
 from rl_ebm.agents.shared.account import Behaviour
 from rl_ebm.agents.shared.imitation import ImitationAgent, ImitationOptions, given
 from rl_ebm.agents.shared.option_types import checked_options
-from rl_ebm.policies.scoring import Policy, q_values, sample
+from rl_ebm.policies.base import Policy, forbids_of
+from rl_ebm.policies.scoring import q_values, sample
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.tokens import Batch, length_mask
 
@@ -73,7 +74,7 @@ class OnPolicyDistillationAgent(ImitationAgent):
     def drawn_from(self, teacher: Policy | None) -> Policy:
         """The policy itself; the teacher only says what it would do."""
         self.teacher = given(teacher, self.ebm, "on-policy-distillation")
-        if self.config.divergence == "reverse" and bool(getattr(teacher, "forbids", False)):
+        if self.config.divergence == "reverse" and forbids_of(teacher):
             raise ValueError(
                 "the teacher forbids some actions, so KL(policy, teacher) is infinite: use "
                 "divergence='forward' or 'js'"

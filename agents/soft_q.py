@@ -26,7 +26,8 @@ from rl_ebm.agents.shared.learner import token_values
 from rl_ebm.agents.shared.off_policy import OffPolicyAgent, OffPolicyOptions
 from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.ebm import EBM
-from rl_ebm.policies.scoring import Policy, Trainable, q_values
+from rl_ebm.policies.base import Policy, Trainable
+from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import gather_tokens, log_policy, soft_value
 from rl_ebm.tokens import Batch, length_mask
 

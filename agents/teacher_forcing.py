@@ -11,7 +11,7 @@ from __future__ import annotations
 from rl_ebm.agents.shared.account import Behaviour
 from rl_ebm.agents.shared.imitation import ImitationAgent, ImitationOptions, given
 from rl_ebm.agents.shared.option_types import checked_options
-from rl_ebm.policies.scoring import Policy
+from rl_ebm.policies.base import Policy
 
 
 @checked_options

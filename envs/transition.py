@@ -21,6 +21,7 @@ from torch import Tensor
 from rl_ebm.automata.weights import check_values
 from rl_ebm.ebm import EBM, check_ebm
 from rl_ebm.messages.arguments import Number, finite, shown
+from rl_ebm.policies.base import forbids_of
 
 REWARD_MODES = ("terminal", "soft")
 
@@ -79,7 +80,7 @@ class Transition:
         self.forbidden_reward = forbidden_reward
         self._pays_log_ref = pays_log_ref
         # A reference that says it forbids nothing need not be asked for masks.
-        may_forbid = getattr(ebm.reference, "forbids", None) is not False
+        may_forbid = forbids_of(ebm.reference) is not False
         self._reads_reference = pays_log_ref or (ebm.reference is not None and may_forbid)
 
     def start(self, prompt_ids: Int64[Tensor, "B"]) -> State:

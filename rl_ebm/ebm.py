@@ -11,19 +11,22 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from rl_ebm.messages.arguments import Number, as_device, finite, flag, whole
-from rl_ebm.policies.checks import ROWS, check_rows
-from rl_ebm.policies.outputs import check_kind
-from rl_ebm.policies.scoring import (
+from rl_ebm.policies.base import (
     Policy,
     device_of,
-    mask_logits,
+    forbids_of,
     on_device,
+    prompts_of,
     resolve_prompt_ids,
-    row_logits,
+    space_of,
+    steps_of,
+    token_pass,
 )
-from rl_ebm.rewards.base import Reward
+from rl_ebm.policies.checks import ROWS, check_rows
+from rl_ebm.policies.outputs import check_kind
+from rl_ebm.policies.scoring import mask_logits, row_logits
+from rl_ebm.rewards.base import Reward, is_anywhere
 from rl_ebm.rewards.convert import as_reward
-from rl_ebm.rewards.function import Function
 from rl_ebm.soft_bellman import gather_tokens, log_policy
 from rl_ebm.tokens import Batch, TokenSpace, check_space, length_mask
 from rl_ebm.tokens.batches import check_batch
@@ -72,7 +75,7 @@ class EBM:
                 self.check_policy(reference, "the reference")
         self.reward_model = as_reward(reward, space, self.prompts)
         self.device = device_of(self.reward_model)
-        if isinstance(self.reward_model, Function) and reference is not None:
+        if is_anywhere(self.reward_model) and reference is not None:
             self.device = device_of(reference)
 
     @property
@@ -83,7 +86,7 @@ class EBM:
     @property
     def forbids(self) -> bool:
         """Whether some response or token is known to have log-weight ``-inf``."""
-        return self.reward_model.forbids or bool(getattr(self.reference, "forbids", False))
+        return self.reward_model.forbids or bool(forbids_of(self.reference))
 
     def check_policy(
         self, policy: object, name: str = "the policy", rows: int = ROWS, steps: bool = False
@@ -103,17 +106,17 @@ class EBM:
         check_kind(policy, name)
         rows = whole("rows", rows, 1)
         flag("steps", steps)
-        space = getattr(policy, "space", None)
-        if isinstance(space, TokenSpace) and space != self.space:
+        space = space_of(policy)
+        if space not in (None, self.space):
             raise ValueError(f"{name} is for {space}, the EBM is over {self.space}")
-        theirs = getattr(policy, "prompts", None)
+        theirs = prompts_of(policy)
         if theirs is not None and [list(p) for p in theirs] != [
             list(p) for p in (self.prompts or [[]])
         ]:
             raise ValueError(
                 f"{name} was made for other prompts than the EBM's: give both the same list"
             )
-        steps = steps and hasattr(policy, "step")
+        steps = steps and steps_of(policy) is not None
         check_rows(policy, self.space, self.num_prompts, name, rows, steps)
 
     # Scores -------------------------------------------------------------------------------
@@ -160,9 +163,9 @@ class EBM:
         if self.reference is None:
             return torch.zeros(mask.shape, device=tokens.device)
         tokens = tokens.masked_fill(~mask, 0)
-        own: Any = getattr(self.reference, "log_probs", None)
+        own = token_pass(self.reference)
         if own is not None:
-            log_ref: Tensor = own(tokens, prompt_ids).double()
+            log_ref = own(tokens, prompt_ids).double()
             if self.space.eos_id is not None:
                 last = torch.zeros_like(log_ref[:, -1])
                 last = last.masked_fill(tokens[:, -1] != self.space.eos_id, -torch.inf)

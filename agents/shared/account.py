@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rl_ebm.ebm import EBM
-from rl_ebm.policies.scoring import Policy, q_values
+from rl_ebm.policies.base import Policy
+from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import soft_value
 
 

@@ -13,7 +13,8 @@ from rl_ebm.agents.shared.learner import Learner, check_batch_size, check_rates,
 from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.agents.shared.trained import check_given, check_trained
 from rl_ebm.ebm import EBM
-from rl_ebm.policies.scoring import Policy, Trainable, q_values, sample
+from rl_ebm.policies.base import Policy, Trainable
+from rl_ebm.policies.scoring import q_values, sample
 from rl_ebm.policies.tabular import Uniform
 from rl_ebm.soft_bellman import log_policy, sequence_log_prob
 from rl_ebm.tokens import Batch

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from rl_ebm.ebm import EBM
-from rl_ebm.policies.scoring import Policy, Trainable
+from rl_ebm.policies.base import Policy, Trainable, forbids_of
 from rl_ebm.soft_bellman import gather_tokens
 from rl_ebm.tokens import Batch
 
@@ -144,7 +144,7 @@ def check_finite_weights(
     """
     if forbidden_log_weight is not None and not math.isfinite(forbidden_log_weight):
         raise ValueError(f"forbidden_log_weight must be finite, got {forbidden_log_weight}")
-    forbids = ebm.forbids or bool(getattr(teacher, "forbids", False))
+    forbids = ebm.forbids or bool(forbids_of(teacher))
     if forbids and forbidden_log_weight is None:
         raise ValueError(
             "some responses have log-weight -inf, and this agent's loss would be infinite there: "

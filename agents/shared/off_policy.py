@@ -28,7 +28,8 @@ from rl_ebm.agents.shared.replay import Replay, check_rows
 from rl_ebm.agents.shared.trained import check_given, check_trained
 from rl_ebm.ebm import EBM
 from rl_ebm.fixed_points import FixedPoint, Problem, forbids, law_of, stand_ins, target
-from rl_ebm.policies.scoring import Policy, Trainable, sample
+from rl_ebm.policies.base import Policy, Trainable
+from rl_ebm.policies.scoring import sample
 from rl_ebm.policies.tabular import Uniform
 from rl_ebm.tokens import Batch
 

@@ -25,7 +25,8 @@ from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.agents.shared.trained import check_given, check_trained
 from rl_ebm.ebm import EBM
 from rl_ebm.fixed_points import Problem, forbids, law_of, stand_ins
-from rl_ebm.policies.scoring import Policy, Trainable, q_values, sample
+from rl_ebm.policies.base import Policy, Trainable
+from rl_ebm.policies.scoring import q_values, sample
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.tokens import Batch
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from rl_ebm.ebm import EBM, check_ebm
 from rl_ebm.messages.arguments import check_generator, shown
+from rl_ebm.policies.base import Policy, Trainable, device_of, parameters_of, tensors_read_by
 from rl_ebm.policies.outputs import check_kind
-from rl_ebm.policies.scoring import Policy, Trainable, device_of
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type, ModuleType, torch.dtype)
 _CALLED = ("logits", "forward", "__call__", "start", "step")
@@ -150,8 +150,8 @@ def _parts(x: Any, deep: bool) -> list[Any]:
     """What an object holds, one level down."""
     if isinstance(x, EBM):
         return []
-    if callable(own := getattr(x, "read_tensors", None)):
-        return list(own())
+    if (own := tensors_read_by(x)) is not None:
+        return list[Any](own)
     if isinstance(x, dict):
         return list(x.values())
     if isinstance(x, (list, tuple, set, frozenset)):
@@ -187,8 +187,7 @@ def _tensors_of_reward(reward: Any) -> Iterator[Tensor]:
 def _named(policy: Trainable) -> list[tuple[str, nn.Parameter]]:
     if isinstance(policy, nn.Module):
         return list(policy.named_parameters())
-    own = getattr(policy, "parameters", list)
-    return [(f"number {i}", p) for i, p in enumerate(own())]
+    return [(f"number {i}", p) for i, p in enumerate(parameters_of(policy))]
 
 
 def _place(tensor: Tensor) -> tuple[str, int]:

@@ -15,7 +15,8 @@ from benchmarks.steer import text
 from rl_ebm.agents.shared.imitation import teacher_forcing_loss
 from rl_ebm.agents.shared.learner import Learner
 from rl_ebm.policies import AutomatonPolicy, HuggingFace, fit_ngram
-from rl_ebm.policies.scoring import Policy, log_prob, q_values
+from rl_ebm.policies.base import Policy
+from rl_ebm.policies.scoring import log_prob, q_values
 from rl_ebm.rewards import Automaton
 from rl_ebm.statistics.interval import Interval
 from rl_ebm.tokens import Batch, TokenSpace

@@ -130,6 +130,24 @@ class Machine:
         x = log_alpha + self.log_emission[:, tokens].T
         return Reading(k, log_matmul(x, self.log_transition))
 
+    def log_probs(
+        self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"]
+    ) -> Float[Tensor, "B T"]:
+        """log-weight of each token after those before it, float64; after an impossible one -inf.
+
+        Of a machine whose weights are probabilities: log p(a_t|s_t), without the rows.
+        """
+        reading = self.begin(prompt_ids)
+        out = torch.empty(tokens.shape, dtype=torch.float64, device=tokens.device)
+        for t, token in enumerate(tokens.unbind(1)):
+            before = torch.logsumexp(reading.log_alpha, 1)
+            after = torch.logsumexp(reading.log_alpha + self.log_emission[:, token].T, 1)
+            after = after + self.log_weight[reading.k, token]
+            dead = torch.isneginf(before)
+            out[:, t] = (after - before.masked_fill(dead, 0.0)).masked_fill(dead, -torch.inf)
+            reading = self.read(reading, token)
+        return out
+
     def total(self, state: Reading, tokens: Int64[Tensor, "B"]) -> Float[Tensor, "B"]:
         """log W of responses that end with one more token."""
         last = self.log_weight[state.k, tokens] + self.final[self.next[state.k, tokens].long()]

@@ -15,8 +15,9 @@ _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 def to_tensors(machine: Machine, prefix: str) -> dict[str, Tensor]:
-    """The parts of a machine, each of them called ``prefix.part``."""
-    return {f"{prefix}.{name}": getattr(machine, name) for name in _NAMES}
+    """The parts of a machine, each called ``prefix.part``, or ``part`` where it is empty."""
+    front = f"{prefix}." if prefix else ""
+    return {front + name: getattr(machine, name) for name in _NAMES}
 
 
 def from_tensors(tensors: Mapping[str, Tensor], prefix: str) -> Machine:
@@ -27,11 +28,12 @@ def from_tensors(tensors: Mapping[str, Tensor], prefix: str) -> Machine:
         ValueError: parts that make no machine: another type or shape than the others ask for, a
             state that there is not, or a weight that is NaN or +inf.
     """
-    parts = {name: tensors[f"{prefix}.{name}"] for name in _NAMES if name != "log_end"}
+    front = f"{prefix}." if prefix else ""
+    parts = {name: tensors[front + name] for name in _NAMES if name != "log_end"}
     _check_sizes(parts, ("next", "log_transition", "log_emission", "start", "log_initial"))
     # Older files lack it: it was 0.
     zeros = parts["log_transition"].new_zeros(len(parts["log_transition"]))
-    parts["log_end"] = tensors.get(f"{prefix}.log_end", zeros)
+    parts["log_end"] = tensors.get(f"{front}log_end", zeros)
     _check(parts)
     return Machine(**parts)
 

@@ -17,9 +17,9 @@ from rl_ebm.certificates.limits import (
 from rl_ebm.certificates.weights import Elsewhere, Sampler, UniformResponses, check_reward_max
 from rl_ebm.ebm import EBM
 from rl_ebm.messages.arguments import is_number, is_whole, shown, whole
+from rl_ebm.policies.base import Policy, evaluating, forbids_of
 from rl_ebm.policies.outputs import check_kind
-from rl_ebm.policies.scoring import Policy, evaluating
-from rl_ebm.rewards.limits import reward_limits
+from rl_ebm.rewards.base import limits_of
 from rl_ebm.statistics.expectations import Known, entropy_expectation, expectation
 from rl_ebm.statistics.interval import Interval, check_confidence, check_samples, difference
 from rl_ebm.statistics.mean_bounds import effective_sample_size, log_mean
@@ -179,13 +179,13 @@ def _known(
 ) -> dict[str, Known]:
     """What is known of log W under either law, of R and of -log pi, besides the samples."""
     ebm, listed = sampler.ebm, elsewhere.turn is None
-    least, most = reward_limits(ebm.reward_model, ebm.space, sampler.prompt)
+    least, most = limits_of(ebm.reward_model, ebm.space, sampler.prompt)
     most = most if reward_max is None else min(most, reward_max)
     impossible = missing = ""
     if not listed:
         if ebm.forbids:
             impossible = "the EBM forbids some responses, and the policy may give mass to them"
-        if bool(getattr(sampler.policy, "forbids", False)):
+        if forbids_of(sampler.policy):
             missing = "the policy forbids some responses, and the target may give mass to them"
     below, mass_below = elsewhere.of_policy(elsewhere.log_w)
     log_z = float(log_mean(log_w))  # an estimate

@@ -29,8 +29,15 @@ from torch import Tensor
 
 from rl_ebm.ebm import EBM, check_ebm
 from rl_ebm.messages.arguments import check_generator, is_number, shown, whole
+from rl_ebm.policies.base import (
+    Policy,
+    device_of,
+    evaluating,
+    logits_are_values,
+    resolve_prompt_ids,
+    steps_of,
+)
 from rl_ebm.policies.outputs import check_kind
-from rl_ebm.policies.scoring import Policy, device_of, evaluating, resolve_prompt_ids
 from rl_ebm.soft_bellman import log_policy, soft_value
 from rl_ebm.statistics.mean_bounds import effective_sample_size, log_mean
 from rl_ebm.tokens import Batch
@@ -99,7 +106,7 @@ def smc(
     device = device_of(policy)
     check_generator(generator, device)
     per_run = resolve_prompt_ids(runs, prompt_ids, ebm.num_prompts, device).to(device)
-    values = twists is None and bool(getattr(policy, "logits_are_values", False))
+    values = twists is None and logits_are_values(policy)
     if twists is None and not values:
         ess_threshold = 0.0
     with evaluating(policy):
@@ -240,20 +247,19 @@ class _Cloud:
 class _Decoder:
     """A policy's logits at one position after the other, over tokens that resampling reorders."""
 
-    def __init__(self, policy: Any, prompt_ids: Tensor) -> None:
+    def __init__(self, policy: Policy, prompt_ids: Tensor) -> None:
         self.policy, self.prompt_ids = policy, prompt_ids
         self.state: Any = None
 
     def logits(self, t: int, tokens: Tensor) -> Float[Tensor, "B A"]:
-        if not hasattr(self.policy, "step"):
-            rows: Tensor = self.policy.logits(tokens, self.prompt_ids)[:, t]
-            return rows
+        stepping = steps_of(self.policy)
+        if stepping is None:
+            return self.policy.logits(tokens, self.prompt_ids)[:, t]
         if self.state is None:
-            self.state = self.policy.start(self.prompt_ids)
+            self.state = stepping.start(self.prompt_ids)
             for i in range(t):
-                self.policy.step(self.state, tokens[:, i - 1] if i else None)
-        out: Tensor = self.policy.step(self.state, tokens[:, t - 1] if t else None)
-        return out
+                stepping.step(self.state, tokens[:, i - 1] if i else None)
+        return stepping.step(self.state, tokens[:, t - 1] if t else None)
 
     def restart(self) -> None:
         """Forget the cache: a cache has no way to be reordered, so it is read again."""

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from rl_ebm.certificates.smc import smc
 from rl_ebm.ebm import EBM
+from rl_ebm.policies.base import Policy, device_of, tree_bytes_per_node
 from rl_ebm.policies.detours import MOST, all_responses, are_listed, detours
-from rl_ebm.policies.scoring import Policy, device_of, q_values, sample
+from rl_ebm.policies.scoring import q_values, sample
 from rl_ebm.soft_bellman import log_policy, sequence_log_prob
 from rl_ebm.tokens import Batch, TokenSpace
 
@@ -76,7 +77,7 @@ class Sampler:
     ) -> None:
         self.policy, self.ebm, self.prompt, self.generator = policy, ebm, prompt, generator
         self.device = device_of(policy)
-        per_token = 48 * ebm.space.vocab_size + getattr(policy, "tree_bytes_per_node", 4096)
+        per_token = 48 * ebm.space.vocab_size + tree_bytes_per_node(policy)
         self.rows = max(1, memory // (per_token * ebm.space.max_length))
 
     def ids(self, n: int) -> Tensor:

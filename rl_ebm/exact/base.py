@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from rl_ebm.ebm import EBM
-from rl_ebm.policies.scoring import Policy
+from rl_ebm.exact.figures import Summary
+from rl_ebm.policies.base import Policy
 from rl_ebm.tokens import Batch, TokenSpace
 
 LISTED = 2**24
@@ -24,7 +25,8 @@ class Solution(Policy, Protocol):
     Attributes:
         ebm: what was solved.
         log_z: log Z(x) of every prompt, (P,), float64, nats.
-        mode: "exact-tree" or "exact-automaton".
+        mode: how it was found, for reports: "exact-tree" or "exact-automaton".
+        lists_all: whether every prefix was looked at to find it, and is whenever it is compared.
         forbids: whether some action has q* = -inf where the space allows it.
         forbids_responses: whether a response that the reference allows has reward ``-inf``.
     """
@@ -33,6 +35,7 @@ class Solution(Policy, Protocol):
     space: TokenSpace
     log_z: Tensor
     mode: str
+    lists_all: bool
 
     @property
     def device(self) -> torch.device: ...
@@ -66,6 +69,10 @@ class Solution(Policy, Protocol):
         """R of the response that ends with each action at some prefixes; 0 where none ends."""
         ...
 
+    def summary(self, top: int = 10, prompt: int = 0) -> Summary | None:
+        """Figures of a prompt that take no list of prefixes; None where a list is the way."""
+        ...
+
     def log_prob(
         self, tokens: Tensor, lengths: Tensor | None = None, prompt_ids: Tensor | None = None
     ) -> Tensor: ...
@@ -78,8 +85,13 @@ class Solution(Policy, Protocol):
     ) -> Batch: ...
 
 
+def is_solution(thing: object) -> bool:
+    """Whether something is an exact solution: it has q* by rows, and the EBM that was solved."""
+    return hasattr(thing, "q_rows") and isinstance(getattr(thing, "ebm", None), EBM)
+
+
 def lists(solution: Solution) -> bool:
     """Whether all prefixes of a solution are looked at one by one: always those of a tree."""
     space = solution.space
     small = solution.ebm.num_prompts * space.num_states * space.vocab_size <= LISTED
-    return small or solution.mode == "exact-tree"
+    return small or solution.lists_all

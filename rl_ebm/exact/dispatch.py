@@ -19,7 +19,9 @@ from rl_ebm.exact.tree.values import bytes_of_value, fill_tree
 from rl_ebm.messages.arguments import is_number, shown
 from rl_ebm.messages.memory import free_bytes
 from rl_ebm.messages.words import bytes_text, count_text
+from rl_ebm.policies import base as policies
 from rl_ebm.policies.walk import DEFAULT_MEMORY, prompts_at_once, walk_prompts
+from rl_ebm.rewards import base as rewards
 from rl_ebm.soft_bellman import log_policy
 
 AnySolution = TypeVar("AnySolution", bound=Solution)
@@ -71,7 +73,7 @@ def solve(ebm: EBM, memory: int | None = None, progress: bool | None = None) -> 
             )
         return _possible(found)
     check_memory(ebm, memory)
-    scores = getattr(ebm.reward_model, "scores", None)
+    scores = rewards.scores_of(ebm.reward_model)
     if scores is None:
         scores = _all_rewards(ebm, progress)
     log_ref = _all_log_ref(ebm, progress)
@@ -93,8 +95,7 @@ def find_machines(ebm: EBM) -> tuple[Machine | None, Machine] | None:
 
     A reward with a hidden part has one at beta = 1 alone.
     """
-    reward = getattr(ebm.reward_model, "machine", None)
-    reference = getattr(ebm.reference, "machine", None)
+    reward, reference = rewards.machine_of(ebm.reward_model), policies.machine_of(ebm.reference)
     if reward is None or (ebm.reference is not None and reference is None):
         return None
     if ebm.beta == 1.0:
@@ -148,10 +149,9 @@ def _all_log_ref(ebm: EBM, progress: bool | None) -> list[float] | list[Tensor]:
     space = ebm.space
     if ebm.reference is None:
         return [0.0] * space.max_length
-    constants = getattr(ebm.reference, "log_ref_constants", None)
+    constants = policies.constants_of(ebm.reference)
     if constants is not None:
-        values: list[float] = constants()
-        return values
+        return constants()
     shape = (ebm.num_prompts, space.num_states, space.vocab_size)
     table = torch.empty(shape, dtype=torch.float64, device=ebm.device)
     with tqdm(
@@ -182,8 +182,8 @@ def check_memory(ebm: EBM, memory: int | None = None) -> None:
         memory: bytes that may be used; None for what the device has free.
     """
     space, p = ebm.space, ebm.num_prompts
-    scores = getattr(ebm.reward_model, "scores", None)
-    listed = ebm.reference is not None and not hasattr(ebm.reference, "log_ref_constants")
+    scores = rewards.scores_of(ebm.reward_model)
+    listed = ebm.reference is not None and policies.constants_of(ebm.reference) is None
     size = 8 if scores is None else bytes_of_value(scores, ebm.beta, listed)
     need = 2**26 + p * space.num_states * size  # V, and room to work in
     if scores is None:

@@ -6,8 +6,6 @@ import math
 
 import torch
 
-from rl_ebm.exact.automaton import AutomatonSolution
-from rl_ebm.exact.automaton.summary import summarise_automaton
 from rl_ebm.exact.base import Solution, lists
 from rl_ebm.exact.figures import Response, Summary
 from rl_ebm.messages.arguments import whole
@@ -29,8 +27,8 @@ def summarise(solution: Solution, top: int = 10, prompt: int = 0) -> Summary:
     prompt = whole("prompt", prompt, 0)
     if prompt >= solution.ebm.num_prompts:
         raise ValueError(f"prompt must be in [0, {solution.ebm.num_prompts}), got {prompt}")
-    if isinstance(solution, AutomatonSolution) and not lists(solution):
-        return summarise_automaton(solution, top, prompt)
+    if not lists(solution) and (known := solution.summary(top, prompt)) is not None:
+        return known
     space, beta = solution.space, solution.ebm.beta
     log_z = float(solution.log_z[prompt])
     # log Z next to a large R / beta lost its digits. So rewards lose what is in all that count,

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.policies.automaton import AutomatonPolicy
+from rl_ebm.policies.base import Policy, Trainable
+from rl_ebm.policies.checks import check
 from rl_ebm.policies.expression import parse_reference
 from rl_ebm.policies.hmm import fit_hmm
 from rl_ebm.policies.ngram import fit_ngram
 from rl_ebm.policies.scoring import (
-    Policy,
-    Trainable,
     log_pi_rows,
     log_prob,
     mask_logits,
@@ -37,6 +37,7 @@ __all__ = [
     "Transformer",
     "TransformerConfig",
     "Uniform",
+    "check",
     "fit_hmm",
     "fit_ngram",
     "log_pi_rows",

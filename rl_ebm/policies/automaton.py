@@ -20,7 +20,7 @@ from rl_ebm.automata import (
     log_matmul,
     row_sums,
 )
-from rl_ebm.policies.scoring import resolve_prompt_ids
+from rl_ebm.policies.base import resolve_prompt_ids
 from rl_ebm.tokens import TokenSpace, check_space
 from rl_ebm.tokens.prompts import GivenPrompts, check_prompts
 
@@ -119,16 +119,7 @@ class AutomatonPolicy:
         self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"] | None = None
     ) -> Float[Tensor, "B T"]:
         """log p(a_t|s_t) of the tokens alone: what their rows have, without the rows."""
-        reading = self.machine.begin(self._prompt_ids(tokens, prompt_ids))
-        out = torch.empty(tokens.shape, dtype=torch.float64, device=tokens.device)
-        for t in range(self.space.max_length):
-            before = torch.logsumexp(reading.log_alpha, 1)
-            after = reading.log_alpha + self.machine.log_emission[:, tokens[:, t]].T
-            after = torch.logsumexp(after, 1) + self.machine.log_weight[reading.k, tokens[:, t]]
-            dead = torch.isneginf(before)
-            out[:, t] = (after - before.masked_fill(dead, 0.0)).masked_fill(dead, -torch.inf)
-            reading = self.machine.read(reading, tokens[:, t])
-        return out
+        return self.machine.log_probs(tokens, self._prompt_ids(tokens, prompt_ids))
 
     def start(self, prompt_ids: Int64[Tensor, "B"]) -> _Decoding:
         """State of a decoding: nothing read yet."""

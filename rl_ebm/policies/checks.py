@@ -3,7 +3,8 @@
 A policy that others wrote is tried on a few sequences before any work: row t of its logits may
 depend on ``tokens[:, :t]`` alone, not on the rows beside it, and not on chance. Where row t has
 read token t its "probabilities" sum to something else than one, and every figure of it, exact or
-sampled, is one of nothing. It is a trial, not a proof: three passes over a few rows.
+sampled, is one of nothing. It is a trial, not a proof: three passes over a few rows,
+and one over fewer for each thing more that it has (:mod:`rl_ebm.policies.agreement`).
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rl_ebm.policies.outputs import check_output
-from rl_ebm.policies.scoring import device_of, evaluating, mask_logits
+from rl_ebm.messages.arguments import shown, whole
+from rl_ebm.policies.agreement import Seen, check_members
+from rl_ebm.policies.base import device_of, evaluating, num_prompts, space_of
+from rl_ebm.policies.outputs import check_kind, check_output
+from rl_ebm.policies.scoring import mask_logits
 from rl_ebm.policies.tabular import Uniform
 from rl_ebm.soft_bellman import gather_tokens, log_policy
-from rl_ebm.tokens import TokenSpace
+from rl_ebm.tokens import TokenSpace, check_space
 
 ROWS = 64
 """sequences that are tried, at most; fewer where vocabulary and length make logits large"""
@@ -33,6 +37,40 @@ _ROUNDING = (1e-5, 4)
 many steps of the precision"""
 _RESHAPED = (1e-3, 20)
 """the same where the rows stand elsewhere in another batch: other kernels sum in other orders"""
+
+
+def check(
+    policy: Any, space: TokenSpace | None = None, name: str = "the policy", rows: int = ROWS
+) -> None:
+    """Try whether something is a policy, and whether all that it has agrees with its logits.
+
+    What a policy is, and what each of its members must equal, stands in
+    :class:`rl_ebm.policies.base.FullPolicy`. The library does the same wherever it is handed a
+    policy of others (verify, certify, train, EBM), and leaves out its own. A module is tried in
+    the mode it is in.
+
+    Args:
+        space: the responses; None for the policy's own.
+        name: what a sentence calls it.
+        rows: sequences on which it is tried, at most; 64 are the most.
+
+    Raises:
+        TypeError: no policy, or logits that are no tensor.
+        ValueError: no space, another one than the policy's; logits of another shape, that are NaN
+            or +inf where the policy gets, or that depend on later tokens, on other rows of the
+            batch, or on chance; or a member that does not agree with them, by its name.
+    """
+    check_kind(policy, name)
+    if not isinstance(name, str):
+        raise TypeError(f"name must be text, got {shown(name)}")
+    own = space_of(policy)
+    space = own if space is None else space
+    if space is None:
+        raise ValueError(f"{name} has no space of its own: give space, a TokenSpace")
+    check_space(space)
+    if own not in (None, space):
+        raise ValueError(f"{name} is for {own}, and {space} is asked for")
+    _try(policy, space, num_prompts(policy), name, whole("rows", rows, 1), steps=False)
 
 
 def check_rows(
@@ -54,10 +92,16 @@ def check_rows(
     Raises:
         TypeError: logits that are no tensor, or that take no prompt ids.
         ValueError: logits of another shape, that are NaN or +inf where the policy gets, or that
-            depend on later tokens, on other rows of the batch, or on chance.
+            depend on later tokens, on other rows of the batch, or on chance; or another member
+            that does not agree with them.
     """
+    if not _known(policy):
+        _try(policy, space, prompts, name, rows, steps)
+
+
+def _try(policy: Any, space: TokenSpace, prompts: int, name: str, rows: int, steps: bool) -> None:
     device = device_of(policy)
-    if device.type == "meta" or _known(policy):
+    if device.type == "meta":
         return
     _check_signature(policy, name)
     size = space.max_length * space.vocab_size
@@ -165,7 +209,13 @@ class _Trial:
             if bool((self.differ(want[others], moved, _RESHAPED) & self.alive[others]).any()):
                 self.refuse_noise(want)
                 _refuse_batch(self.name)
-        self.refuse_no_numbers(want)
+        reached = self.refuse_no_numbers(want)
+        if not self.steps:  # where these are tried, logits may be too large
+            seen = Seen(
+                self.policy, self.space, self.name, first, self.prompt_ids, want, reached,
+                self.eps, self.device,
+            )  # fmt: skip
+            check_members(seen)
 
     def rows(self, tokens: Tensor, which: Tensor | None = None) -> Tensor:
         """Masked logits (n, T, A), on the CPU."""
@@ -179,6 +229,11 @@ class _Trial:
                 f"{tuple(tokens.shape)}: {said}"
             ) from error
         check_output(logits, len(tokens), self.space, self.name)
+        if logits.device.type != self.device.type:
+            raise ValueError(
+                f"{self.name}'s device is {self.device}, and its logits come out on "
+                f"{logits.device}: it must say where it computes"
+            )
         self.eps = max(self.eps, _step(self.policy, logits))
         return mask_logits(logits, self.space).cpu()
 
@@ -227,17 +282,19 @@ class _Trial:
         again = self.rows(self.tokens)
         return bool((self.differ(want, again, _ROUNDING) & self.alive).any())
 
-    def refuse_no_numbers(self, rows: Tensor) -> None:
-        """Raise where logits are NaN or +inf at a prefix that the policy can reach."""
+    def refuse_no_numbers(self, rows: Tensor) -> Tensor:
+        """Where the policy gets, (n, T); raise where its logits there are NaN or +inf."""
         known = rows.nan_to_num(nan=0.0, posinf=0.0, neginf=-torch.inf)
         steps = gather_tokens(log_policy(known), self.tokens)
         possible = F.pad(steps.cumsum(1), (1, -1)) > -torch.inf
-        wrong = (torch.isnan(rows) | torch.isposinf(rows)).any(-1) & possible & self.alive
+        reached = possible & self.alive
+        wrong = (torch.isnan(rows) | torch.isposinf(rows)).any(-1) & reached
         if bool(wrong.any()):
             depth = int(wrong.any(0).nonzero()[0, 0])
             raise ValueError(
                 f"{self.name}'s logits are NaN or +inf at depth {depth}: it has no probabilities"
             )
+        return reached
 
 
 def _refuse_leak(name: str, leak: Tensor, kept: Tensor) -> NoReturn:

@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.policies.scoring import Policy, check_shape, sample
+from rl_ebm.policies.base import Policy, Steps, steps_of
+from rl_ebm.policies.outputs import check_shape
+from rl_ebm.policies.scoring import sample
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.tokens import Batch, TokenSpace
 
@@ -28,7 +30,7 @@ _BYTES_PER_LOGIT = 160
 def rows_at_once(policy: Policy, space: TokenSpace, memory: int) -> int:
     """How many responses are looked at together, so that memory is about kept."""
     per_row = _BYTES_PER_LOGIT * space.vocab_size
-    if not hasattr(policy, "step"):
+    if steps_of(policy) is None:
         per_row += 16 * space.vocab_size * space.max_length
     return max(1, memory // per_row)
 
@@ -39,17 +41,17 @@ def along(policy: Policy, space: TokenSpace, batch: Batch) -> Iterator[Float[Ten
     By its cache where it has one, so that no (B, T, A) is made.
     """
     tokens = batch.clean().tokens
-    if hasattr(policy, "step"):
-        return _steps(policy, tokens, batch.prompt_ids)
+    if (stepping := steps_of(policy)) is not None:
+        return _steps(stepping, tokens, batch.prompt_ids)
     logits = policy.logits(tokens, batch.prompt_ids)
     check_shape(logits, space)
     return iter(logits.unbind(1))
 
 
-def _steps(policy: object, tokens: Int64[Tensor, "B T"], prompt_ids: Tensor) -> Iterator[Tensor]:
-    state = policy.start(prompt_ids)  # type: ignore[attr-defined]
+def _steps(policy: Steps, tokens: Int64[Tensor, "B T"], prompt_ids: Tensor) -> Iterator[Tensor]:
+    state = policy.start(prompt_ids)
     for t in range(tokens.shape[1]):
-        yield policy.step(state, tokens[:, t - 1] if t else None)  # type: ignore[attr-defined]
+        yield policy.step(state, tokens[:, t - 1] if t else None)
 
 
 def are_listed(space: TokenSpace, samples: int) -> bool:
@@ -115,7 +117,7 @@ def _detours(
     if keep_rest:
         # Where the end itself was turned off there is no rest.
         at = torch.where(at < batch.lengths - 1, batch.lengths - 1, at)
-    make = _ForcedSteps if hasattr(policy, "step") else _Forced
+    make = _Forced if steps_of(policy) is None else _ForcedSteps
     forced = make(policy, space, tokens, at)
     return sample(forced, space, n, generator, batch.prompt_ids), mass
 

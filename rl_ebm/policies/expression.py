@@ -18,9 +18,9 @@ from rl_ebm.automata.symbols import Symbols
 from rl_ebm.messages.arguments import has_end, shown
 from rl_ebm.messages.numerals import parse_real, parse_whole
 from rl_ebm.messages.words import bytes_text, nearest
+from rl_ebm.policies.base import Policy
 from rl_ebm.policies.hmm import fit_hmm
 from rl_ebm.policies.ngram import fit_ngram
-from rl_ebm.policies.scoring import Policy
 from rl_ebm.policies.tabular import Uniform
 from rl_ebm.tokens import Batch, TokenSpace
 

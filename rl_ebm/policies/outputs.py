@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rl_ebm.messages.arguments import shown
+from rl_ebm.policies.base import is_policy
 from rl_ebm.tokens import TokenSpace, check_space
 
 
@@ -15,7 +16,7 @@ def check_kind(policy: object, name: str = "the policy") -> None:
     Raises:
         TypeError: it has none.
     """
-    if callable(getattr(policy, "logits", None)) and not isinstance(policy, type):
+    if is_policy(policy):
         return
     hint = ""
     if hasattr(policy, "get_output_embeddings"):

@@ -1,28 +1,12 @@
 r"""The one path from a policy's logits to log-probabilities and samples.
 
-A **policy** is any object with ``logits(tokens, prompt_ids=None) -> (B, T, A)``: row t depends
-on ``tokens[:, :t]`` alone, and need be neither normalised nor masked. Some optional members
-make it faster, and nothing else: they must give the same numbers.
-
-* ``tree_logits(tree, prompt_ids) -> (P, N, A)``: all prefixes of a tree in one pass
-  (``tree_bytes_per_node`` says what a node takes, for those who cut trees to size);
-* ``start(prompt_ids) -> state`` and ``step(state, tokens | None) -> (B, A)``: decoding with a
-  cache, one token for each row at a time;
-* ``log_probs(tokens, prompt_ids) -> (B, T)``: log pi of the tokens alone, for those who have a
-  cheaper way than all A of each row;
-* ``crops = True``: ``logits`` also takes fewer than T columns, and gives as many rows; then what
-  stands past the longest response of a batch is not computed;
-* ``logits_are_values = True`` declares that the raw logits are q, not just log pi + c(s).
-
-A policy that reads prompts was given them when it was made and shows them as ``prompts``.
+Of several ways that a policy offers (:class:`rl_ebm.policies.base.FullPolicy`) the fastest is
+taken; all give the same numbers.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -40,30 +24,21 @@ from rl_ebm.messages.arguments import (
 )
 from rl_ebm.messages.memory import check_fits
 from rl_ebm.networks.prefix_tree import PrefixTree
+from rl_ebm.policies.base import (
+    Policy,
+    crops,
+    device_of,
+    num_prompts,
+    prompts_of,
+    resolve_prompt_ids,
+    space_of,
+    steps_of,
+    tree_pass,
+)
 from rl_ebm.policies.outputs import check_kind, check_output
 from rl_ebm.policies.outputs import check_shape as check_shape
 from rl_ebm.soft_bellman import log_policy, sequence_log_prob
 from rl_ebm.tokens import Batch, TokenSpace, check_space, length_mask
-
-
-@runtime_checkable
-class Policy(Protocol):
-    """What every policy can do; see the module's docstring."""
-
-    def logits(self, tokens: Tensor, prompt_ids: Tensor | None = None) -> Tensor: ...
-
-
-@runtime_checkable
-class Trainable(Policy, Protocol):
-    """A policy with weights: any ``torch.nn.Module`` with ``logits``."""
-
-    def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]: ...
-
-    @property
-    def state_dict(self) -> Any: ...
-
-    @property
-    def load_state_dict(self) -> Any: ...
 
 
 def mask_logits(logits: Float[Tensor, "B T A"], space: TokenSpace) -> Float[Tensor, "B T A"]:
@@ -124,7 +99,7 @@ def _longest(policy: Policy, space: TokenSpace, tokens: Int64[Tensor, "B T"]) ->
 
     Only of policies that say that they take fewer (``crops``): T is promised to all others.
     """
-    if space.eos_id is None or not getattr(policy, "crops", False) or not len(tokens):
+    if space.eos_id is None or not crops(policy) or not len(tokens):
         return space.max_length
     is_eos = tokens == space.eos_id
     ends = torch.where(is_eos.any(1), is_eos.long().argmax(1) + 1, space.max_length)
@@ -151,13 +126,12 @@ def tree_logits(
 
     Otherwise from sequences: one for each leaf, whose rows are the logits of its ancestors.
     """
-    other = getattr(policy, "space", space)
-    if other != space:
+    other = space_of(policy)
+    if other not in (None, space):
         raise ValueError(f"the policy is for {other}, and {space} is asked for")
-    own: Any = getattr(policy, "tree_logits", None)
+    own = tree_pass(policy)
     if own is not None:
-        logits: Tensor = own(tree, prompt_ids)
-        return logits
+        return own(tree, prompt_ids)
     tokens = tree.leaf_tokens
     leaf, column = tree.owner
     parts = []
@@ -234,7 +208,7 @@ def sample(
     if not (is_number(epsilon) and 0 <= epsilon <= 1):
         raise ValueError(f"epsilon must be in [0, 1], got {shown(epsilon)}")
     # A policy without prompts answers any the same.
-    count = None if getattr(policy, "prompts", None) is None else num_prompts(policy)
+    count = None if prompts_of(policy) is None else num_prompts(policy)
     device = device_of(policy)
     n = check_draws(n, space, device)
     prompt_ids = resolve_prompt_ids(n, prompt_ids, count, device)
@@ -280,84 +254,13 @@ def check_draws(n: Int, space: TokenSpace, device: torch.device) -> int:
     return n
 
 
-def resolve_prompt_ids(
-    n: Int,
-    prompt_ids: Int64[Tensor, "..."] | None,
-    num_prompts: int | None,
-    device: torch.device | str,
-) -> Int64[Tensor, "n"]:
-    """Check ``prompt_ids``, or make those of a single prompt; None for any number of prompts.
-
-    Raises:
-        TypeError: no tensor.
-        ValueError: missing with several prompts, of another length, or out of range; an n that
-            is no number of rows.
-    """
-    n = whole("n", n, 0, 2**31)
-    if prompt_ids is None:
-        if num_prompts is not None and num_prompts > 1:
-            raise ValueError(
-                f"there are {num_prompts} prompts: give prompt_ids, one index for each of the "
-                f"{n} rows"
-            )
-        return torch.zeros(n, dtype=torch.int64, device=device)
-    prompt_ids = ids_tensor("prompt_ids", prompt_ids, 1)
-    if prompt_ids.shape != (n,):
-        raise ValueError(f"prompt_ids has shape {tuple(prompt_ids.shape)}, expected ({n},)")
-    # Reading the values waits for a GPU: there the gather that uses them does the checking.
-    if num_prompts is None or prompt_ids.device.type != "cpu" or n == 0:
-        return prompt_ids
-    ids = prompt_ids.detach().numpy()
-    if ids.min() < 0 or ids.max() >= num_prompts:
-        raise ValueError(f"prompt_ids must be in [0, {num_prompts})")
-    return prompt_ids
-
-
-def num_prompts(policy: object) -> int:
-    """How many prompts a policy tells apart: 1 for one that reads none."""
-    return len(getattr(policy, "prompts", None) or [[]])
-
-
-def device_of(policy: object) -> torch.device:
-    """Where a policy computes: its parameters' device, else its ``device``, else the CPU."""
-    if isinstance(policy, torch.nn.Module):
-        for tensor in (*policy.parameters(), *policy.buffers()):
-            return tensor.device
-    return torch.device(getattr(policy, "device", "cpu"))
-
-
-@contextmanager
-def evaluating(policy: object) -> Iterator[None]:
-    """A module in evaluation mode, and each part of it back in the mode it was in."""
-    modules = list(policy.modules()) if isinstance(policy, torch.nn.Module) else []
-    training = [module.training for module in modules]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in zip(modules, training, strict=True):
-            module.training = mode
-
-
-def on_device(thing: Any, device: torch.device | str) -> Any:
-    """A reward or policy on a device; a module that is elsewhere is copied, not moved."""
-    if not hasattr(thing, "to"):
-        return thing
-    if isinstance(thing, torch.nn.Module):
-        if device_of(thing) == torch.device(device):
-            return thing
-        thing = copy.deepcopy(thing)
-    return thing.to(device)
-
-
 def _tree_is_smaller(policy: Policy, space: TokenSpace, rows: int) -> bool:
-    if not hasattr(policy, "tree_logits"):
+    if tree_pass(policy) is None:
         return False
     return num_prompts(policy) * space.num_states <= rows * space.max_length
 
 
-def _next_logits(policy: Any, space: TokenSpace, n: int, prompt_ids: Tensor) -> Any:
+def _next_logits(policy: Policy, space: TokenSpace, n: int, prompt_ids: Tensor) -> Any:
     """A function (t, tokens) -> (n, A): the fastest way this policy has."""
     if _tree_is_smaller(policy, space, n):
         rows = tree_q_values(policy, space, num_prompts(policy)).flatten(0, 1)
@@ -370,12 +273,12 @@ def _next_logits(policy: Any, space: TokenSpace, n: int, prompt_ids: Tensor) -> 
             return rows[row + space.state_offset(t) + index]
 
         return from_tree
-    if hasattr(policy, "step"):
-        state = policy.start(prompt_ids)
+    stepping = steps_of(policy)
+    if stepping is not None:
+        state = stepping.start(prompt_ids)
 
         def from_cache(t: int, tokens: Tensor) -> Tensor:
-            logits: Tensor = policy.step(state, tokens[:, t - 1] if t else None)
-            return logits
+            return stepping.step(state, tokens[:, t - 1] if t else None)
 
         return from_cache
 

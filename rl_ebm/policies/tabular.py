@@ -12,6 +12,7 @@ from rl_ebm.messages.arguments import Number, check_generator, finite, shown
 from rl_ebm.messages.words import bytes_text, count_text
 from rl_ebm.networks.prefix_tree import PrefixTree
 from rl_ebm.policies.automaton import uniform_machine
+from rl_ebm.policies.base import resolve_prompt_ids
 from rl_ebm.soft_bellman import Tables, check_tables
 from rl_ebm.tokens import TokenSpace, check_space
 from rl_ebm.tokens.prompts import GivenPrompts, check_prompts
@@ -86,11 +87,10 @@ class Tabular(nn.Module):
         """The rows of all prefixes of each sequence."""
         self.space.check_kind(tokens)
         ids = self.space.state_ids(tokens)
-        if self.prompts is not None and prompt_ids is None and len(self.prompts) > 1:
-            raise ValueError(
-                f"the policy has {len(self.prompts)} prompts: give prompt_ids, one for each row"
-            )
-        if self.prompts is not None and prompt_ids is not None:
+        if self.prompts is not None:
+            if prompt_ids is None:
+                count = len(self.prompts)
+                prompt_ids = resolve_prompt_ids(len(tokens), None, count, tokens.device)
             ids = ids + prompt_ids[:, None] * self.space.num_states
         # embedding: its backward is a parallel scatter-add, that of indexing is not.
         return F.embedding(ids, self.table.flatten(0, 1))

@@ -23,6 +23,7 @@ from rl_ebm.networks.backbone import (
 )
 from rl_ebm.networks.prefix_tree import PrefixTree
 from rl_ebm.networks.tiles import Tile
+from rl_ebm.policies.base import num_prompts, resolve_prompt_ids
 from rl_ebm.tokens import TokenSpace, check_space
 from rl_ebm.tokens.prompts import GivenPrompts, check_prompts
 
@@ -195,11 +196,7 @@ class Transformer(nn.Module):
 
     def _prompt_rows(self, n: int, prompt_ids: Tensor | None) -> Tensor:
         if self.prompts is None or prompt_ids is None:
-            if self.prompts is not None and len(self.prompts) > 1:
-                raise ValueError(
-                    f"the policy has {len(self.prompts)} prompts: give prompt_ids, one for each row"
-                )
-            return torch.zeros(n, dtype=torch.int64, device=self.context_ids.device)
+            return resolve_prompt_ids(n, None, num_prompts(self), self.context_ids.device)
         return prompt_ids
 
 

@@ -14,10 +14,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from rl_ebm.networks.prefix_tree import PrefixTree
-from rl_ebm.policies.scoring import Policy, device_of, tree_logits
+from rl_ebm.policies.base import Policy, device_of, tree_bytes_per_node
+from rl_ebm.policies.scoring import tree_logits
 from rl_ebm.tokens import TokenSpace
 
-_DEFAULT_BYTES_PER_NODE = 4096
 DEFAULT_MEMORY = 2**28
 
 
@@ -92,5 +92,4 @@ def walk_prompts(
 
 
 def _bytes_per_node(policy: Policy, space: TokenSpace) -> int:
-    own = int(getattr(policy, "tree_bytes_per_node", _DEFAULT_BYTES_PER_NODE))
-    return own + 16 * space.vocab_size
+    return tree_bytes_per_node(policy) + 16 * space.vocab_size

@@ -30,6 +30,7 @@ from rl_ebm.automata import (
 from rl_ebm.automata.weights import check_values
 from rl_ebm.messages.arguments import shown
 from rl_ebm.rewards.base import Prompts
+from rl_ebm.rewards.limits import machine_limits
 from rl_ebm.tokens import TokenSpace, check_space
 
 
@@ -44,6 +45,8 @@ class Automaton:
     Raises:
         ValueError: a machine for another vocabulary, or with a weight that is NaN or +inf.
     """
+
+    called = False
 
     def __init__(self, space: TokenSpace, machine: Machine) -> None:
         check_space(space)
@@ -271,6 +274,10 @@ class Automaton:
     def __radd__(self, other: int) -> Automaton:
         """0 + reward, so that ``sum`` works."""
         return self if other == 0 else NotImplemented
+
+    def limits(self, space: TokenSpace, prompt: int = 0) -> tuple[float, float]:
+        """(least, largest) R; infinite with a hidden part, or with many states."""
+        return machine_limits(self.machine, space, prompt)
 
     def bind(self, space: TokenSpace, prompts: Prompts | None) -> Automaton:
         if space != self.space:

@@ -23,6 +23,8 @@ class Function:
     """
 
     forbids = False
+    called = True
+    device = None
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function

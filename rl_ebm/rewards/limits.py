@@ -1,4 +1,4 @@
-"""The least and the largest reward of a prompt's responses, where they are known."""
+"""The least and the largest number that a machine pays, where they are known."""
 
 from __future__ import annotations
 
@@ -8,31 +8,22 @@ import torch
 from torch import Tensor
 
 from rl_ebm.automata import Machine
-from rl_ebm.rewards.automaton import Automaton
-from rl_ebm.rewards.base import Reward
-from rl_ebm.rewards.table import Table
 from rl_ebm.tokens import TokenSpace
 
 _MOST_STATES = 1024
 """K^2 numbers are kept"""
 
 
-def reward_limits(reward: Reward, space: TokenSpace, prompt: int = 0) -> tuple[float, float]:
-    """(least, largest) R over all responses, ``-inf`` included; infinite where not known.
+def machine_limits(machine: Machine, space: TokenSpace, prompt: int = 0) -> tuple[float, float]:
+    """(least, largest) weight of all responses, by dynamic programming over the states.
 
-    Of a table by looking, of an automaton by dynamic programming over its states. Nothing is known
-    of a function, nor of an automaton with a hidden part.
+    Infinite where not known: of a machine with a hidden part, or with many states.
     """
-    if isinstance(reward, Table):
-        low, high = torch.aminmax(reward.scores[prompt])
-        return float(low), float(high)
-    if isinstance(reward, Automaton):
-        machine = reward.machine
-        if machine.num_hidden == 1 and machine.num_states <= _MOST_STATES:
-            start = int(machine.begin(torch.tensor([prompt], device=machine.device)).k)
-            first, second = (_best(machine, space, sign)[start] for sign in (-1.0, 1.0))
-            return -float(first), float(second)
-    return -math.inf, math.inf
+    if machine.num_hidden > 1 or machine.num_states > _MOST_STATES:
+        return -math.inf, math.inf
+    start = int(machine.begin(torch.tensor([prompt], device=machine.device)).k)
+    first, second = (_best(machine, space, sign)[start] for sign in (-1.0, 1.0))
+    return -float(first), float(second)
 
 
 def _best(machine: Machine, space: TokenSpace, sign: float) -> Tensor:

@@ -20,6 +20,8 @@ class Table:
             Never copied where its dtype fits.
     """
 
+    called = False
+
     def __init__(self, scores: Shaped[Tensor, "*P N"]) -> None:
         check_tensor(scores, "scores")
         if scores.ndim not in (1, 2):
@@ -33,6 +35,11 @@ class Table:
     @property
     def device(self) -> torch.device:
         return self.scores.device
+
+    def limits(self, space: TokenSpace, prompt: int = 0) -> tuple[float, float]:
+        """(least, largest) R of a prompt's responses."""
+        low, high = torch.aminmax(self.scores[prompt])
+        return float(low), float(high)
 
     def bind(self, space: TokenSpace, prompts: Prompts | None) -> Table:
         num_prompts = 1 if prompts is None else len(prompts)

@@ -31,6 +31,7 @@ class TransformerReward(nn.Module):
     """
 
     forbids = False
+    called = True
     unmasked: Attend = staticmethod(everything)
     """attention where all responses are of one length and there is nothing to mask"""
 

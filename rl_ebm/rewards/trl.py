@@ -81,6 +81,7 @@ class TRLFunction:
     """
 
     forbids = False
+    called = True
 
     def __init__(
         self,

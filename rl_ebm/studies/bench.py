@@ -33,7 +33,8 @@ from rl_ebm.messages.arguments import WrongTypeError, shown
 from rl_ebm.messages.words import nearest
 from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.policies import Uniform
-from rl_ebm.rewards import Table, read_table
+from rl_ebm.rewards import read_table
+from rl_ebm.rewards.base import scores_of
 from rl_ebm.training.checkpoint import outline
 from rl_ebm.training.config import TrainConfig
 from rl_ebm.training.directory import CONFIG, METRICS, SCORES, STATE, describe_ebm, read_config
@@ -224,9 +225,10 @@ def finished(job: Job) -> bool:
 
 def _same_scores(run: Path, ebm: EBM) -> bool:
     """Whether the table that a run was trained on, where it was one, is the one there is now."""
-    if not (run / SCORES).exists() or not isinstance(ebm.reward_model, Table):
+    scores = scores_of(ebm.reward_model)
+    if scores is None or not (run / SCORES).exists():
         return True
-    return holds(run / SCORES, {"scores": ebm.reward_model.scores})
+    return holds(run / SCORES, {"scores": scores})
 
 
 def rows_of(job: Job) -> Rows:

@@ -7,16 +7,19 @@ from rl_ebm.exact.dispatch import TooLargeError
 from rl_ebm.fixed_points import Problem
 from rl_ebm.messages.words import count_text
 from rl_ebm.soft_bellman import log_policy, sequence_log_probs
+from rl_ebm.verification.verify import check_solution
 
 
 def problems(solution: Solution) -> list[Problem]:
     """The problem of every prompt of a solved EBM.
 
     Raises:
+        TypeError: no exact solution.
         TooLargeError: an automaton's EBM with more prefixes than are listed.
         ValueError: a response that the reference allows has reward -inf: no objective but those
             that are the EBM itself has a gradient there.
     """
+    check_solution(solution)
     ebm, space = solution.ebm, solution.space
     if not lists(solution):
         raise TooLargeError(

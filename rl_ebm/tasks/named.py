@@ -51,6 +51,7 @@ class Pairwise:
     """
 
     forbids = False
+    called = False
 
     def __init__(self, couplings: Float64[Tensor, "pairs A A"], space: TokenSpace) -> None:
         pairs = list(combinations(range(space.max_length), 2))

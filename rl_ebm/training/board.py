@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from rl_ebm.files import EVENTS, create
+from rl_ebm.training.kinds import name_said
 from rl_ebm.verification.sampled_report import AnyReport
 from rl_ebm.verification.verify import State
 
@@ -132,9 +133,8 @@ class Board:
             for name, value in config[part].items()
             if value is not None
         }
-        reward = config["ebm"]["reward"]
         flat |= {
-            "task": reward["task"] if isinstance(reward, dict) else reward,
+            "task": name_said(config["ebm"]["reward"]),
             "beta": config["ebm"]["beta"],
         }
         metrics = {f"hparam/{name}": value for name, value in report.scalars().items()}

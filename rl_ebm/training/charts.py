@@ -8,8 +8,8 @@ from torch import Tensor
 from rl_ebm.agents import Agent
 from rl_ebm.ebm import EBM
 from rl_ebm.policies import sample
+from rl_ebm.rewards.base import is_called
 from rl_ebm.tokens import Batch
-from rl_ebm.training.reward_calls import is_called
 
 DRAWN = 256
 """responses of the policy drawn for its curves where the agent draws none of its own"""
@@ -46,7 +46,7 @@ def drawn_charts(agent: Agent, ebm: EBM, step: int) -> dict[str, Tensor]:
     From responses drawn for that alone, by a generator of their own; none where each would cost
     a call of the user's reward.
     """
-    if getattr(agent, "own_rows", None) is not None or is_called(ebm):
+    if getattr(agent, "own_rows", None) is not None or is_called(ebm.reward_model):
         return {}
     generator = torch.Generator(ebm.device).manual_seed(step)
     order = torch.randperm(ebm.num_prompts, generator=generator, device=ebm.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from rl_ebm.agents import AgentEntry, entry_of_run, make_options
-from rl_ebm.automata import from_tensors, to_tensors
 from rl_ebm.ebm import EBM
 from rl_ebm.files import (
     CERTIFICATE,
@@ -31,31 +30,23 @@ from rl_ebm.files import (
     write_text,
 )
 from rl_ebm.files.tensors import holds, load_tensors, save_tensors
-from rl_ebm.networks.backbone import TransformerConfig
-from rl_ebm.policies import (
-    AutomatonPolicy,
-    Policy,
-    Tabular,
-    Trainable,
-    Transformer,
-    Uniform,
-)
-from rl_ebm.policies.scoring import device_of
-from rl_ebm.rewards import Automaton, Reward, Table
-from rl_ebm.tasks.named import make_task
+from rl_ebm.policies import Policy, Tabular, Trainable, Transformer
+from rl_ebm.policies.base import device_of
+from rl_ebm.rewards import Reward
 from rl_ebm.tokens import TokenSpace
+from rl_ebm.training import kinds
 from rl_ebm.training.run_config import read_config
 from rl_ebm.version import VERSION
 
 __all__ = [
     "CERTIFICATE", "CONFIG", "METRICS", "OWN", "POLICY", "REPORT", "SCORES", "STATE", "RunError",
     "check_asked", "cut_back", "damage_told", "decode", "describe_ebm", "load", "load_weights",
-    "make_policy", "own_policy", "read_config", "rebuild_ebm", "write_config",
+    "make_policy", "own_policy", "policy_config", "read_config", "rebuild_ebm", "write_config",
 ]  # fmt: skip
 
 Own = TypeVar("Own", bound=torch.nn.Module)
 
-OWN = {"kind": "custom"}
+OWN = {"kind": kinds.GIVEN["policy"]}
 """what stands in a configuration for a policy that was passed in"""
 
 
@@ -94,15 +85,11 @@ def describe_ebm(ebm: EBM, source: dict[str, Any] | None = None) -> dict[str, An
             ``separator`` of its table file, for printing.
     """
     source = source or {}
-    kinds = {Table: "table", Automaton: "automaton"}
-    reward: Any = kinds.get(type(ebm.reward_model), "function")
+    reward, reference = kinds.describe("reward", ebm.reward_model)[0], None
     if "task" in source:
         reward = {"task": source["task"], "task_seed": source["task_seed"]}
-    reference = None if ebm.reference is None else "custom"
-    if isinstance(ebm.reference, Uniform):
-        reference = "uniform"
-    elif isinstance(ebm.reference, AutomatonPolicy):
-        reference = "automaton"
+    if ebm.reference is not None:
+        reference = kinds.describe("reference", ebm.reference)[0]
     return {
         "space": asdict(ebm.space),
         "beta": ebm.beta,
@@ -136,65 +123,58 @@ def rebuild_ebm(
     Raises:
         RunError: it needs a reward or a reference that only Python can give.
     """
-    space = TokenSpace(**config["space"])
-    if config["reference"] == "custom" and reference is None:
-        raise RunError(
-            f"{run} was trained with a reference policy of your own: "
-            "pass it again, load(run, reference=...)"
-        )
-    kind, prompts = config["reward"], config["prompts"]
-    if config["reference"] == "uniform":
-        reference = Uniform(space)
-    elif config["reference"] == "automaton":
-        with scores_told(run):
-            machine = from_tensors(load_tensors(run / SCORES), "reference")
-            given = prompts if machine.num_prompts > 1 else None
-            reference = AutomatonPolicy(space, machine, given)
-    if isinstance(kind, dict):
-        return make_task(
-            kind["task"],
-            vocab_size=space.vocab_size,
-            max_length=space.max_length,
-            eos_id=space.eos_id,
-            beta=config["beta"],
-            reference=reference,
-            task_seed=kind["task_seed"],
-        )
-    if kind == "table":
-        with scores_told(run):
-            scores = load_tensors(run / SCORES)["scores"]
-            if scores.shape != (len([[]] if prompts is None else prompts), space.num_sequences):
-                raise ValueError(f"its scores, {tuple(scores.shape)}, are not one a response")
-            reward = Table(scores).bind(space, prompts)
-    elif kind == "automaton":
-        with scores_told(run):
-            machine = from_tensors(load_tensors(run / SCORES), "reward")
-            reward = Automaton(space, machine).bind(space, prompts)
-    elif reward is None:
-        raise RunError(
-            f"{run} was trained on a Python reward: pass it again, load(run, reward=...)"
-        )
-    return EBM(space, reward, config["beta"], reference, prompts)
+    space, prompts = TokenSpace(**config["space"]), config["prompts"]
+    made: dict[str, Any] = {"reference": reference, "reward": reward}
+    for role, given in made.items():
+        said = config[role]
+        if said is not None and not _is_given(role, said, given, run):
+            with scores_told(run) if kinds.has_tensors(role, said) else nullcontext():
+                stored = load_tensors(run / SCORES) if kinds.has_tensors(role, said) else {}
+                made[role] = kinds.rebuild(role, said, stored, space, prompts)
+    return EBM(space, made["reward"], config["beta"], made["reference"], prompts)
 
 
-def make_policy(config: dict[str, Any], ebm: EBM, seed: int, values: bool) -> Tabular | Transformer:
-    """An untrained policy: ``config`` has the kind, and a Transformer's sizes.
+_GIVEN = {"reward": "on a Python reward", "reference": "with a reference policy of your own"}
+
+
+def _is_given(role: str, said: Any, given: object, run: Path) -> bool:
+    """Whether a reward or reference is what was passed; RunError where it had to be."""
+    try:
+        known = kinds.find(role, said) is not None
+    except RunError as error:
+        if given is None:
+            raise RunError(f"{error}, or pass it again, load(run, {role}=...)") from None
+        return True
+    if not known and given is None:
+        raise RunError(f"{run} was trained {_GIVEN[role]}: pass it again, load(run, {role}=...)")
+    return not known
+
+
+def make_policy(config: dict[str, Any], ebm: EBM, seed: int, values: bool) -> Any:
+    """An untrained policy: ``config`` has the kind, and what makes it (a Transformer's sizes).
 
     Args:
         seed: of the initial weights.
         values: whether its raw logits are to be q.
     """
-    sizes = dict(config)
-    kind = sizes.pop("kind")
-    if kind not in ("transformer", "tabular"):
-        raise ValueError(f"policy must be 'transformer' or 'tabular', got {kind!r}")
+    name = config["kind"]
+    if "data" not in config and name not in kinds.KINDS["policy"]:
+        *others, last = map(repr, kinds.KINDS["policy"])
+        raise ValueError(f"policy must be {', '.join(others)} or {last}, got {name!r}")
     # Explicit seeding that leaves the caller's global generator alone.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if kind == "tabular":
-            return Tabular(ebm.space, ebm.prompts, logits_are_values=values).to(ebm.device)
-        network = TransformerConfig(**sizes)
-        return Transformer(ebm.space, network, ebm.prompts, values).to(ebm.device)
+        policy = kinds.rebuild("policy", config, {}, ebm.space, ebm.prompts).to(ebm.device)
+    policy.logits_are_values = values
+    return policy
+
+
+def policy_config(policy: torch.nn.Module) -> dict[str, Any]:
+    """What a configuration says of a policy that was passed in: its kind, if one is registered."""
+    kind = kinds.kind_of("policy", policy)
+    if kind is None or not kind.registered:
+        return dict(OWN)
+    return dict(kinds.describe("policy", policy)[0])
 
 
 def own_policy(policy: torch.nn.Module, ebm: EBM, values: bool) -> Trainable:
@@ -239,12 +219,10 @@ def write_config(run: Path, config: dict[str, Any], ebm: EBM) -> None:
     """Make a run directory: tables first, so that a directory with a config is a run."""
     run.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
-    if config["ebm"]["reward"] == "table" and isinstance(ebm.reward_model, Table):
-        tensors["scores"] = ebm.reward_model.scores
-    if isinstance(ebm.reward_model, Automaton):
-        tensors |= to_tensors(ebm.reward_model.machine, "reward")
-    if isinstance(ebm.reference, AutomatonPolicy):
-        tensors |= to_tensors(ebm.reference.machine, "reference")
+    for role, thing in (("reward", ebm.reward_model), ("reference", ebm.reference)):
+        said, own = kinds.describe(role, thing)
+        if config["ebm"][role] == said:  # and no task, nor given again
+            tensors |= own
     if tensors and not holds(run / SCORES, tensors):
         save_tensors(run / SCORES, tensors)
     write_text(run / CONFIG, json.dumps({"version": VERSION} | config, indent=1) + "\n")

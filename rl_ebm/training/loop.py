@@ -89,8 +89,7 @@ class Trainer:
         self.report: AnyReport | None = None
         states = ebm.num_prompts * ebm.space.num_states
         self.lists = states <= MAX_EVALUATED and states * ebm.space.vocab_size <= LISTED
-        mode = None if solution is None else solution.mode
-        self.evaluates = mode == "exact-automaton" or (mode is not None and self.lists)
+        self.evaluates = solution is not None and (self.lists or not solution.lists_all)
         self.board: Board | None = None
         self.metrics_file: MetricsFile | None = None
         self.saved_step: int | None = None

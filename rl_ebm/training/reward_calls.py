@@ -1,24 +1,13 @@
-"""Whose calls a reward costs: those of training, and those of solving, counted apart."""
+"""Calls of a user's reward that solving took: counted apart from those of training."""
 
 from __future__ import annotations
 
-import torch
-
-from rl_ebm.ebm import EBM
 from rl_ebm.exact import Solution
-from rl_ebm.rewards.function import Function
-from rl_ebm.rewards.trl import TRLFunction
-
-
-def is_called(ebm: EBM) -> bool:
-    """Whether solving an EBM calls a reward of the user's: a function, a network, a class."""
-    reward = ebm.reward_model
-    theirs = not type(reward).__module__.startswith("rl_ebm.")
-    return theirs or isinstance(reward, (Function, TRLFunction, torch.nn.Module))
+from rl_ebm.rewards.base import is_called
 
 
 def calls_of(solution: Solution | None) -> int:
     """Responses that the user's reward was called on to find a solution."""
-    if solution is None or solution.mode != "exact-tree" or not is_called(solution.ebm):
+    if solution is None or not solution.lists_all or not is_called(solution.ebm.reward_model):
         return 0
     return solution.ebm.num_prompts * solution.space.num_sequences

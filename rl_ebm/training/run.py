@@ -22,23 +22,23 @@ from rl_ebm.files.lock import only_one
 from rl_ebm.messages.arguments import Number, Whole, flag, shown, whole
 from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.policies import Policy, Tabular, Trainable, Transformer
-from rl_ebm.rewards import Reward, Table
+from rl_ebm.rewards import Reward
+from rl_ebm.rewards.base import is_called, scores_of
 from rl_ebm.training.config import TrainConfig, check_limits
 from rl_ebm.training.defaults import options_of
 from rl_ebm.training.directory import (
-    OWN,
     agent_of_run,
     check_asked,
     damage_told,
     describe_ebm,
     make_policy,
     own_policy,
+    policy_config,
     read_config,
     rebuild_ebm,
     write_config,
 )
 from rl_ebm.training.loop import Trainer
-from rl_ebm.training.reward_calls import is_called
 from rl_ebm.verification.sampled_report import AnyReport
 
 SOLVED_UNASKED = 2**20
@@ -155,11 +155,11 @@ def train(
         raise ValueError(f"seed must be in [0, 2**63), got {seed}")
     entry = entry_of(agent)
     options = options_of(agent, options, policy)
-    of_network = _describe_network(network)
+    of_network = network_config(_check_network(network))
     config = _ends(config, steps, seconds)
     description = {
         "ebm": describe_ebm(ebm, source),
-        "policy": of_network if policy is None else dict(OWN),
+        "policy": of_network if policy is None else policy_config(policy),
         "agent": {
             "name": agent,
             "logits_are_values": entry.agent.logits_are_values,
@@ -210,16 +210,13 @@ def _ends(config: TrainConfig | None, steps: Any, seconds: Any) -> TrainConfig:
     return config if steps is None and seconds is None else replace(config, **limits)
 
 
-def _describe_network(network: object) -> dict[str, Any]:
-    """What a run's configuration says of a new policy."""
-    if isinstance(network, TransformerConfig):
-        return {"kind": "transformer"} | asdict(network)
-    if not isinstance(network, str):
+def _check_network(network: object) -> TransformerConfig | str:
+    """Raise TypeError unless these are sizes, or a name."""
+    if not isinstance(network, (str, TransformerConfig)):
         raise TypeError(
             f"network must be a TransformerConfig, 'transformer' or 'tabular', got {shown(network)}"
         )
-    sizes = asdict(TransformerConfig()) if network == "transformer" else {}
-    return {"kind": network} | sizes
+    return network
 
 
 @overload
@@ -301,6 +298,15 @@ def resume(
         return trainer.agent.policy, trainer.train(), True
 
 
+def network_config(network: TransformerConfig | str) -> dict[str, Any]:
+    """What a configuration says of a new policy: its kind, and a Transformer's sizes."""
+    if network == "transformer":
+        network = TransformerConfig()
+    if isinstance(network, TransformerConfig):
+        return {"kind": "transformer"} | asdict(network)
+    return {"kind": network}
+
+
 def _trainer(
     ebm: EBM,
     description: dict[str, Any],
@@ -358,9 +364,9 @@ def solution_for_training(
 
 def is_cheap(ebm: EBM) -> bool:
     """Whether an EBM is solved without being asked."""
-    if isinstance(ebm.reward_model, Table) or find_machines(ebm) is not None:
+    if scores_of(ebm.reward_model) is not None or find_machines(ebm) is not None:
         return True
-    theirs = is_called(ebm)
+    theirs = is_called(ebm.reward_model)
     count = ebm.num_prompts * ebm.space.num_sequences
     return count <= (CALLED_UNASKED if theirs else SOLVED_UNASKED)
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from rl_ebm.agents import AGENTS
 from rl_ebm.files import CONFIG, RunError, read_text
 from rl_ebm.networks.backbone import TransformerConfig
+from rl_ebm.training.kinds import GIVEN, KINDS, TASK
 
 Number = float | int
 _SPACE = {"vocab_size": int, "max_length": int, "eos_id": int | None}
@@ -20,9 +21,10 @@ _EBM = {
     "beta": Number,
     "prompts": list[list[int]] | None,
     "reward": str | dict[str, Any],
-    "reference": Literal["uniform", "automaton", "custom"] | None,
+    "reference": str | dict[str, Any] | None,
 }
 _TASK = {"task": str, "task_seed": int}
+_REGISTERED = {"kind": str, "data": dict[str, Any], "tensors": list[str]}
 _PRINTED = {"alphabet": list[str] | None, "separator": str}
 _AGENT = {"name": str, "logits_are_values": bool, "options": dict[str, Any]}
 _TRAIN = {"seed": int, "compile": bool}
@@ -58,14 +60,15 @@ def _check_config(config: dict[str, Any]) -> None:
     _check(ebm, _EBM, "ebm")
     _check(ebm["space"], _SPACE, "ebm.space")
     _check(ebm, _PRINTED, "ebm", all_needed=False)
-    if isinstance(ebm["reward"], dict):
-        _check(ebm["reward"], _TASK, "ebm.reward")
-    elif ebm["reward"] not in ("table", "automaton", "function"):
-        raise ValueError(f"ebm.reward is {ebm['reward']!r:.40}")
+    for role in ("reward", "reference"):
+        _check_kind(role, ebm[role])
     alphabet = ebm.get("alphabet")
     if alphabet is not None and len(alphabet) != ebm["space"]["vocab_size"]:
         raise ValueError("ebm.alphabet has not one symbol for each token")
-    _check(policy, {"kind": Literal["transformer", "tabular", "custom"]}, "policy")
+    _check(policy, {"kind": str}, "policy")
+    _check(policy, _REGISTERED, "policy", all_needed="data" in policy)
+    if "data" not in policy and policy["kind"] not in _plain("policy"):
+        raise ValueError(f"policy.kind is {json.dumps(policy['kind'])[:40]}")
     if policy["kind"] == "transformer":
         _check(policy, _hints(TransformerConfig), "policy", all_needed=False)
     _check(agent, _AGENT, "agent")
@@ -75,6 +78,19 @@ def _check_config(config: dict[str, Any]) -> None:
     _check(config["train"], _TRAIN, "train")
     if not 0 <= config["train"]["seed"] < 2**63:
         raise ValueError("train.seed is no integer in [0, 2**63)")
+
+
+def _plain(role: str) -> set[str]:
+    """The kinds that a configuration gives by their name alone."""
+    return {GIVEN[role], *(name for name, kind in KINDS[role].items() if not kind.registered)}
+
+
+def _check_kind(role: str, said: Any) -> None:
+    if isinstance(said, dict):
+        registered = role == "reference" or "kind" in said
+        _check(said, _REGISTERED if registered else _TASK, f"ebm.{role}")
+    elif said not in _plain(role) - {TASK} and (said is not None or role == "reward"):
+        raise ValueError(f"ebm.{role} is {said!r:.40}")
 
 
 def _hints(kind: Any) -> dict[str, Any]:

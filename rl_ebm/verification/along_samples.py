@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from rl_ebm.exact import Solution
+from rl_ebm.policies.base import Policy, evaluating
 from rl_ebm.policies.detours import rows_at_once
-from rl_ebm.policies.scoring import Policy, evaluating
 from rl_ebm.statistics.expectations import bounded as bounded
 from rl_ebm.statistics.expectations import ratio_interval as ratio_interval
 from rl_ebm.statistics.interval import check_confidence, check_samples

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from rl_ebm.policies.base import forbids_of
 from rl_ebm.statistics.expectations import (
     Found,
     Known,
@@ -155,7 +156,7 @@ def _seen(laws: Laws, by_reference: bool) -> Bool[Tensor, "n"]:
     if by_reference:
         alone = not laws.solution.forbids_responses
     else:
-        alone = not bool(getattr(laws.solution.ebm.reference, "forbids", False))
+        alone = not forbids_of(laws.solution.ebm.reference)
         alone = alone and laws.solution.forbids_responses
     return torch.isinf(laws.mine.visits.kl) & alone
 
@@ -191,7 +192,7 @@ def kl_policy_reference(laws: Laws) -> Found | Interval:
     if reference is None:
         return affine(entropy_interval(law.visits, laws.confidence), -1.0)
     above = ""
-    if laws.impossible and getattr(reference, "forbids", None) is not False:
+    if laws.impossible and forbids_of(reference) is not False:
         above = "the reference may forbid responses, and the policy was not seen to do so"
     known = Known(above=above, unit=1.0, light_below=0.0)
     x, others = (v.log_pi - laws.log_ref(v.batch) for v in (law.visits, law.beyond))

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from rl_ebm.exact import AutomatonSolution, Solution, TreeSolution, summarise_automaton
 from rl_ebm.exact.figures import Summary
+from rl_ebm.policies.base import Policy, device_of, forbids_of, logits_are_values
 from rl_ebm.policies.detours import MOST, all_responses, are_listed, detours, rows_at_once
-from rl_ebm.policies.scoring import Policy, device_of, sample
-from rl_ebm.rewards.limits import reward_limits
+from rl_ebm.policies.scoring import sample
+from rl_ebm.rewards.base import limits_of
 from rl_ebm.statistics.expectations import Known
 from rl_ebm.tokens import Batch, TokenSpace
 from rl_ebm.verification.visits import Visits
@@ -101,7 +102,7 @@ class Laws:
     @cached_property
     def limits(self) -> tuple[float, float]:
         """(least, largest) R of all responses; infinite where not known."""
-        return reward_limits(self.solution.ebm.reward_model, self.space, self.prompt)
+        return limits_of(self.solution.ebm.reward_model, self.space, self.prompt)
 
     @cached_property
     def summary(self) -> Summary | None:
@@ -145,7 +146,7 @@ def draw(
 
 def _walk(policy: Policy, solution: Solution, batch: Batch, of_target: bool, memory: int) -> Law:
     """Walk along samples of the target, or of the policy, and along others that it hardly gives."""
-    values = bool(getattr(policy, "logits_are_values", False))
+    values = logits_are_values(policy)
     law: Policy = solution if of_target else policy
     space, n = solution.space, len(batch)
     masses = None
@@ -172,10 +173,10 @@ def _uncovered(policy: Policy, solution: Solution, of_star: Law, of_mine: Law) -
     seen to do so, with the other forbidding the same: else a KL would be infinite at that state.
     """
     missing = impossible = ""
-    if getattr(policy, "forbids", False) and not (of_star.visits.closed or of_star.beyond.closed):
+    if forbids_of(policy) and not (of_star.visits.closed or of_star.beyond.closed):
         missing = "the policy forbids some responses, and none that would be possible is known"
     if solution.forbids:
-        if getattr(policy, "forbids", None) is False:
+        if forbids_of(policy) is False:
             impossible = "the target forbids some responses, and the policy none"
         elif not (of_mine.visits.closed_star or of_mine.beyond.closed_star):
             impossible = "the target forbids some responses, and the policy was not seen to do so"

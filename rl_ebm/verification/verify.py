@@ -16,10 +16,10 @@ from torch import Tensor
 
 from rl_ebm import bounds
 from rl_ebm.ebm import EBM
-from rl_ebm.exact import Solution, lists
+from rl_ebm.exact import Solution, is_solution, lists
 from rl_ebm.messages.arguments import flag, whole
+from rl_ebm.policies.base import Policy, evaluating, is_policy, logits_are_values
 from rl_ebm.policies.outputs import check_kind
-from rl_ebm.policies.scoring import Policy, evaluating
 from rl_ebm.policies.walk import DEFAULT_MEMORY, prompts_at_once, walk, walk_prompts
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.verification.along_samples import verify_sampled
@@ -79,14 +79,14 @@ def verify(
 
 def check_solution(solution: object) -> None:
     """Raise TypeError unless something is an exact solution."""
-    if hasattr(solution, "q_rows") and isinstance(getattr(solution, "ebm", None), EBM):
+    if is_solution(solution):
         return
     what = f"a {type(solution).__name__}"
     hint = "verify(policy, rl_ebm.solve(ebm))"
     if isinstance(solution, EBM):
         what = "the EBM itself"
         hint = f"{hint}; or, where it cannot be solved, rl_ebm.certify(policy, ebm)"
-    elif callable(getattr(solution, "logits", None)):
+    elif is_policy(solution):
         what = f"another policy ({type(solution).__name__})"
     raise TypeError(f"solution must be what rl_ebm.solve(ebm) gives, got {what}: {hint}")
 
@@ -101,7 +101,7 @@ def verify_listed(
     """Compare any policy with the exact one, prefix by prefix; see :func:`verify`."""
     check_kind(policy)
     check_solution(solution)
-    values = bool(getattr(policy, "logits_are_values", False))
+    values = logits_are_values(policy)
     count = solution.ebm.num_prompts
     keep = count <= KEPT if per_prompt is None else per_prompt
     prompts = torch.arange(count)

@@ -301,7 +301,7 @@ def test_prompt_ids_are_checked():
     with pytest.raises(ValueError, match=r"prompt_ids must be in \[0, 3\)"):
         sample(policy, space, 2, prompt_ids=torch.tensor([0, 3]))
     for make in POLICIES:
-        with pytest.raises(ValueError, match="the policy has 3 prompts: give prompt_ids"):
+        with pytest.raises(ValueError, match="there are 3 prompts: give prompt_ids"):
             make(space, PROMPTS).logits(torch.zeros(1, 2, dtype=torch.int64))
 
 

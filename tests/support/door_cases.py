@@ -15,6 +15,7 @@ from rl_ebm.cli import parsing as flags
 from rl_ebm.messages import memory
 from rl_ebm.policies import scoring
 from rl_ebm.policies.expression import read_responses
+from rl_ebm.training import kinds
 
 SPACE = rl_ebm.TokenSpace(3, 3)
 ROWS = torch.full((2, 3), 7.0)  # several lines, were it printed
@@ -64,6 +65,15 @@ def registered(**given):
         (lambda: policies.mask_logits(torch.zeros(1, 3, 3), ROWS), "space must be"),
         (lambda: policies.tree_q_values([], SPACE), "must be a policy"),
         (lambda: policies.tree_q_values(policies.Uniform(SPACE), SPACE, ROWS), "prompts must be"),
+        (lambda: policies.check(ROWS), "the policy must be a policy"),
+        (lambda: policies.check(policies.Uniform(SPACE), ROWS), "space must be"),
+        (lambda: policies.check(policies.Uniform(SPACE), name=ROWS), "name must be text"),
+        (lambda: policies.check(policies.Uniform(SPACE), rows=ROWS), "rows must be"),
+        (lambda: kinds.register("reward", "x", 3, str, str), "of must be a class"),
+        (lambda: kinds.register("reward", "x", ROWS, str, str), "of must be a class"),
+        (lambda: kinds.register("reward", "x", int, ROWS, str), "describe and rebuild functions"),
+        (lambda: kinds.register(ROWS, "x", int, str, str), "role must be one of"),
+        (lambda: kinds.register("reward", ROWS, int, str, str), "name must be printable text"),
         (lambda: policies.fit_ngram(SPACE, ROWS), "responses must be an rl_ebm.Batch"),
         (lambda: policies.fit_ngram(SPACE, batch(), prompts=ROWS), "prompts are a tensor"),
         (lambda: policies.fit_hmm(SPACE, batch(), 2, progress=ROWS), "progress must be"),

@@ -11,10 +11,14 @@ from torch import Tensor
 from rl_ebm.automata import Machine, Reading
 from rl_ebm.ebm import EBM
 from rl_ebm.exact.automaton.sampling import sample_paths
+from rl_ebm.exact.automaton.summary import summarise_automaton
 from rl_ebm.exact.automaton.values import Values, find_values, q_rows
 from rl_ebm.exact.base import Rows
+from rl_ebm.exact.figures import Summary
 from rl_ebm.messages.arguments import check_generator
-from rl_ebm.policies.scoring import check_draws, resolve_prompt_ids
+from rl_ebm.policies.base import resolve_prompt_ids
+from rl_ebm.policies.scoring import check_draws
+from rl_ebm.rewards.base import machine_of
 from rl_ebm.tokens import Batch, length_mask
 
 
@@ -58,13 +62,16 @@ class AutomatonSolution:
     """
 
     mode = "exact-automaton"
+    lists_all = False
     logits_are_values = True
 
     def __init__(self, ebm: EBM, reference: Machine | None, reward: Machine) -> None:
         self.ebm, self.space, self.prompts = ebm, ebm.space, ebm.prompts
         self.reference, self.reward = reference, reward
         # R itself, in its own units: sums of them are often exact, those of R / beta are not.
-        self.payment: Machine = getattr(ebm.reward_model, "machine")  # noqa: B009
+        payment = machine_of(ebm.reward_model)
+        assert payment is not None, "solve hands over what has a machine"
+        self.payment = payment
         self.values: Values = find_values(reference, reward, ebm.space)
         self.log_z = self.values.log_z.expand(ebm.num_prompts)
 
@@ -81,6 +88,10 @@ class AutomatonSolution:
     def forbids_responses(self) -> bool:
         """Whether some response may have reward ``-inf``."""
         return self.ebm.reward_model.forbids
+
+    def summary(self, top: int = 10, prompt: int = 0) -> Summary:
+        """Figures of a prompt from forward and backward vectors."""
+        return summarise_automaton(self, top, prompt)
 
     # Reading prefixes -------------------------------------------------------------------------
 

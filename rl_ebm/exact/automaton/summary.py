@@ -4,21 +4,38 @@ from __future__ import annotations
 
 import heapq
 import math
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rl_ebm.automata import Machine
 from rl_ebm.exact.automaton.marginals import Flow, entropy, expected_weight, find_flow, token_shares
-from rl_ebm.exact.automaton.solution import AutomatonSolution
+from rl_ebm.exact.automaton.values import Values
+from rl_ebm.exact.base import Solution
 from rl_ebm.exact.figures import Response, Summary
 
 _SPARE = 16
 """responses looked at beyond those asked for, where they are as likely but for rounding"""
 
 
+class Solved(Solution, Protocol):
+    """An automaton solution, by what is read of it here."""
+
+    @property
+    def values(self) -> Values:
+        """Backward vectors, of reference and reward together."""
+        ...
+
+    @property
+    def payment(self) -> Machine:
+        """What pays R, in reward units."""
+        ...
+
+
 @torch.no_grad()
-def summarise_automaton(solution: AutomatonSolution, top: int = 10, prompt: int = 0) -> Summary:
+def summarise_automaton(solution: Solved, top: int = 10, prompt: int = 0) -> Summary:
     """Exact figures of p*(.|x), and its ``top`` most probable responses, likeliest first.
 
     Where the reference or the reward has a hidden part its log-probability is no sum along the
@@ -41,7 +58,7 @@ def summarise_automaton(solution: AutomatonSolution, top: int = 10, prompt: int 
     )
 
 
-def most_probable(solution: AutomatonSolution, flow: Flow, top: int, prompt: int) -> list[Response]:
+def most_probable(solution: Solved, flow: Flow, top: int, prompt: int) -> list[Response]:
     """The likeliest responses of a machine without a hidden part, by best-first search.
 
     A prefix is ordered by what its best response loses against the best of all, which is exact
@@ -78,9 +95,7 @@ def most_probable(solution: AutomatonSolution, flow: Flow, top: int, prompt: int
     return _in_order(solution, flow, [tokens for _, tokens in found], prompt)[:top]
 
 
-def _in_order(
-    solution: AutomatonSolution, flow: Flow, found: list[list[int]], prompt: int
-) -> list[Response]:
+def _in_order(solution: Solved, flow: Flow, found: list[list[int]], prompt: int) -> list[Response]:
     """Responses with their probabilities and rewards, likeliest first; ties by their tokens."""
     if not found:
         return []
@@ -102,7 +117,7 @@ def _in_order(
     return [response for _, _, response in ranked]
 
 
-def _probabilities(solution: AutomatonSolution, flow: Flow, found: list[list[int]]) -> list[float]:
+def _probabilities(solution: Solved, flow: Flow, found: list[list[int]]) -> list[float]:
     """By the chain rule: what each edge takes of its state, each token of its edge."""
     machine, edges, eos = solution.values.machine, solution.values.edges, solution.space.eos_id
     shares: dict[int, Tensor] = {}
@@ -125,7 +140,7 @@ def _probabilities(solution: AutomatonSolution, flow: Flow, found: list[list[int
 
 
 def _children(
-    solution: AutomatonSolution, best: Tensor, t: int, k: int, top: int
+    solution: Solved, best: Tensor, t: int, k: int, top: int
 ) -> list[tuple[int, float, bool]]:
     """The best next tokens: token, what is lost, and whether the response ends."""
     space, values, machine = solution.space, solution.values, solution.values.machine
@@ -145,7 +160,7 @@ def _children(
     ]
 
 
-def _best_after(solution: AutomatonSolution) -> Float[Tensor, "T1 K"]:
+def _best_after(solution: Solved) -> Float[Tensor, "T1 K"]:
     """The largest log-weight of what may follow each state, by position."""
     space, values, machine = solution.space, solution.values, solution.values.machine
     edges, t_max, m = values.edges, space.max_length, len(values.edges.source)

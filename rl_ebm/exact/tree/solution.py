@@ -13,7 +13,8 @@ from torch import Tensor
 from rl_ebm.ebm import EBM
 from rl_ebm.exact.base import Rows
 from rl_ebm.exact.tree.backup import join, split
-from rl_ebm.policies.scoring import check_draws, resolve_prompt_ids, sample
+from rl_ebm.policies.base import resolve_prompt_ids
+from rl_ebm.policies.scoring import check_draws, sample
 from rl_ebm.soft_bellman import backup, gather_tokens, log_policy
 from rl_ebm.tokens import Batch, length_mask
 
@@ -46,6 +47,7 @@ class TreeSolution:
     """
 
     mode = "exact-tree"
+    lists_all = True
     logits_are_values = True
 
     def __init__(
@@ -91,6 +93,9 @@ class TreeSolution:
     def forbids_responses(self) -> bool:
         """Whether some response that the reference allows has reward -inf."""
         return self.ebm.reward_model.forbids or bool(torch.isneginf(self.scores).any())
+
+    def summary(self, top: int = 10, prompt: int = 0) -> None:
+        """None: :func:`rl_ebm.exact.summarise` lists the tree."""
 
     # By rows of a depth ---------------------------------------------------------------------
 

@@ -4,33 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from rl_ebm.policies.scoring import device_of
-
-if TYPE_CHECKING:
-    from rl_ebm.policies.hf.policy import HuggingFace
+from rl_ebm.policies.base import device_of, evaluating
+from rl_ebm.policies.hf.base import ModelPolicy
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """A module in evaluation mode, and each part of it back in the mode it was in."""
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
-
-
-@contextmanager
-def without_adapter(policy: HuggingFace) -> Iterator[None]:
+def without_adapter(policy: ModelPolicy) -> Iterator[None]:
     """The policy's model with its adapter off, without dropout; afterwards as it was."""
     # Enabling an adapter again makes all of it trainable, what was frozen too.
     trainable = [(p, p.requires_grad) for p in policy.parameters()]
@@ -55,7 +40,7 @@ class AdapterFree:
         ValueError: no adapter, or one that trains weights of the model itself.
     """
 
-    def __init__(self, policy: HuggingFace) -> None:
+    def __init__(self, policy: ModelPolicy) -> None:
         if not policy.has_adapter:
             raise ValueError(
                 "the model has no adapter, so there is nothing to leave out: wrap it by "

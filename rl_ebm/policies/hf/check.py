@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from rl_ebm.policies.hf.policy import HuggingFace
+from rl_ebm.policies.hf.base import ModelPolicy
 
 STEPS = 3
 
 
 @torch.no_grad()
-def check_passes(policy: HuggingFace) -> None:
+def check_passes(policy: ModelPolicy) -> None:
     """Compare the policy's passes with the model's plain one, on its shortest and longest prompt.
 
     Of the plain pass, one sequence without padding, mask, positions or cache, nobody doubts what
@@ -47,7 +44,7 @@ def check_passes(policy: HuggingFace) -> None:
             )
 
 
-def _plain(policy: HuggingFace, row: int, tokens: Tensor) -> Tensor:
+def _plain(policy: ModelPolicy, row: int, tokens: Tensor) -> Tensor:
     """The model's own logits of one sequence, (1, T, A)."""
     context = policy.context_ids[row, -int(policy.context_lengths[row]) :]
     ids = torch.cat([context, tokens[:-1]])[None]

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rl_ebm.messages.arguments import whole
+from rl_ebm.policies.base import device_of, evaluating, resolve_prompt_ids
 from rl_ebm.policies.hf import folders
-from rl_ebm.policies.hf.adapter import AdapterFree, evaluating, keep_adapter_alone
+from rl_ebm.policies.hf.adapter import AdapterFree, keep_adapter_alone
 from rl_ebm.policies.hf.check import check_passes
-from rl_ebm.policies.scoring import device_of, resolve_prompt_ids
 from rl_ebm.tokens import TokenSpace, check_space
 from rl_ebm.tokens.prompts import GivenPrompts, check_prompts
 
