@@ -17,10 +17,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rl_ebm import divergences
+from rl_ebm.agents.registry import AgentEntry
 from rl_ebm.agents.shared.learner import Learner, check_rates
 from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.agents.shared.trained import check_given, check_trained
 from rl_ebm.ebm import EBM
+from rl_ebm.fixed_points import target
 from rl_ebm.messages.words import count_text
 from rl_ebm.policies.scoring import Policy, Trainable, tree_q_values
 from rl_ebm.soft_bellman import log_policy
@@ -119,3 +121,15 @@ class ExactAgent:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.learner.load_state_dict(state["learner"])
+
+
+ENTRIES = {
+    "exact": AgentEntry(
+        ExactAgent,
+        ExactConfig,
+        "full-gradient distillation of the exact solution over every prefix",
+        "Blondel et al. 2025, arXiv 2512.15605, Eq. (2)",
+        needs_teacher=True,
+        fixed_point=target,
+    ),
+}

@@ -27,6 +27,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from rl_ebm.agents.registry import AgentEntry
 from rl_ebm.agents.shared.kl_penalty import centred
 from rl_ebm.agents.shared.learner import group_ids, log_mean_exp
 from rl_ebm.agents.shared.on_policy import OnPolicyAgent, OnPolicyOptions, trained_on
@@ -143,3 +144,15 @@ class MatchingAgent(OnPolicyAgent):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.log_z = state["log_z"].to(self.ebm.device)
+
+
+ENTRIES = {
+    "dpg": AgentEntry(
+        MatchingAgent,
+        MatchingConfig,
+        "distribution matching (DPG, GDC, f-DPG): an f-divergence by policy gradient",
+        "Go et al. 2023, arXiv 2302.08215",
+        fixed_point=fixed_point,
+        variants=tuple({"divergence": name} for name in SLOPES),
+    ),
+}

@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from rl_ebm.agents.registry import AgentEntry
 from rl_ebm.agents.shared.learner import log_mean_exp, token_values
 from rl_ebm.agents.shared.off_policy import OffPolicyAgent, OffPolicyOptions
 from rl_ebm.agents.shared.off_policy import fixed_point as off_policy_fixed_point
@@ -129,3 +130,14 @@ class MonteCarloAgent(OffPolicyAgent):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.c = state["c"].to(self.ebm.device)
+
+
+ENTRIES = {
+    "monte-carlo": AgentEntry(
+        MonteCarloAgent,
+        MonteCarloConfig,
+        "regression of Q* = log E_ref exp(R / beta) on rollouts of the reference (Q#)",
+        "Zhou et al. 2025, arXiv 2502.20548",
+        fixed_point=fixed_point,
+    ),
+}

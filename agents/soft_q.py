@@ -22,8 +22,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from rl_ebm.agents.registry import AgentEntry
 from rl_ebm.agents.shared.learner import token_values
-from rl_ebm.agents.shared.off_policy import OffPolicyAgent, OffPolicyOptions
+from rl_ebm.agents.shared.off_policy import OffPolicyAgent, OffPolicyOptions, fixed_point
 from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.ebm import EBM
 from rl_ebm.policies.scoring import Policy, Trainable, q_values
@@ -166,3 +167,14 @@ class SoftQAgent(OffPolicyAgent):
         super().load_state_dict(state)
         if self.target is not self.policy:
             self.target.load_state_dict(state["target"])
+
+
+ENTRIES = {
+    "soft-q": AgentEntry(
+        SoftQAgent,
+        SoftQConfig,
+        "soft Q-learning on sequences: logits regress on soft lambda- or n-step returns",
+        "Haarnoja et al. 2017, arXiv 1702.08165",
+        fixed_point=fixed_point,
+    ),
+}

@@ -26,6 +26,7 @@ LAYERS = (
     ),
     (
         "files.",
+        "plugins",
         "statistics.",
         "tokens.",
     ),
