@@ -66,6 +66,10 @@ class Registry(MutableMapping[str, T]):
         self._known[name] = thing
         return thing
 
+    def names(self) -> list[str]:
+        """All names, also of what cannot be loaded: no package is imported for them."""
+        return list(dict.fromkeys([*self._known, *self._installed, *self._faults]))
+
     def fault(self, name: object) -> str | None:
         """Why an installed package's thing of that name is none; None where there is nothing."""
         return self._faults.get(name) if isinstance(name, str) else None
