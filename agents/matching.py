@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -32,9 +32,8 @@ from rl_ebm.agents.shared.kl_penalty import centred
 from rl_ebm.agents.shared.learner import group_ids, log_mean_exp
 from rl_ebm.agents.shared.on_policy import OnPolicyAgent, OnPolicyOptions, trained_on
 from rl_ebm.agents.shared.option_types import checked_options
-from rl_ebm.ebm import EBM
 from rl_ebm.fixed_points import FixedPoint, Problem, target
-from rl_ebm.policies.scoring import Policy, Trainable
+from rl_ebm.policies.scoring import Policy
 from rl_ebm.tokens import Batch
 
 LARGEST = 30.0
@@ -95,16 +94,10 @@ class MatchingAgent(OnPolicyAgent):
     """Distribution matching on the policy's own samples."""
 
     Config = MatchingConfig
+    kept = ("log_z",)
 
-    def __init__(
-        self,
-        ebm: EBM,
-        policy: Trainable,
-        config: MatchingConfig | None = None,
-        generator: torch.Generator | None = None,
-        teacher: Policy | None = None,
-    ) -> None:
-        super().__init__(ebm, policy, config, generator, teacher)
+    def begin(self, teacher: Policy | None) -> None:
+        """The average, of nothing yet."""
         # log of the moving average of Z, and of its weight so far: nothing was seen yet.
         self.log_z = torch.full((2, self.ebm.num_prompts), -torch.inf, device=self.ebm.device)
 
@@ -137,13 +130,6 @@ class MatchingAgent(OnPolicyAgent):
         """log of the moving average of Z; -inf for a prompt that was not seen yet."""
         total, weight = self.log_z
         return torch.where(weight > -torch.inf, total - weight, -torch.inf)
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"log_z": self.log_z.clone()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.log_z = state["log_z"].to(self.ebm.device)
 
 
 ENTRIES = {

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -30,9 +29,8 @@ from rl_ebm.agents.shared.learner import log_mean_exp, token_values
 from rl_ebm.agents.shared.off_policy import OffPolicyAgent, OffPolicyOptions
 from rl_ebm.agents.shared.off_policy import fixed_point as off_policy_fixed_point
 from rl_ebm.agents.shared.option_types import checked_options
-from rl_ebm.ebm import EBM
 from rl_ebm.fixed_points import FixedPoint, Problem
-from rl_ebm.policies.scoring import Policy, Trainable, q_values
+from rl_ebm.policies.scoring import Policy, q_values
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.tokens import Batch, length_mask
 
@@ -86,16 +84,11 @@ class MonteCarloAgent(OffPolicyAgent):
 
     logits_are_values = True
     Config = MonteCarloConfig
+    kept = ("c",)
 
-    def __init__(
-        self,
-        ebm: EBM,
-        policy: Trainable,
-        config: MonteCarloConfig | None = None,
-        generator: torch.Generator | None = None,
-        teacher: Policy | None = None,
-    ) -> None:
-        super().__init__(ebm, policy, config, generator, teacher)
+    def begin(self, teacher: Policy | None) -> None:
+        """The constants, of no batch yet."""
+        super().begin(teacher)
         shape = (self.ebm.num_prompts, self.ebm.space.max_length)
         self.c = torch.full(shape, -math.inf, device=self.ebm.device)
 
@@ -123,13 +116,6 @@ class MonteCarloAgent(OffPolicyAgent):
         index = index.masked_fill(~batch.mask, cells)  # one more cell, for what is past the end
         means = log_mean_exp(returns.flatten(), index.flatten(), cells + 1)
         return means[:-1].view_as(self.c)
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"c": self.c.clone()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.c = state["c"].to(self.ebm.device)
 
 
 ENTRIES = {

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from rl_ebm.agents.registry import AgentEntry
 from rl_ebm.agents.shared.account import Behaviour
-from rl_ebm.agents.shared.imitation import ImitationAgent, ImitationOptions, given
+from rl_ebm.agents.shared.base import given
+from rl_ebm.agents.shared.imitation import ImitationAgent, ImitationOptions
 from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.fixed_points import target
 from rl_ebm.policies.scoring import Policy
