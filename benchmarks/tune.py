@@ -40,7 +40,7 @@ SMALLEST = 1e-9
 class Options:
     """Flags of this script."""
 
-    agents: str = ",".join(name for name, entry in AGENTS.items() if entry.needs_reward)
+    agents: str = ",".join(name for name, entry in AGENTS.items() if not entry.needs_teacher)
     """which, separated by commas"""
     calls: int = 65_536
     """responses that each run may score"""

@@ -122,7 +122,9 @@ class Plan:
         for problem in self.problems:
             if problem.name not in TASKS and not Path(problem.name).exists():
                 raise ValueError(
-                    f"there is no task and no table {problem.name!r}{nearest(problem.name, TASKS)}"
+                    TASKS.fault(problem.name)
+                    or f"there is no task and no table {problem.name!r}"
+                    f"{nearest(problem.name, TASKS)}"
                 )
         if self.calls < 1:
             raise ValueError(f"calls must be >= 1, got {self.calls}")

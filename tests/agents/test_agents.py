@@ -79,7 +79,6 @@ def test_every_agent_is_registered_with_its_config_and_keeps_the_protocol(name):
     assert isinstance(agent.config, entry.config)
     assert isinstance(agent.learner, Learner)
     assert agent.logits_are_values == (name in VALUES)
-    assert entry.needs_reward == (not entry.needs_teacher)
     assert entry.summary
     assert "arXiv" in entry.paper
     assert list(signature(entry.agent).parameters)[:5] == [

@@ -97,7 +97,7 @@ def test_another_kind_is_one_short_sentence(call, words):
     assert len(str(error.value)) < 600
 
 
-@pytest.mark.parametrize("name", sorted(agents.BUILT_IN))
+@pytest.mark.parametrize("name", sorted(agents.AGENTS))
 def test_agents_say_what_they_are_made_of(ebm, name):
     entry = agents.AGENTS[name]
     config = entry.config(**({} if name == "exact" else {"batch_size": 8}))
