@@ -13,7 +13,7 @@ from rl_ebm.agents.shared.off_policy import fixed_point as off_policy_fixed_poin
 from rl_ebm.fixed_points import FixedPoint, Problem, target
 from rl_ebm.messages.arguments import shown
 from rl_ebm.messages.words import nearest
-from rl_ebm.plugins import Registry
+from rl_ebm.packages.plugins import Registry
 from rl_ebm.policies import Trainable
 from rl_ebm.tokens import Batch
 

@@ -34,6 +34,7 @@ from rl_ebm.ebm import EBM
 from rl_ebm.exact import TooLargeError, solve, summarise
 from rl_ebm.files import write_text
 from rl_ebm.messages.words import count_text, nearest
+from rl_ebm.packages.version import VERSION
 from rl_ebm.policies import Policy, log_prob, sample
 from rl_ebm.statistics.interval import Interval
 from rl_ebm.studies.audit import audit, to_json, to_text
@@ -46,7 +47,6 @@ from rl_ebm.training.directory import CERTIFICATE, REPORT, decode, load, read_co
 from rl_ebm.training.run import resume, train
 from rl_ebm.verification.sampled_report import AnyReport
 from rl_ebm.verification.verify import verify
-from rl_ebm.version import VERSION
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ import torch
 
 from rl_ebm.cli.parsing import fail
 from rl_ebm.messages.words import bytes_text
-from rl_ebm.plugins import PluginWarning
+from rl_ebm.packages.plugins import PluginWarning
 from rl_ebm.training.stopping import Terminated
 
 # What Python and torch say when a size is too large for the machine.

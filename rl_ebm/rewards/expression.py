@@ -32,7 +32,7 @@ from rl_ebm.automata.symbols import Symbols
 from rl_ebm.messages.arguments import shown
 from rl_ebm.messages.numerals import parse_real
 from rl_ebm.messages.words import nearest
-from rl_ebm.plugins import Registry
+from rl_ebm.packages.plugins import Registry
 from rl_ebm.rewards.automaton import Automaton, total
 from rl_ebm.tokens import TokenSpace
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rl_ebm.ebm import EBM, check_ebm
 from rl_ebm.messages.arguments import Int, Number, shown, whole
-from rl_ebm.plugins import Registry
+from rl_ebm.packages.plugins import Registry
 from rl_ebm.policies import Policy, Uniform
 from rl_ebm.rewards.base import Prompts, Reward
 from rl_ebm.tasks import drawn as scores

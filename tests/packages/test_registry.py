@@ -7,7 +7,7 @@ import sys
 import pytest
 from distributions import install
 
-from rl_ebm.plugins import PluginWarning, Registry
+from rl_ebm.packages.plugins import PluginWarning, Registry
 
 GROUP = "tests.numbers"
 
