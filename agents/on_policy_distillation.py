@@ -27,7 +27,8 @@ from rl_ebm.agents.shared.imitation import ImitationAgent, ImitationOptions
 from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.fixed_points import target
 from rl_ebm.policies.base import Policy, forbids_of
-from rl_ebm.policies.scoring import q_values, sample
+from rl_ebm.policies.decoding import sample
+from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.tokens import Batch, length_mask
 

@@ -11,7 +11,8 @@ from rl_ebm.agents.shared.base import BaseAgent
 from rl_ebm.agents.shared.learner import check_batch_size, check_rates, draw_prompts
 from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.policies.base import Policy
-from rl_ebm.policies.scoring import q_values, sample
+from rl_ebm.policies.decoding import sample
+from rl_ebm.policies.scoring import q_values
 from rl_ebm.policies.tabular import Uniform
 from rl_ebm.soft_bellman import log_policy, sequence_log_prob
 from rl_ebm.tokens import Batch

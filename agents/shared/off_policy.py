@@ -26,7 +26,7 @@ from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.agents.shared.replay import Replay, check_rows
 from rl_ebm.fixed_points import FixedPoint, Problem, forbids, law_of, stand_ins, target
 from rl_ebm.policies.base import Policy
-from rl_ebm.policies.scoring import sample
+from rl_ebm.policies.decoding import sample
 from rl_ebm.policies.tabular import Uniform
 from rl_ebm.tokens import Batch
 

@@ -20,7 +20,8 @@ from rl_ebm.agents.shared.learner import (
 )
 from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.fixed_points import Problem, forbids, law_of, stand_ins
-from rl_ebm.policies.scoring import q_values, sample
+from rl_ebm.policies.decoding import sample
+from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.tokens import Batch
 

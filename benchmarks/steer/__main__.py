@@ -46,7 +46,7 @@ from benchmarks.support.machine import describe
 from rl_ebm.agents import AGENTS
 from rl_ebm.policies import HuggingFace
 from rl_ebm.policies.base import Policy
-from rl_ebm.policies.scoring import sample
+from rl_ebm.policies.decoding import sample
 from rl_ebm.rewards import Automaton
 from rl_ebm.statistics.interval import Interval
 from rl_ebm.training.checkpoint import write_text

@@ -12,8 +12,8 @@ from torch import Tensor
 from rl_ebm.exact import AutomatonSolution, Solution, TreeSolution, summarise_automaton
 from rl_ebm.exact.figures import Summary
 from rl_ebm.policies.base import Policy, device_of, forbids_of, logits_are_values
+from rl_ebm.policies.decoding import sample
 from rl_ebm.policies.detours import MOST, all_responses, are_listed, detours, rows_at_once
-from rl_ebm.policies.scoring import sample
 from rl_ebm.rewards.base import limits_of
 from rl_ebm.statistics.expectations import Known
 from rl_ebm.tokens import Batch, TokenSpace

@@ -11,7 +11,8 @@ from torch import Tensor
 from rl_ebm import bounds, divergences
 from rl_ebm.exact import Solution
 from rl_ebm.policies.base import Policy
-from rl_ebm.policies.detours import along, rows_at_once
+from rl_ebm.policies.decoding import along
+from rl_ebm.policies.detours import rows_at_once
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.tokens import Batch, TokenSpace
 from rl_ebm.verification.parts import SampledPrefix

@@ -13,7 +13,6 @@ import rl_ebm
 from rl_ebm import agents, envs, policies, rewards
 from rl_ebm.cli import parsing as flags
 from rl_ebm.messages import memory
-from rl_ebm.policies import scoring
 from rl_ebm.policies.expression import read_responses
 from rl_ebm.training import kinds
 
@@ -156,7 +155,7 @@ def test_more_draws_than_memory_are_refused(ebm, monkeypatch):
             solution.sample(2_000_000)
         assert len(solution.sample(3)) == 3
     with pytest.raises(ValueError, match="draw fewer"):
-        scoring.sample(policies.Uniform(SPACE), SPACE, 2_000_000)
+        policies.sample(policies.Uniform(SPACE), SPACE, 2_000_000)
 
 
 def test_a_limit_of_address_space_is_no_free_memory(monkeypatch):
