@@ -8,6 +8,7 @@ from rl_ebm.automata.regex.pieces import alphabet_of
 from rl_ebm.automata.weights import check_values
 from rl_ebm.rewards.automaton import Automaton
 from rl_ebm.rewards.base import Reward
+from rl_ebm.rewards.checks import check
 from rl_ebm.rewards.convert import as_reward
 from rl_ebm.rewards.expression import KINDS, parse_reward, register
 from rl_ebm.rewards.function import Function
@@ -27,6 +28,7 @@ __all__ = [
     "TransformerReward",
     "alphabet_of",
     "as_reward",
+    "check",
     "check_values",
     "from_trl",
     "parse_reward",

@@ -16,7 +16,7 @@ PROGRAM = """
 import json, math, sys, traceback
 import numpy as np, torch, rl_ebm
 from rl_ebm import policies
-from rl_ebm.smc import smc
+from rl_ebm.certificates.smc import smc
 from rl_ebm.training.loop import Trainer
 
 S = rl_ebm.TokenSpace(3, 3)
