@@ -79,6 +79,22 @@ class Figure:
         return max(column) if largest else fmean(column)
 
 
-def entry(label: str, unit: str, meaning: str, **others: Any) -> Any:
+def entry(
+    label: str,
+    unit: str,
+    meaning: str,
+    *,
+    exact: Exact | None = None,
+    sampled: Sampled | None = None,
+    prompts: Literal["mean", "max"] = "mean",
+    infinite: bool = False,
+    row: Row | None = None,
+    told: str = "",
+    bounds: str = "",
+    benched: bool = False,
+) -> Any:
     """A field of the table; see :class:`Figure`. None in a report of a form that it has not."""
-    return field(default=None, metadata={"figure": Figure(label, unit, meaning, **others)})
+    figure = Figure(
+        label, unit, meaning, exact, sampled, prompts, infinite, row, told, bounds, benched
+    )
+    return field(default=None, metadata={"figure": figure})

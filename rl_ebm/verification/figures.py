@@ -47,8 +47,7 @@ class Bounds(Generic[T]):
         "2T‖q − q*‖∞ with the best constant at each state: T times the largest span",
         exact=lambda t: bounds.prop3_bound(_spans(t), t.space.max_length),
         sampled=lambda s: forms.at_least(
-            float(bounds.prop3_bound(forms.visited_span(s), s.solution.space.max_length)),
-            s.confidence,
+            float(bounds.prop3_bound(forms.visited_span(s), s.space.max_length)), s.confidence
         ),
         infinite=True,
         row=Row("bound", "<= 2T |q - q*| (Prop. 3)"),

@@ -19,9 +19,6 @@ from rl_ebm.statistics.expectations import Known
 from rl_ebm.tokens import Batch, TokenSpace
 from rl_ebm.verification.visits import Visits
 
-_LOGITS = 2**24
-"""of the reference, that are looked at together"""
-
 
 @dataclass(frozen=True)
 class Law:
@@ -67,6 +64,7 @@ class Laws:
         missing: why the policy may forbid what the target allows; "" where it does not.
         impossible: why the target may forbid what the policy allows; "" where it does not.
         confidence: of every interval by itself.
+        memory: about how many bytes the logits of a step may take.
     """
 
     policy: Policy
@@ -78,6 +76,7 @@ class Laws:
     missing: str
     impossible: str
     confidence: float
+    memory: int
 
     @property
     def space(self) -> TokenSpace:
@@ -114,7 +113,10 @@ class Laws:
     def log_ref(self, batch: Batch) -> Float[Tensor, "n"]:
         """log p_ref of whole responses, nats; ``-inf`` where the reference forbids one."""
         ebm, space = self.solution.ebm, self.space
-        size = max(1, _LOGITS // (space.max_length * space.vocab_size))
+        # Without log_probs of the tokens alone the reference gives all rows, (B, T, A).
+        size = max(1, self.memory // (32 * space.max_length * space.vocab_size))
+        if ebm.reference is not None and hasattr(ebm.reference, "log_probs"):
+            size = rows_at_once(ebm.reference, space, self.memory)
         rows = torch.arange(len(batch), device=batch.tokens.device).split(size)
         parts = [batch.take(some) for some in rows]
         each = [ebm.log_ref(b.tokens, b.lengths, b.prompt_ids).double().sum(1) for b in parts]
@@ -141,7 +143,8 @@ def draw(
     mine = _walk(policy, solution, own, False, memory)
     missing, impossible = _uncovered(policy, solution, star, mine)
     values = star.visits.values
-    return Laws(policy, solution, prompt, star, mine, values, missing, impossible, confidence)
+    reasons = missing, impossible
+    return Laws(policy, solution, prompt, star, mine, values, *reasons, confidence, memory)
 
 
 def _walk(policy: Policy, solution: Solution, batch: Batch, of_target: bool, memory: int) -> Law:

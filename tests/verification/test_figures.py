@@ -195,6 +195,24 @@ def test_a_tail_that_samples_do_not_show_leaves_the_distance_worth_little():
     assert any("kl_policy_reference" in text for text in report.warnings)
 
 
+def test_a_reference_gives_no_more_rows_at_a_time_than_fit():
+    space, seen = rl_ebm.TokenSpace(3, 4), []
+    reference = tabular(space)
+
+    class Spy:
+        def logits(self, tokens, prompt_ids=None):
+            seen.append(len(tokens))
+            return reference.logits(tokens, prompt_ids)
+
+    scores = torch.randn(81, generator=seeded()).double()
+    solution = rl_ebm.solve(rl_ebm.EBM(space, scores, reference=Spy()))
+    seen.clear()
+    small = verify_sampled(Uniform(space), solution, 20, generator=seeded(), memory=3 * 32 * 4 * 3)
+    assert max(seen) == 3
+    found = small.kl_policy_reference
+    assert found.low <= verify_listed(Uniform(space), solution).kl_policy_reference <= found.high
+
+
 # log Z by the policy's values ---------------------------------------------------------------------
 
 
