@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from rl_ebm.agents.registry import AgentEntry
 from rl_ebm.agents.shared.imitation import ImitationAgent, ImitationOptions
 from rl_ebm.agents.shared.learner import draw_prompts
 from rl_ebm.agents.shared.option_types import checked_options
@@ -73,3 +74,15 @@ class BestOfNAgent(ImitationAgent):
     def counts(self, batch: Batch) -> Bool[Tensor, "B"] | None:
         """A group that has impossible responses alone has no best one."""
         return ~torch.isneginf(batch.rewards())
+
+
+ENTRIES = {
+    "best-of-n": AgentEntry(
+        BestOfNAgent,
+        BestOfNConfig,
+        "imitation of the best of n responses: of the policy (expert iteration) or the reference",
+        "Beirami et al. 2024, arXiv 2401.01879",
+        fixed_point=fixed_point,
+        variants=({"source": "policy"}, {"source": "reference"}),
+    ),
+}

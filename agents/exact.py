@@ -10,19 +10,20 @@ infinite data. What an agent that samples can at best reach.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rl_ebm import divergences
-from rl_ebm.agents.shared.learner import Learner, check_rates
+from rl_ebm.agents.registry import AgentEntry
+from rl_ebm.agents.shared.base import BaseAgent, given
+from rl_ebm.agents.shared.learner import check_rates
 from rl_ebm.agents.shared.option_types import checked_options
-from rl_ebm.agents.shared.trained import check_given, check_trained
-from rl_ebm.ebm import EBM
+from rl_ebm.fixed_points import target
 from rl_ebm.messages.words import count_text
-from rl_ebm.policies.base import Policy, Trainable
+from rl_ebm.policies.base import Policy
 from rl_ebm.policies.scoring import tree_q_values
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.tokens import Batch, TokenSpace
@@ -68,26 +69,14 @@ MAX_LOGITS = 2**28
 """of all prefixes together, at most"""
 
 
-class ExactAgent:
+class ExactAgent(BaseAgent):
     """Descends the exact KL. Its updates take no batch."""
 
-    logits_are_values = False
+    Config = ExactConfig
 
-    def __init__(
-        self,
-        ebm: EBM,
-        policy: Trainable,
-        config: ExactConfig | None = None,
-        generator: torch.Generator | None = None,
-        teacher: Policy | None = None,
-    ) -> None:
-        self.config: ExactConfig = check_given(ebm, ExactConfig, config, generator, teacher)
-        if teacher is None:
-            raise ValueError("exact needs a teacher: pass teacher=rl_ebm.solve(ebm)")
-        check_trained(ebm, policy, teacher)
-        self.ebm, self.policy = ebm, policy
-        self.learner = Learner(policy, self.config.lr, self.config.max_grad_norm)
-        ebm.check_policy(teacher, "the teacher")
+    def begin(self, teacher: Policy | None) -> None:
+        """The teacher's log-probabilities at every prefix."""
+        ebm, teacher = self.ebm, given(teacher, self.ebm, "exact")
         size = ebm.num_prompts * ebm.space.num_states * ebm.space.vocab_size
         if size > MAX_LOGITS:
             raise ValueError(
@@ -115,8 +104,14 @@ class ExactAgent:
         loss = exact_loss(q, self.log_pi_star, self.ebm.space, self.config.direction)
         return {"losses/loss": loss.detach()} | self.learner.descend(loss, progress)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"learner": self.learner.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.learner.load_state_dict(state["learner"])
+ENTRIES = {
+    "exact": AgentEntry(
+        ExactAgent,
+        ExactConfig,
+        "full-gradient distillation of the exact solution over every prefix",
+        "Blondel et al. 2025, arXiv 2512.15605, Eq. (2)",
+        needs_teacher=True,
+        fixed_point=target,
+    ),
+}

@@ -20,20 +20,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from rl_ebm.agents.registry import AgentEntry
 from rl_ebm.agents.shared.kl_penalty import centred
 from rl_ebm.agents.shared.learner import group_ids, log_mean_exp
 from rl_ebm.agents.shared.on_policy import OnPolicyAgent, OnPolicyOptions, trained_on
 from rl_ebm.agents.shared.option_types import checked_options
-from rl_ebm.ebm import EBM
 from rl_ebm.fixed_points import FixedPoint, Problem, target
-from rl_ebm.policies.base import Policy, Trainable
+from rl_ebm.policies.base import Policy
 from rl_ebm.tokens import Batch
 
 LARGEST = 30.0
@@ -94,16 +94,10 @@ class MatchingAgent(OnPolicyAgent):
     """Distribution matching on the policy's own samples."""
 
     Config = MatchingConfig
+    kept = ("log_z",)
 
-    def __init__(
-        self,
-        ebm: EBM,
-        policy: Trainable,
-        config: MatchingConfig | None = None,
-        generator: torch.Generator | None = None,
-        teacher: Policy | None = None,
-    ) -> None:
-        super().__init__(ebm, policy, config, generator, teacher)
+    def begin(self, teacher: Policy | None) -> None:
+        """The average, of nothing yet."""
         # log of the moving average of Z, and of its weight so far: nothing was seen yet.
         self.log_z = torch.full((2, self.ebm.num_prompts), -torch.inf, device=self.ebm.device)
 
@@ -137,9 +131,14 @@ class MatchingAgent(OnPolicyAgent):
         total, weight = self.log_z
         return torch.where(weight > -torch.inf, total - weight, -torch.inf)
 
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"log_z": self.log_z.clone()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.log_z = state["log_z"].to(self.ebm.device)
+ENTRIES = {
+    "dpg": AgentEntry(
+        MatchingAgent,
+        MatchingConfig,
+        "distribution matching (DPG, GDC, f-DPG): an f-divergence by policy gradient",
+        "Go et al. 2023, arXiv 2302.08215",
+        fixed_point=fixed_point,
+        variants=tuple({"divergence": name} for name in SLOPES),
+    ),
+}

@@ -19,19 +19,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from rl_ebm.agents.registry import AgentEntry
 from rl_ebm.agents.shared.learner import log_mean_exp, token_values
 from rl_ebm.agents.shared.off_policy import OffPolicyAgent, OffPolicyOptions
 from rl_ebm.agents.shared.off_policy import fixed_point as off_policy_fixed_point
 from rl_ebm.agents.shared.option_types import checked_options
-from rl_ebm.ebm import EBM
 from rl_ebm.fixed_points import FixedPoint, Problem
-from rl_ebm.policies.base import Policy, Trainable
+from rl_ebm.policies.base import Policy
 from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.tokens import Batch, length_mask
@@ -86,16 +85,11 @@ class MonteCarloAgent(OffPolicyAgent):
 
     logits_are_values = True
     Config = MonteCarloConfig
+    kept = ("c",)
 
-    def __init__(
-        self,
-        ebm: EBM,
-        policy: Trainable,
-        config: MonteCarloConfig | None = None,
-        generator: torch.Generator | None = None,
-        teacher: Policy | None = None,
-    ) -> None:
-        super().__init__(ebm, policy, config, generator, teacher)
+    def begin(self, teacher: Policy | None) -> None:
+        """The constants, of no batch yet."""
+        super().begin(teacher)
         shape = (self.ebm.num_prompts, self.ebm.space.max_length)
         self.c = torch.full(shape, -math.inf, device=self.ebm.device)
 
@@ -124,9 +118,13 @@ class MonteCarloAgent(OffPolicyAgent):
         means = log_mean_exp(returns.flatten(), index.flatten(), cells + 1)
         return means[:-1].view_as(self.c)
 
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"c": self.c.clone()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.c = state["c"].to(self.ebm.device)
+ENTRIES = {
+    "monte-carlo": AgentEntry(
+        MonteCarloAgent,
+        MonteCarloConfig,
+        "regression of Q* = log E_ref exp(R / beta) on rollouts of the reference (Q#)",
+        "Zhou et al. 2025, arXiv 2502.20548",
+        fixed_point=fixed_point,
+    ),
+}

@@ -20,11 +20,15 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from rl_ebm import divergences
+from rl_ebm.agents.registry import AgentEntry
 from rl_ebm.agents.shared.account import Behaviour
-from rl_ebm.agents.shared.imitation import ImitationAgent, ImitationOptions, given
+from rl_ebm.agents.shared.base import given
+from rl_ebm.agents.shared.imitation import ImitationAgent, ImitationOptions
 from rl_ebm.agents.shared.option_types import checked_options
+from rl_ebm.fixed_points import target
 from rl_ebm.policies.base import Policy, forbids_of
-from rl_ebm.policies.scoring import q_values, sample
+from rl_ebm.policies.decoding import sample
+from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.tokens import Batch, length_mask
 
@@ -116,3 +120,16 @@ class OnPolicyDistillationAgent(ImitationAgent):
         return on_policy_distillation_loss(
             log_pi, log_teacher.to(log_pi.dtype), batch.lengths, self.config.divergence
         )
+
+
+ENTRIES = {
+    "on-policy-distillation": AgentEntry(
+        OnPolicyDistillationAgent,
+        OnPolicyDistillationConfig,
+        "a teacher's next-token distribution at the states of the policy's own responses",
+        "Agarwal et al. 2024, arXiv 2306.13649",
+        needs_teacher=True,
+        fixed_point=target,
+        variants=tuple({"divergence": name} for name in ("forward", "reverse", "js")),
+    ),
+}

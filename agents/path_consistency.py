@@ -21,8 +21,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from rl_ebm.agents.registry import AgentEntry
 from rl_ebm.agents.shared.learner import token_values
-from rl_ebm.agents.shared.off_policy import OffPolicyAgent, OffPolicyOptions
+from rl_ebm.agents.shared.off_policy import OffPolicyAgent, OffPolicyOptions, fixed_point
 from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import log_policy, soft_value
@@ -118,3 +119,28 @@ class DetailedBalanceAgent(PathConsistencyAgent):
     """Detailed balance."""
 
     Config = DetailedBalanceConfig
+
+
+ENTRIES = {
+    "path-consistency": AgentEntry(
+        PathConsistencyAgent,
+        PathConsistencyConfig,
+        "path consistency (PCL): squared soft Bellman residuals of all sub-trajectories",
+        "Nachum et al. 2017, arXiv 1702.08892",
+        fixed_point=fixed_point,
+    ),
+    "subtb": AgentEntry(
+        SubTBAgent,
+        SubTBConfig,
+        "sub-trajectory balance, weights lambda^length, with V = logsumexp q as the flow",
+        "Madan et al. 2023, arXiv 2209.12782",
+        fixed_point=fixed_point,
+    ),
+    "detailed-balance": AgentEntry(
+        DetailedBalanceAgent,
+        DetailedBalanceConfig,
+        "detailed balance with V = logsumexp q: the squared one-step soft Bellman residual",
+        "Bengio et al. 2023, arXiv 2111.09266",
+        fixed_point=fixed_point,
+    ),
+}

@@ -8,17 +8,26 @@ For k responses y_i ~ pi to a prompt, with returns in nats
 
 where A has no gradient. kappa is an estimate of KL(pi, p_ref) by u = log pi - log p_ref. The
 default, k1 in the reward, has the gradient of KL(pi, p*) as its mean: its fixed point is the
-EBM. What the other options end at, :mod:`rl_ebm.fixed_points.penalised` says.
+EBM. What the other options end at, :mod:`rl_ebm.fixed_points.penalties` says.
 Kool et al. 2019 (https://openreview.net/forum?id=r1lgTGL5DE); Ahmadian et al. 2024
 (arXiv 2402.14740); Shao et al. 2024 (arXiv 2402.03300) for k3 in the loss and group-std.
 """
 
 from __future__ import annotations
 
+from itertools import product
+
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.agents.shared.kl_penalty import PenaltyOptions, advantages, kl_terms, token_weights
+from rl_ebm.agents.registry import AgentEntry
+from rl_ebm.agents.shared.kl_penalty import (
+    PenaltyOptions,
+    advantages,
+    fixed_point,
+    kl_terms,
+    token_weights,
+)
 from rl_ebm.agents.shared.on_policy import OnPolicyAgent
 from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.tokens import Batch
@@ -76,3 +85,23 @@ class PolicyGradientAgent(OnPolicyAgent):
         return policy_gradient_loss(
             log_pi, log_ref, gain, batch.lengths, ids, p, self.config, self.ebm.beta
         )
+
+
+PENALTIES = tuple(
+    {"kl_estimator": k, "kl_in": place, "kl_level": level, "advantage": advantage}
+    for place, k, level, advantage in product(
+        ("reward", "loss"), ("k1", "k2", "k3"), ("token", "sequence"), ("none", "group-std")
+    )
+)
+"""options of a policy gradient that move its fixed point"""
+
+ENTRIES = {
+    "policy-gradient": AgentEntry(
+        PolicyGradientAgent,
+        PolicyGradientConfig,
+        "KL-regularised REINFORCE, leave-one-out baseline (RLOO); by default k1 KL in the reward",
+        "Ahmadian et al. 2024, arXiv 2402.14740",
+        fixed_point=fixed_point,
+        variants=PENALTIES,
+    ),
+}

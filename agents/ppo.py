@@ -7,7 +7,7 @@ With rho_t = pi(a_t|s_t) / pi_old(a_t|s_t) and the advantage A of the whole resp
 Schulman et al. 2017 (arXiv 1707.06347, Eq. 7); GRPO (Shao et al. 2024, arXiv 2402.03300, Eq. 3)
 has group-std advantages, k3 in the loss and the mean over each response's tokens. The first
 step on a batch is the plain policy gradient, so that a fixed point is one of that:
-:mod:`rl_ebm.fixed_points.penalised`.
+:mod:`rl_ebm.fixed_points.penalties`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.agents.shared.kl_penalty import PenaltyOptions, advantages, kl_terms, token_weights
+from rl_ebm.agents.registry import AgentEntry
+from rl_ebm.agents.shared.kl_penalty import (
+    PenaltyOptions,
+    advantages,
+    fixed_point,
+    kl_terms,
+    token_weights,
+)
 from rl_ebm.agents.shared.on_policy import OnPolicyAgent
 from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.tokens import Batch
@@ -110,3 +117,27 @@ class GRPOAgent(PPOAgent):
     """PPO's step with GRPO's options."""
 
     Config = GRPOConfig
+
+
+ENTRIES = {
+    "ppo": AgentEntry(
+        PPOAgent,
+        PPOConfig,
+        "clipped policy gradient, several steps a batch, no critic; by default k1 in the reward",
+        "Schulman et al. 2017, arXiv 1707.06347",
+        fixed_point=fixed_point,
+        variants=(
+            {"kl_estimator": "k1", "kl_in": "reward", "kl_level": "token", "advantage": "none"},
+        ),
+    ),
+    "grpo": AgentEntry(
+        GRPOAgent,
+        GRPOConfig,
+        "PPO's step with advantages over the group's sigma, k3 in the loss",
+        "Shao et al. 2024, arXiv 2402.03300",
+        fixed_point=fixed_point,
+        variants=(
+            {"kl_estimator": "k3", "kl_in": "loss", "kl_level": "token", "advantage": "group-std"},
+        ),
+    ),
+}

@@ -13,6 +13,7 @@ from rl_ebm.agents.shared.off_policy import fixed_point as off_policy_fixed_poin
 from rl_ebm.fixed_points import FixedPoint, Problem, target
 from rl_ebm.messages.arguments import shown
 from rl_ebm.messages.words import nearest
+from rl_ebm.packages.plugins import Registry
 from rl_ebm.policies import Trainable
 from rl_ebm.tokens import Batch
 
@@ -41,7 +42,7 @@ class Agent(Protocol):
 
 
 class AgentEntry(NamedTuple):
-    """An agent by name: its class, its options, what it does, where it is from.
+    """An agent: its class, its options, what it does, where it is from.
 
     ``fixed_point(config, problem)`` is what its expected gradient converges to, None where that
     is not known, and ``variants`` are the options by which it differs: ``rl-ebm audit`` lists them.
@@ -52,7 +53,6 @@ class AgentEntry(NamedTuple):
     summary: str
     paper: str
     needs_teacher: bool = False
-    needs_reward: bool = True
     fixed_point: Callable[[Any, Problem], FixedPoint] | None = None
     variants: tuple[dict[str, Any], ...] = ({},)
 
@@ -79,10 +79,6 @@ class AgentEntry(NamedTuple):
         return True if self.fixed_point is target else None
 
 
-AGENTS: dict[str, AgentEntry] = {}
-"""every agent by its name"""
-
-
 def register(
     name: str,
     agent: Any,
@@ -92,10 +88,14 @@ def register(
     fixed_point: Callable[[Any, Problem], FixedPoint] | None = None,
     *,
     needs_teacher: bool = False,
-    needs_reward: bool = True,
     variants: Iterable[Mapping[str, Any]] = ({},),
 ) -> AgentEntry:
     """Make an agent known by a name: to ``train``, ``audit``, ``diagnose``, ``bench`` and flags.
+
+    In this process alone. An installed package does it for every process, the command line's too,
+    by an entry point ``name = "module:ENTRY"`` in the group ``rl_ebm.agents``: that is an
+    :class:`AgentEntry`, or a function of no arguments that returns one, as a function that calls
+    this one does.
 
     Args:
         name: lower case, words joined by "-".
@@ -106,8 +106,7 @@ def register(
         fixed_point: ``(config, problem) -> FixedPoint``, what its expected gradient converges to;
             :func:`rl_ebm.fixed_points.target` states that it is the EBM. None, the honest default:
             not known.
-        needs_teacher: whether it is given the exact solution.
-        needs_reward: whether it reads rewards.
+        needs_teacher: whether it is given the exact solution; it then reads no rewards.
         variants: options by which the limit differs, a line of the audit for each.
 
     Raises:
@@ -115,15 +114,38 @@ def register(
             config refuses.
         TypeError: something that is no agent, config or function.
     """
+    _check_name(name)
+    entry = AgentEntry(agent, config, summary, paper, needs_teacher, fixed_point, _listed(variants))
+    return AGENTS.add(name, _checked(name, entry), ", or del rl_ebm.agents.AGENTS[name] first")
+
+
+def _read(name: str, found: Any) -> AgentEntry:
+    """The entry that an entry point refers to; raises as :func:`register` does."""
+    entry: Any = found() if callable(found) else found
+    if not isinstance(entry, AgentEntry):
+        raise TypeError(
+            "an entry point of rl_ebm.agents refers to an AgentEntry, or to a function of no "
+            f"arguments that returns one, got {shown(entry)}"
+        )
+    _check_name(name)
+    return _checked(name, entry)
+
+
+AGENTS: Registry[AgentEntry] = Registry("agent", "rl_ebm.agents", _read)
+"""every agent by its name"""
+
+
+def _check_name(name: object) -> None:
+    """Raise ValueError unless something can be an agent's name."""
     if not isinstance(name, str) or not name or set(name) & set(" _,\t\n") or name != name.lower():
         raise ValueError(
             f"an agent's name is lower case, its words joined by '-', got {shown(name)}"
         )
-    if name in AGENTS:
-        raise ValueError(
-            f"there is an agent {shown(name)} already: give another name, or del "
-            "rl_ebm.agents.AGENTS[name] first"
-        )
+
+
+def _checked(name: str, entry: AgentEntry) -> AgentEntry:
+    """Raise what is wrong with an entry, as :func:`register` says."""
+    agent, config, fixed_point = entry.agent, entry.config, entry.fixed_point
     missing = [m for m in _MEMBERS if not hasattr(agent, m)]
     if not isinstance(agent, type) or missing:
         lacks = f"{agent.__name__} has no {missing[0]}" if isinstance(agent, type) else shown(agent)
@@ -135,20 +157,15 @@ def register(
             "fixed_point must be a function (config, problem) -> FixedPoint, or None where the "
             f"limit is not known, got {shown(fixed_point)}"
         )
-    listed = _listed(variants)
-    entry = AgentEntry(
-        agent, config, summary, paper, needs_teacher, needs_reward, fixed_point, listed or ({},)
-    )
     for options in entry.variants:
         make_options(name, entry, options)
-    AGENTS[name] = entry
     return entry
 
 
 def _listed(variants: object) -> tuple[dict[str, Any], ...]:
     """Raise TypeError unless these are the options of an agent's variants, a dict each."""
     try:
-        return tuple(dict(v) for v in variants)  # type: ignore[attr-defined]
+        return tuple(dict(v) for v in variants) or ({},)  # type: ignore[attr-defined]
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             "variants must be a list of {option: value}, for example [{'lr': 0.1}], got "
@@ -167,7 +184,8 @@ def entry_of(name: object) -> AgentEntry:
     """
     if isinstance(name, str) and name in AGENTS:
         return AGENTS[name]
-    raise ValueError(f"there is no agent {shown(name)}{meant(name, AGENTS)}")
+    unknown = AGENTS.fault(name) or f"there is no agent {shown(name)}{meant(name, AGENTS)}"
+    raise ValueError(unknown)
 
 
 def entry_of_run(name: object) -> AgentEntry:
@@ -179,8 +197,9 @@ def entry_of_run(name: object) -> AgentEntry:
     if isinstance(name, str) and name in AGENTS:
         return AGENTS[name]
     raise ValueError(
-        f"the run's agent {shown(name)} is unknown{meant(name, AGENTS)} (an agent of your own is "
-        "registered first, rl_ebm.agents.register)"
+        AGENTS.fault(name)
+        or f"the run's agent {shown(name)} is unknown{meant(name, AGENTS)} (an agent of your own "
+        "is registered first, rl_ebm.agents.register)"
     )
 
 

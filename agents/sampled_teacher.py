@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from rl_ebm.agents.registry import AgentEntry
 from rl_ebm.agents.shared.imitation import ImitationAgent, ImitationOptions
 from rl_ebm.agents.shared.learner import check_group_size, draw_groups, group_ids, token_values
 from rl_ebm.agents.shared.option_types import checked_options
@@ -187,3 +188,15 @@ class SampledTeacherAgent(ImitationAgent):
         self.chains = None if found is None else Batch(*found)
         if self.chains is not None:
             check_rows(self.chains, self.ebm.space, self.ebm.num_prompts)
+
+
+ENTRIES = {
+    "sampled-teacher": AgentEntry(
+        SampledTeacherAgent,
+        SampledTeacherConfig,
+        "teacher forcing on samples made without a solution: resampled proposals, or MCMC",
+        "Bornschein and Bengio 2015, arXiv 1406.2751",
+        fixed_point=fixed_point,
+        variants=({"method": "sir"}, {"method": "mcmc"}),
+    ),
+}

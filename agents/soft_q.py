@@ -22,11 +22,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from rl_ebm.agents.registry import AgentEntry
 from rl_ebm.agents.shared.learner import token_values
-from rl_ebm.agents.shared.off_policy import OffPolicyAgent, OffPolicyOptions
+from rl_ebm.agents.shared.off_policy import OffPolicyAgent, OffPolicyOptions, fixed_point
 from rl_ebm.agents.shared.option_types import checked_options
-from rl_ebm.ebm import EBM
-from rl_ebm.policies.base import Policy, Trainable
+from rl_ebm.policies.base import Policy
 from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import gather_tokens, log_policy, soft_value
 from rl_ebm.tokens import Batch, length_mask
@@ -114,17 +114,11 @@ class SoftQAgent(OffPolicyAgent):
     logits_are_values = True
     Config = SoftQConfig
 
-    def __init__(
-        self,
-        ebm: EBM,
-        policy: Trainable,
-        config: SoftQConfig | None = None,
-        generator: torch.Generator | None = None,
-        teacher: Policy | None = None,
-    ) -> None:
-        super().__init__(ebm, policy, config, generator, teacher)
+    def begin(self, teacher: Policy | None) -> None:
+        """The target network."""
+        super().begin(teacher)
         # With tau = 1 the target is the online network: no copy, no second pass.
-        self.target = policy if self.config.tau == 1 else copy.deepcopy(policy)
+        self.target = self.policy if self.config.tau == 1 else copy.deepcopy(self.policy)
 
     def loss(self, batch: Batch, r: Float[Tensor, "B T"]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of responses, and V at the root."""
@@ -167,3 +161,14 @@ class SoftQAgent(OffPolicyAgent):
         super().load_state_dict(state)
         if self.target is not self.policy:
             self.target.load_state_dict(state["target"])
+
+
+ENTRIES = {
+    "soft-q": AgentEntry(
+        SoftQAgent,
+        SoftQConfig,
+        "soft Q-learning on sequences: logits regress on soft lambda- or n-step returns",
+        "Haarnoja et al. 2017, arXiv 1702.08165",
+        fixed_point=fixed_point,
+    ),
+}

@@ -8,9 +8,12 @@ p* for the exact solution.
 
 from __future__ import annotations
 
+from rl_ebm.agents.registry import AgentEntry
 from rl_ebm.agents.shared.account import Behaviour
-from rl_ebm.agents.shared.imitation import ImitationAgent, ImitationOptions, given
+from rl_ebm.agents.shared.base import given
+from rl_ebm.agents.shared.imitation import ImitationAgent, ImitationOptions
 from rl_ebm.agents.shared.option_types import checked_options
+from rl_ebm.fixed_points import target
 from rl_ebm.policies.base import Policy
 
 
@@ -31,3 +34,15 @@ class TeacherForcingAgent(ImitationAgent):
     def behaviour(self) -> Behaviour | None:
         """The teacher draws."""
         return Behaviour(0.0, teacher=1.0)
+
+
+ENTRIES = {
+    "teacher-forcing": AgentEntry(
+        TeacherForcingAgent,
+        TeacherForcingConfig,
+        "negative log-likelihood of samples of a teacher, by default the exact solution",
+        "Blondel et al. 2025, arXiv 2512.15605, Prop. 2",
+        needs_teacher=True,
+        fixed_point=target,
+    ),
+}

@@ -19,8 +19,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from rl_ebm.agents.registry import AgentEntry
 from rl_ebm.agents.shared.learner import check_group_size, draw_groups, group_ids
-from rl_ebm.agents.shared.off_policy import OffPolicyAgent, OffPolicyOptions
+from rl_ebm.agents.shared.off_policy import OffPolicyAgent, OffPolicyOptions, fixed_point
 from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import log_policy, sequence_log_prob
@@ -146,3 +147,21 @@ class VarGradAgent(TrajectoryBalanceAgent):
     """Trajectory balance with the batch's log Z."""
 
     Config = VarGradConfig
+
+
+ENTRIES = {
+    "trajectory-balance": AgentEntry(
+        TrajectoryBalanceAgent,
+        TrajectoryBalanceConfig,
+        "trajectory balance with a learned log Z for each prompt",
+        "Malkin et al. 2022, arXiv 2201.13259",
+        fixed_point=fixed_point,
+    ),
+    "vargrad": AgentEntry(
+        VarGradAgent,
+        VarGradConfig,
+        "variance of the log-ratio over a batch: trajectory balance with the batch's log Z",
+        "Richter et al. 2020, arXiv 2010.10436",
+        fixed_point=fixed_point,
+    ),
+}

@@ -14,8 +14,8 @@ from pathlib import Path
 import tyro
 from matplotlib.figure import Figure
 
-from benchmarks.machine import describe
-from benchmarks.runs import Rows, Run, end_cells, lines_of, measure_all, write_csv
+from benchmarks.support.machine import describe
+from benchmarks.support.runs import Rows, Run, end_cells, lines_of, measure_all, write_csv
 
 RESULTS = Path(__file__).parent / "results"
 BUDGET = {"exact": 30.0, "teacher-forcing": 60.0, "soft-q": 60.0, "policy-gradient": 120.0}

@@ -22,8 +22,8 @@ import torch
 import tyro
 
 import rl_ebm
-from benchmarks.machine import describe
 from benchmarks.scale import hidden_reference
+from benchmarks.support.machine import describe
 from rl_ebm.policies import AutomatonPolicy
 from rl_ebm.rewards import Automaton
 from rl_ebm.training.checkpoint import write_text

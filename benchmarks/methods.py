@@ -12,7 +12,6 @@ task, and what ``rl-ebm bench`` writes, ``results.csv``, ``report.md`` and a pic
 
 from __future__ import annotations
 
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from statistics import geometric_mean
 import torch
 import tyro
 
-from benchmarks.machine import describe
+from benchmarks.support.machine import describe
 from rl_ebm.agents import AGENTS
 from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.studies.bench import RESULTS as CSV
@@ -76,7 +75,7 @@ def cell(values: list[float], seeds: int) -> str:
     """Geometric mean and 95% interval; infinite where one is, failed where one is missing."""
     if len(values) < seeds:
         return "failed"
-    return "∞" if math.inf in values else geometric_interval(values)
+    return geometric_interval(values)
 
 
 def best(rows: Rows, agents: tuple[str, ...], seeds: int) -> str:

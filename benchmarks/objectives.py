@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import tyro
 
-from benchmarks.machine import describe
+from benchmarks.support.machine import describe
 from rl_ebm import EBM, TokenSpace, solve
 from rl_ebm.divergences import tv
 from rl_ebm.envs import make_task

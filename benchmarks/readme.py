@@ -1,4 +1,5 @@
-"""Put the results into the README: what stands behind ``<!-- NAME -->`` is ``results/NAME``.
+"""Put the results into the README: what stands behind ``<!-- NAME -->`` is ``results/NAME``, or
+what the library itself says (the table of figures).
 
 python -m benchmarks.readme            # after any of the other scripts
 python -m benchmarks.readme --check    # exit code 1 if the README is not up to date
@@ -10,8 +11,11 @@ import re
 import sys
 from pathlib import Path
 
+from rl_ebm.verification.reading import markdown
+
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
+MADE = {"figures.md": markdown}
 
 
 def filled(text: str) -> str:
@@ -19,7 +23,7 @@ def filled(text: str) -> str:
 
     def put(match: re.Match[str]) -> str:
         name = match[1]
-        result = (RESULTS / name).read_text().strip("\n")
+        result = MADE[name]() if name in MADE else (RESULTS / name).read_text().strip("\n")
         body = f"```\n{result}\n```" if name.endswith(".txt") else f"\n{result}"
         return f"<!-- {name} -->\n{body}\n\n<!-- end -->"
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.machine import describe
-from benchmarks.runs import Run, end_cells, measure_all, write_csv
+from benchmarks.support.machine import describe
+from benchmarks.support.runs import Run, end_cells, measure_all, write_csv
 from rl_ebm.agents import SoftQConfig
 
 RESULTS = Path(__file__).parent / "results"

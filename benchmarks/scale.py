@@ -26,7 +26,7 @@ import tyro
 from matplotlib.figure import Figure
 
 import rl_ebm
-from benchmarks.machine import describe
+from benchmarks.support.machine import describe
 from rl_ebm.automata import hidden
 from rl_ebm.policies import AutomatonPolicy
 from rl_ebm.rewards import Automaton

@@ -22,8 +22,8 @@ import torch
 import tyro
 
 import rl_ebm
-from benchmarks.machine import describe
-from benchmarks.runs import FOUR
+from benchmarks.support.machine import describe
+from benchmarks.support.runs import FOUR
 from rl_ebm.agents import AGENTS
 from rl_ebm.envs import make_task
 from rl_ebm.policies import Transformer, TransformerConfig, log_prob, sample

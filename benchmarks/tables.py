@@ -17,8 +17,8 @@ import torch
 import tyro
 
 import rl_ebm
-from benchmarks.machine import describe
-from benchmarks.runs import FOUR
+from benchmarks.support.machine import describe
+from benchmarks.support.runs import FOUR
 from rl_ebm.rewards import read_table
 
 RESULTS = Path(__file__).parent / "results"

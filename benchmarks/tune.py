@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import tyro
 
-from benchmarks.machine import describe
+from benchmarks.support.machine import describe
 from rl_ebm.agents import AGENTS
 from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.studies.bench import Plan, Problem, Rows, last_of, run
@@ -40,7 +40,7 @@ SMALLEST = 1e-9
 class Options:
     """Flags of this script."""
 
-    agents: str = ",".join(name for name, entry in AGENTS.items() if entry.needs_reward)
+    agents: str = ",".join(name for name, entry in AGENTS.items() if not entry.needs_teacher)
     """which, separated by commas"""
     calls: int = 65_536
     """responses that each run may score"""

@@ -39,9 +39,11 @@ from rl_ebm import agents, envs, policies, rewards
 from rl_ebm.certificates import Certificate, certify
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import AutomatonSolution, TooLargeError, TreeSolution, solve
+from rl_ebm.packages.version import VERSION
 from rl_ebm.soft_bellman import q_from_r, r_from_q
 from rl_ebm.statistics.interval import Interval
 from rl_ebm.studies.audit import audit
+from rl_ebm.studies.diagnose import diagnose
 from rl_ebm.tokens import Batch, TokenSpace
 from rl_ebm.training.checkpoint import RunError
 from rl_ebm.training.config import TrainConfig
@@ -50,7 +52,6 @@ from rl_ebm.training.run import resume, train
 from rl_ebm.verification.report import Report
 from rl_ebm.verification.sampled_report import SampledReport
 from rl_ebm.verification.verify import verify
-from rl_ebm.version import VERSION
 
 __version__ = VERSION
 
@@ -70,6 +71,7 @@ __all__ = [
     "agents",
     "audit",
     "certify",
+    "diagnose",
     "envs",
     "load",
     "policies",

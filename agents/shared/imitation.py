@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from rl_ebm.agents.shared.account import Behaviour
-from rl_ebm.agents.shared.learner import Learner, check_batch_size, check_rates, draw_prompts
+from rl_ebm.agents.shared.base import BaseAgent
+from rl_ebm.agents.shared.learner import check_batch_size, check_rates, draw_prompts
 from rl_ebm.agents.shared.option_types import checked_options
-from rl_ebm.agents.shared.trained import check_given, check_trained
-from rl_ebm.ebm import EBM
-from rl_ebm.policies.base import Policy, Trainable
-from rl_ebm.policies.scoring import q_values, sample
+from rl_ebm.policies.base import Policy
+from rl_ebm.policies.decoding import sample
+from rl_ebm.policies.scoring import q_values
 from rl_ebm.policies.tabular import Uniform
 from rl_ebm.soft_bellman import log_policy, sequence_log_prob
 from rl_ebm.tokens import Batch
@@ -56,26 +54,14 @@ def teacher_forcing_loss(
     return -log_pi.masked_fill(~counts, 0.0).sum() / counts.sum().clamp(min=1)
 
 
-class ImitationAgent:
+class ImitationAgent(BaseAgent):
     """Draws responses of its source and imitates those that :meth:`chosen` makes of them."""
 
-    logits_are_values = False
-    Config: type[Any] = ImitationOptions
+    Config = ImitationOptions
 
-    def __init__(
-        self,
-        ebm: EBM,
-        policy: Trainable,
-        config: Any = None,
-        generator: torch.Generator | None = None,
-        teacher: Policy | None = None,
-    ) -> None:
-        self.config = check_given(ebm, self.Config, config, generator, teacher)
-        check_trained(ebm, policy, teacher)
-        self.ebm, self.policy = ebm, policy
+    def begin(self, teacher: Policy | None) -> None:
+        """Its source."""
         self.source = self.drawn_from(teacher)
-        self.generator = torch.Generator(ebm.device) if generator is None else generator
-        self.learner = Learner(policy, self.config.lr, self.config.max_grad_norm)
 
     def drawn_from(self, teacher: Policy | None) -> Policy:
         """Who draws: here the policy itself, or the reference (uniform without one)."""
@@ -120,17 +106,3 @@ class ImitationAgent:
         """One gradient step on responses of the source."""
         loss = self.loss(batch.clean())
         return {"losses/loss": loss.detach()} | self.learner.descend(loss, progress)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"learner": self.learner.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.learner.load_state_dict(state["learner"])
-
-
-def given(teacher: Policy | None, ebm: EBM, name: str) -> Policy:
-    """The teacher of the agent ``name``; ValueError where there is none, or for another space."""
-    if teacher is None:
-        raise ValueError(f"{name} needs a teacher: pass teacher=rl_ebm.solve(ebm)")
-    ebm.check_policy(teacher, "the teacher")
-    return teacher

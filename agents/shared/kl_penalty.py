@@ -7,7 +7,7 @@ With u = log pi - log p_ref of a response, or of each of its tokens and then sum
 As estimates of the value of KL(pi, p_ref) k1 and k3 have no bias. As parts of an objective they
 differ, and so do a penalty in the reward (held fixed, it weighs log pi as rewards do) and one in
 the loss (its own gradient counts, not that of the draws): what each ends at is in
-:mod:`rl_ebm.fixed_points.penalised`.
+:mod:`rl_ebm.fixed_points.penalties`.
 """
 
 from __future__ import annotations

@@ -15,21 +15,18 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from rl_ebm.agents.shared.account import Behaviour, root_values
+from rl_ebm.agents.shared.base import BaseAgent
 from rl_ebm.agents.shared.learner import (
-    Learner,
     check_batch_size,
-    check_finite_weights,
     check_rates,
     draw_prompts,
     immediate_log_weights,
 )
 from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.agents.shared.replay import Replay, check_rows
-from rl_ebm.agents.shared.trained import check_given, check_trained
-from rl_ebm.ebm import EBM
 from rl_ebm.fixed_points import FixedPoint, Problem, forbids, law_of, stand_ins, target
-from rl_ebm.policies.base import Policy, Trainable
-from rl_ebm.policies.scoring import sample
+from rl_ebm.policies.base import Policy
+from rl_ebm.policies.decoding import sample
 from rl_ebm.policies.tabular import Uniform
 from rl_ebm.tokens import Batch
 
@@ -86,33 +83,16 @@ def fixed_point(options: OffPolicyOptions, problem: Problem) -> FixedPoint:
     return FixedPoint(law_of(stand_ins(r, problem.space, f), problem.space))
 
 
-class OffPolicyAgent(ABC):
+class OffPolicyAgent(BaseAgent, ABC):
     """Sampling, replay and the step of such an agent; a subclass is its :meth:`loss`."""
 
-    logits_are_values = False
-    Config: type[Any] = OffPolicyOptions
+    Config = OffPolicyOptions
 
-    def __init__(
-        self,
-        ebm: EBM,
-        policy: Trainable,
-        config: Any = None,
-        generator: torch.Generator | None = None,
-        teacher: Policy | None = None,
-    ) -> None:
-        self.config = check_given(ebm, self.Config, config, generator, teacher)
-        check_finite_weights(ebm, self.config.forbidden_log_weight, teacher)
-        check_trained(ebm, policy, teacher)
-        self.ebm, self.policy = ebm, policy
+    def begin(self, teacher: Policy | None) -> None:
+        """Who explores, and the replay."""
+        ebm = self.ebm
         self.explorer: Policy = Uniform(ebm.space) if ebm.reference is None else ebm.reference
-        self.generator = torch.Generator(ebm.device) if generator is None else generator
-        self.extra = self.extra_parameters()
-        self.learner = Learner(policy, self.config.lr, self.config.max_grad_norm, self.extra)
         self.replay = Replay(max(1, self.config.replay_size), ebm.space.max_length, ebm.device)
-
-    def extra_parameters(self) -> tuple[torch.nn.Parameter, ...]:
-        """What is learned beside the policy."""
-        return ()
 
     @abstractmethod
     def loss(self, batch: Batch, r: Float[Tensor, "B T"]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -193,14 +173,13 @@ class OffPolicyAgent(ABC):
         return root_values(self.policy, self.ebm) if self.logits_are_values else None
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "learner": self.learner.state_dict(),
+        return super().state_dict() | {
             "replay": self.replay.state_dict(),
             "extra": [parameter.detach().clone() for parameter in self.extra],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.learner.load_state_dict(state["learner"])
+        super().load_state_dict(state)
         self.replay.load_state_dict(state["replay"])
         kept = torch.arange(len(self.replay), device=self.ebm.device)
         check_rows(self.replay.rows.take(kept), self.ebm.space, self.ebm.num_prompts)

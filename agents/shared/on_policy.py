@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rl_ebm.agents.shared.account import Behaviour
+from rl_ebm.agents.shared.base import BaseAgent
 from rl_ebm.agents.shared.learner import (
-    Learner,
     check_batch_size,
-    check_finite_weights,
     check_group_size,
     check_rates,
     draw_groups,
@@ -22,11 +19,9 @@ from rl_ebm.agents.shared.learner import (
     token_values,
 )
 from rl_ebm.agents.shared.option_types import checked_options
-from rl_ebm.agents.shared.trained import check_given, check_trained
-from rl_ebm.ebm import EBM
 from rl_ebm.fixed_points import Problem, forbids, law_of, stand_ins
-from rl_ebm.policies.base import Policy, Trainable
-from rl_ebm.policies.scoring import q_values, sample
+from rl_ebm.policies.decoding import sample
+from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.tokens import Batch
 
@@ -66,28 +61,12 @@ def trained_on(options: OnPolicyOptions, problem: Problem) -> Problem:
     return replace(problem, log_ref=log_ref, log_target=law, limits={})
 
 
-class OnPolicyAgent(ABC):
+class OnPolicyAgent(BaseAgent, ABC):
     """Sampling and the step of such an agent; a subclass is its :meth:`loss`."""
 
-    logits_are_values = False
-    Config: type[Any] = OnPolicyOptions
+    Config = OnPolicyOptions
     own_rows = slice(None)
     """the rows of :meth:`sample` that are draws of the policy as it is: all"""
-
-    def __init__(
-        self,
-        ebm: EBM,
-        policy: Trainable,
-        config: Any = None,
-        generator: torch.Generator | None = None,
-        teacher: Policy | None = None,
-    ) -> None:
-        self.config = check_given(ebm, self.Config, config, generator, teacher)
-        check_finite_weights(ebm, self.config.forbidden_log_weight, teacher)
-        check_trained(ebm, policy, teacher)
-        self.ebm, self.policy = ebm, policy
-        self.generator = torch.Generator(ebm.device) if generator is None else generator
-        self.learner = Learner(policy, self.config.lr, self.config.max_grad_norm)
 
     @property
     def epochs(self) -> int:
@@ -142,12 +121,6 @@ class OnPolicyAgent(ABC):
         """log pi of the tokens, 0 past the end."""
         q = q_values(self.policy, self.ebm.space, batch.tokens, batch.prompt_ids)
         return token_values(log_policy(q), batch)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"learner": self.learner.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.learner.load_state_dict(state["learner"])
 
 
 def elbo(log_pi: Tensor, log_ref: Tensor, gain: Tensor) -> Tensor:

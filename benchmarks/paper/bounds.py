@@ -30,7 +30,7 @@ from benchmarks.paper.common import (
     table,
 )
 from benchmarks.paper.fit import SIZES, Schedule, descend_arm, fit, make_arm, marks
-from benchmarks.runs import FOUR
+from benchmarks.support.runs import FOUR
 from rl_ebm import EBM, TokenSpace, bounds, divergences, solve
 from rl_ebm.agents import AGENTS
 from rl_ebm.envs import make_task

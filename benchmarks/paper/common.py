@@ -22,7 +22,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.machine import describe
+from benchmarks.support.machine import describe
 from rl_ebm.training.checkpoint import write_text
 
 HERE = Path(__file__).parent

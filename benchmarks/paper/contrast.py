@@ -22,7 +22,7 @@ from rl_ebm import TokenSpace
 from rl_ebm.agents.policy_gradient import policy_gradient_loss
 from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.policies import log_prob
-from rl_ebm.policies.scoring import sample
+from rl_ebm.policies.decoding import sample
 from rl_ebm.rewards import TransformerReward
 
 POLICY_RATE = 3e-3

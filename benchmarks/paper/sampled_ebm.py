@@ -42,7 +42,7 @@ from benchmarks.paper.contrast import (
 from benchmarks.paper.fit import SMALL, gap, log_law, scores
 from rl_ebm import TokenSpace
 from rl_ebm.networks.backbone import TransformerConfig
-from rl_ebm.studies.seeds import NORMAL95, geometric_interval, interval
+from rl_ebm.studies.seeds import geometric_interval, interval
 
 LAWS = {"zipf": "Zipf in order", "normal": "softmax(N(0, I) / 0.3)", "chain": "a chain"}
 SIZES = {"zipf": SMALL, "normal": SMALL, "chain": TransformerConfig(2, 4, 64, 64)}
@@ -237,7 +237,7 @@ def beyond(rows: Rows) -> list[tuple[str, ...]]:
     """Lines of the table beyond enumeration."""
 
     def shown(mine: Rows, key: str) -> str:
-        widest = NORMAL95 * max(ends(mine, f"{key}_error"))
+        widest = statistics.NormalDist().inv_cdf(0.975) * max(ends(mine, f"{key}_error"))
         return f"{interval(ends(mine, key))} ({widest:.1g})"
 
     lines = []

@@ -28,7 +28,8 @@ from rl_ebm.agents import (
     TeacherForcingConfig,
 )
 from rl_ebm.policies import Transformer
-from rl_ebm.policies.scoring import log_pi_rows, sample
+from rl_ebm.policies.decoding import sample
+from rl_ebm.policies.scoring import log_pi_rows
 from rl_ebm.studies.seeds import interval
 
 SCALE = 1.5

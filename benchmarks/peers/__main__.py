@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 import tyro
 
-from benchmarks.machine import describe
 from benchmarks.peers.entries import find
 from benchmarks.peers.files import Results, assemble
 from benchmarks.peers.processes import Run, start
 from benchmarks.peers.report import picture, remarks, table
 from benchmarks.peers.trial import fastest
+from benchmarks.support.machine import describe
 from rl_ebm.envs import TASKS
 from rl_ebm.messages.words import nearest
 from rl_ebm.studies.bench import Problem

@@ -43,7 +43,7 @@ def trainer(name: str, **options: int) -> Callable[[EBM, int, Watch], None]:
         updates = 0
         while True:
             batch = agent.sample()
-            if batch is not None and entry.needs_reward:
+            if batch is not None and not entry.needs_teacher:
                 batch = ebm.score(batch)
                 reward_calls += len(batch)
             agent.update(batch, watch.progress)

@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rl_ebm.automata import Machine, check_size, check_window, deterministic, hidden, window
+from rl_ebm.automata.machine import Machine, deterministic, hidden
 from rl_ebm.automata.weights import check_table, check_tensor, check_values
+from rl_ebm.automata.windows import check_size, check_window, window
 from rl_ebm.tokens import TokenSpace, check_space
 
 

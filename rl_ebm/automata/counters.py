@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.automata import Machine, check_size, deterministic
+from rl_ebm.automata.machine import Machine, deterministic
 from rl_ebm.automata.phrases import check_ids, check_score
 from rl_ebm.automata.weights import check_values
+from rl_ebm.automata.windows import check_size
 from rl_ebm.messages.arguments import shown, whole
 from rl_ebm.tokens import TokenSpace, check_space
 

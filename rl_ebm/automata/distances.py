@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rl_ebm.automata import Machine, check_size, deterministic
+from rl_ebm.automata.machine import Machine, deterministic
 from rl_ebm.automata.phrases import check_ids, check_score
+from rl_ebm.automata.windows import check_size
 from rl_ebm.tokens import TokenSpace
 
 MAX_WORK = 40_000_000

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rl_ebm.automata import Machine, deterministic, hidden
+from rl_ebm.automata.machine import Machine, deterministic, hidden
 from rl_ebm.automata.weights import check_table, check_tensor
 from rl_ebm.tokens import TokenSpace, check_space
 

@@ -8,7 +8,8 @@ from operator import index
 
 import torch
 
-from rl_ebm.automata import Machine, check_size, deterministic
+from rl_ebm.automata.machine import Machine, deterministic
+from rl_ebm.automata.windows import check_size
 from rl_ebm.messages.arguments import shown
 from rl_ebm.tokens import TokenSpace, check_space
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -35,8 +34,8 @@ from rl_ebm.policies.base import (
     evaluating,
     logits_are_values,
     resolve_prompt_ids,
-    steps_of,
 )
+from rl_ebm.policies.decoding import Positions
 from rl_ebm.policies.outputs import check_kind
 from rl_ebm.soft_bellman import log_policy, soft_value
 from rl_ebm.statistics.mean_bounds import effective_sample_size, log_mean
@@ -140,10 +139,10 @@ class _Cloud:
         self.ebm, self.space, self.n, self.generator = ebm, ebm.space, n, generator
         self.prompt_ids = per_run.repeat_interleave(n)
         rows, device = len(self.prompt_ids), per_run.device
-        self.policy = _Decoder(policy, self.prompt_ids)
+        self.policy = Positions(policy, self.space, self.prompt_ids)
         self.reference = None
         if ebm.reference is not None:
-            self.reference = _Decoder(ebm.reference, self.prompt_ids)
+            self.reference = Positions(ebm.reference, self.space, self.prompt_ids)
         self.tokens = torch.zeros(rows, self.space.max_length, dtype=torch.int64, device=device)
         self.lengths = torch.full((rows,), self.space.max_length, device=device)
         self.running = torch.ones(rows, dtype=torch.bool, device=device)
@@ -242,28 +241,6 @@ class _Cloud:
         """Add to the log-weights of some rows; a particle of weight 0 stays so (no inf - inf)."""
         gain = torch.where(rows & ~torch.isneginf(self.log_w), gain, 0.0)
         self.log_w = self.log_w + gain
-
-
-class _Decoder:
-    """A policy's logits at one position after the other, over tokens that resampling reorders."""
-
-    def __init__(self, policy: Policy, prompt_ids: Tensor) -> None:
-        self.policy, self.prompt_ids = policy, prompt_ids
-        self.state: Any = None
-
-    def logits(self, t: int, tokens: Tensor) -> Float[Tensor, "B A"]:
-        stepping = steps_of(self.policy)
-        if stepping is None:
-            return self.policy.logits(tokens, self.prompt_ids)[:, t]
-        if self.state is None:
-            self.state = stepping.start(self.prompt_ids)
-            for i in range(t):
-                stepping.step(self.state, tokens[:, i - 1] if i else None)
-        return stepping.step(self.state, tokens[:, t - 1] if t else None)
-
-    def restart(self) -> None:
-        """Forget the cache: a cache has no way to be reordered, so it is read again."""
-        self.state = None
 
 
 def systematic(log_w: Float[Tensor, "R N"], shift: Float[Tensor, "R 1"]) -> Int64[Tensor, "R N"]:

@@ -13,8 +13,9 @@ from torch import Tensor
 from rl_ebm.certificates.smc import smc
 from rl_ebm.ebm import EBM
 from rl_ebm.policies.base import Policy, device_of, tree_bytes_per_node
+from rl_ebm.policies.decoding import sample
 from rl_ebm.policies.detours import MOST, all_responses, are_listed, detours
-from rl_ebm.policies.scoring import q_values, sample
+from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import log_policy, sequence_log_prob
 from rl_ebm.tokens import Batch, TokenSpace
 

@@ -1,4 +1,4 @@
-"""The command line: ``rl-ebm train | verify | solve | audit | diagnose | bench | sample``."""
+"""The commands of ``rl-ebm``: what each does with its flags; :data:`COMMANDS` lists them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -34,6 +34,7 @@ from rl_ebm.ebm import EBM
 from rl_ebm.exact import TooLargeError, solve, summarise
 from rl_ebm.files import write_text
 from rl_ebm.messages.words import count_text, nearest
+from rl_ebm.packages.version import VERSION
 from rl_ebm.policies import Policy, log_prob, sample
 from rl_ebm.statistics.interval import Interval
 from rl_ebm.studies.audit import audit, to_json, to_text
@@ -46,7 +47,8 @@ from rl_ebm.training.directory import CERTIFICATE, REPORT, decode, load, read_co
 from rl_ebm.training.run import resume, train
 from rl_ebm.verification.sampled_report import AnyReport
 from rl_ebm.verification.verify import verify
-from rl_ebm.version import VERSION
+
+T = TypeVar("T")
 
 
 def run_train(args: Sequence[str]) -> int:
@@ -62,7 +64,7 @@ def run_train(args: Sequence[str]) -> int:
             raise ValueError(
                 f"{flag} is no option of --agent {name}, but of {' and '.join(others)}"
             )
-    a: Any = parsing.parse(kind, args, "rl-ebm train", _ABOUT["train"])
+    a: Any = _parse(kind, args)
     if a.out is None:
         raise ValueError("say where the run goes: --out FOLDER (or --resume RUN)")
     ebm, source = a.target.make()
@@ -101,7 +103,7 @@ def _run_resume(args: Sequence[str]) -> int:
             f"{extra[0]} cannot be given with --resume: the run keeps its configuration (only "
             "--steps, --seconds and --device may change)"
         )
-    a = parsing.parse(Train, args, "rl-ebm train", _ABOUT["train"])
+    a = _parse(Train, args)
     assert a.resume is not None
     _, report, went_on = resume(
         a.resume, steps=a.steps, seconds=a.seconds, device=device_of_flag(a.device)
@@ -115,7 +117,7 @@ def _run_resume(args: Sequence[str]) -> int:
 
 def run_verify(args: Sequence[str]) -> int:
     """Verify a run's policy exactly, or from samples; print the report, and write it as JSON."""
-    a = parsing.parse(Verify, args, "rl-ebm verify", _ABOUT["verify"])
+    a = _parse(Verify, args)
     if a.max_kl is not None and not a.max_kl >= 0:
         raise ValueError(f"--max-kl must be a number >= 0, got {a.max_kl}")
     if a.memory < 1:
@@ -167,7 +169,7 @@ def _gate(kl: float | Interval, most: float) -> int:
 
 def run_solve(args: Sequence[str]) -> int:
     """Solve an EBM exactly; print log Z, entropy and the most probable sequences."""
-    a = parsing.parse(Solve, args, "rl-ebm solve", _ABOUT["solve"])
+    a = _parse(Solve, args)
     if a.top < 0:
         raise ValueError(f"--top must be >= 0, got {a.top}")
     ebm, source = a.target.make()
@@ -214,7 +216,7 @@ def _mean(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 def run_audit(args: Sequence[str]) -> int:
     """Compute what each objective converges to on an EBM: its fixed point against p*."""
-    a = parsing.parse(Audit, args, "rl-ebm audit", _ABOUT["audit"])
+    a = _parse(Audit, args)
     ebm, _ = a.target.make()
     lines = audit(solve(ebm.to(device_of_flag(a.device))))
     referred = ebm.reference is not None
@@ -224,7 +226,7 @@ def run_audit(args: Sequence[str]) -> int:
 
 def run_diagnose(args: Sequence[str]) -> int:
     """Split a run's error into objective, capacity and optimisation, and say what to mend."""
-    a = parsing.parse(Diagnose, args, "rl-ebm diagnose", _ABOUT["diagnose"])
+    a = _parse(Diagnose, args)
     if not a.seconds > 0:
         raise ValueError(f"--seconds must be > 0, got {a.seconds}")
     found = diagnose(a.run, a.seconds)
@@ -234,7 +236,7 @@ def run_diagnose(args: Sequence[str]) -> int:
 
 def run_bench(args: Sequence[str]) -> int:
     """Compare agents on tasks under one budget of reward calls; write a report."""
-    a = parsing.parse(Bench, args, "rl-ebm bench", _ABOUT["bench"])
+    a = _parse(Bench, args)
     if a.seeds < 1 or a.workers < 1:
         raise ValueError(f"--seeds and --workers must be >= 1, got {a.seeds} and {a.workers}")
     plan = Plan(
@@ -260,7 +262,7 @@ def run_bench(args: Sequence[str]) -> int:
 
 def run_sample(args: Sequence[str]) -> int:
     """Draw responses from a run's policy: one line each, with log pi and the reward."""
-    a = parsing.parse(Sample, args, "rl-ebm sample", _ABOUT["sample"])
+    a = _parse(Sample, args)
     if a.n < 1:
         raise ValueError(f"-n must be >= 1, got {a.n}")
     if a.n >= 2**63:
@@ -302,41 +304,51 @@ def _print_samples(
 
 def run_agents(args: Sequence[str]) -> int:
     """List the agents, with the paper of each."""
-    parsing.parse(Agents, args, "rl-ebm agents", _ABOUT["agents"])
+    _parse(Agents, args)
     for name, entry in AGENTS.items():
         print(f"{name:16s} {entry.summary} ({entry.paper})")
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "train": run_train,
-    "verify": run_verify,
-    "solve": run_solve,
-    "audit": run_audit,
-    "diagnose": run_diagnose,
-    "bench": run_bench,
-    "sample": run_sample,
-    "agents": run_agents,
+class Command(NamedTuple):
+    """What a command does with what stands after its name, and the dataclass of its flags."""
+
+    run: Callable[[Sequence[str]], int]
+    flags: Any
+
+    @property
+    def about(self) -> str:
+        """One line."""
+        return (self.run.__doc__ or "").splitlines()[0]
+
+
+COMMANDS = {
+    "train": Command(run_train, Train),
+    "verify": Command(run_verify, Verify),
+    "solve": Command(run_solve, Solve),
+    "audit": Command(run_audit, Audit),
+    "diagnose": Command(run_diagnose, Diagnose),
+    "bench": Command(run_bench, Bench),
+    "sample": Command(run_sample, Sample),
+    "agents": Command(run_agents, Agents),
 }
-_ABOUT = {name: (run.__doc__ or "").splitlines()[0] for name, run in COMMANDS.items()}
+"""every command by its name, in the order of the help"""
+
+
+def _parse(kind: type[T], args: Sequence[str]) -> T:
+    """The flags of the command that they are of; see :func:`parsing.parse`."""
+    name = next(name for name, c in COMMANDS.items() if issubclass(kind, c.flags))
+    return parsing.parse(kind, args, f"rl-ebm {name}", COMMANDS[name].about)
 
 
 def help_text() -> str:
     """Every command with every flag, the options of each agent included."""
     lines = ["usage: rl-ebm COMMAND [flags]", ""]
-    lines += [f"  {name:8s} {about}" for name, about in _ABOUT.items()]
+    lines += [f"  {name:8s} {command.about}" for name, command in COMMANDS.items()]
     lines += ["", "rl-ebm COMMAND --help is one of the following alone.", ""]
-    kinds = {
-        "train": Train,
-        "verify": Verify,
-        "solve": Solve,
-        "audit": Audit,
-        "diagnose": Diagnose,
-        "bench": Bench,
-        "sample": Sample,
-    }
-    for name, kind in kinds.items():
-        lines.append(parsing.help_text(kind, f"rl-ebm {name}"))
+    for name, command in COMMANDS.items():
+        if parsing.flag_names(command.flags):
+            lines.append(parsing.help_text(command.flags, f"rl-ebm {name}"))
     for name, entry in AGENTS.items():
         lines.append(parsing.help_text(entry.config, f"rl-ebm train --agent {name}"))
     return "\n".join(lines)
@@ -368,4 +380,4 @@ def _run(args: Sequence[str]) -> int:
     command, rest = args[0], args[1:]
     if command not in COMMANDS:
         return parsing.fail(f"there is no command {command!r}{nearest(command, COMMANDS)}")
-    return COMMANDS[command](rest)
+    return COMMANDS[command].run(rest)

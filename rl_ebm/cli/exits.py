@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 
 from rl_ebm.cli.parsing import fail
 from rl_ebm.messages.words import bytes_text
+from rl_ebm.packages.plugins import PluginWarning
 from rl_ebm.training.stopping import Terminated
 
 # What Python and torch say when a size is too large for the machine.
@@ -24,7 +27,8 @@ def exit_code(command: Callable[[], int]) -> int:
     141 where nobody reads its output any more.
     """
     try:
-        code = _told(command)
+        with _warned():
+            code = _told(command)
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where a full disk or a closed pipe can still be told
         return code
@@ -68,6 +72,22 @@ def _told(command: Callable[[], int]) -> int:
         if not _SIZES.search(str(error)):
             raise
         return fail(out_of_memory(str(error)))
+
+
+@contextmanager
+def _warned() -> Iterator[None]:
+    """Let a warning of an installed package that cannot be used be one sentence, as errors are."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, PluginWarning):
+                fail(str(message))
+            else:
+                others(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def _be_silent() -> None:

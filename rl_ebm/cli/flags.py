@@ -18,14 +18,14 @@ from rl_ebm.policies import parse_reference
 from rl_ebm.rewards import parse_reward, read_table
 from rl_ebm.tokens import TokenSpace
 
+_TASKS = f"a named task: {' or'.join(', '.join(TASKS.names()).rsplit(',', 1))}; else random"
+
 
 @dataclass(frozen=True)
 class Target:
     """What is distilled or solved."""
 
-    task: str | None = None
-    """a named task: random, zipf, peaked, pairwise, prompts, planted, lookahead, sparse or star;
-    else random"""
+    task: Annotated[str | None, tyro.conf.arg(help=_TASKS)] = None
     table: Path | None = None
     """a TSV or CSV file with the columns sequence and score"""
     reward: str | None = None
@@ -69,7 +69,8 @@ class Target:
                 raise ValueError("--separator and --ragged need a --table")
             name = self.task or "random"
             if name not in TASKS:
-                raise ValueError(f"there is no task {name!r}{nearest(name, TASKS)}")
+                unknown = f"there is no task {name!r}{nearest(name, TASKS)}"
+                raise ValueError(TASKS.fault(name) or unknown)
             ebm = make_task(
                 name,
                 vocab_size=self.vocab_size,

@@ -6,7 +6,7 @@ and action: no network, no noise. What an agent ends at beyond it is capacity an
 
 from rl_ebm.fixed_points.closed_form import best_of_n
 from rl_ebm.fixed_points.finite import penalised_in_groups, resampled_law
-from rl_ebm.fixed_points.penalised import best_response, penalised
+from rl_ebm.fixed_points.penalties import best_response, penalised
 from rl_ebm.fixed_points.problem import FixedPoint, Penalty, Problem
 from rl_ebm.fixed_points.stand_in import forbids, law_of, stand_ins
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rl_ebm.fixed_points.normalised import normalised
-from rl_ebm.fixed_points.penalised import in_loss, penalised
+from rl_ebm.fixed_points.penalties import in_loss, penalised
 from rl_ebm.fixed_points.problem import FixedPoint, Penalty, Problem
 
 MOST = 2**22

@@ -7,7 +7,7 @@ With one logit for each state and action, and rewards in nats,
     A(s, a) = E[g | s, a] - kappa'(u(s, a))             kappa of each token in the loss
     A(s, a) = E[g - kappa'(u(y)) | s, a]                kappa of the response in the loss
 
-(see :mod:`rl_ebm.fixed_points.penalised`): the mean of every sampled estimate of these
+(see :mod:`rl_ebm.fixed_points.penalties`): the mean of every sampled estimate of these
 objectives, whatever its baseline, summed over the tokens of each response.
 """
 

@@ -18,7 +18,7 @@ Rule = Callable[[Tensor, Tensor], Tensor]
 
 
 class Penalty(NamedTuple):
-    """A KL penalty in a policy gradient: :mod:`rl_ebm.fixed_points.penalised` explains it."""
+    """A KL penalty in a policy gradient: :mod:`rl_ebm.fixed_points.penalties` explains it."""
 
     estimator: str
     """k1, k2 or k3"""

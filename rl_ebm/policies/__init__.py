@@ -10,6 +10,7 @@ from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.policies.automaton import AutomatonPolicy
 from rl_ebm.policies.base import Policy, Trainable
 from rl_ebm.policies.checks import check
+from rl_ebm.policies.decoding import sample
 from rl_ebm.policies.expression import parse_reference
 from rl_ebm.policies.hmm import fit_hmm
 from rl_ebm.policies.ngram import fit_ngram
@@ -18,7 +19,6 @@ from rl_ebm.policies.scoring import (
     log_prob,
     mask_logits,
     q_values,
-    sample,
     tree_logits,
     tree_q_values,
 )

@@ -7,16 +7,14 @@ that it is not likely to choose, and how likely it is to choose one like it is k
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.policies.base import Policy, Steps, steps_of
-from rl_ebm.policies.outputs import check_shape
-from rl_ebm.policies.scoring import sample
+from rl_ebm.policies.base import Policy, steps_of
+from rl_ebm.policies.decoding import along, sample
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.tokens import Batch, TokenSpace
 
@@ -33,25 +31,6 @@ def rows_at_once(policy: Policy, space: TokenSpace, memory: int) -> int:
     if steps_of(policy) is None:
         per_row += 16 * space.vocab_size * space.max_length
     return max(1, memory // per_row)
-
-
-def along(policy: Policy, space: TokenSpace, batch: Batch) -> Iterator[Float[Tensor, "B A"]]:
-    """Logits before every token of some responses, position by position, as the policy gives them.
-
-    By its cache where it has one, so that no (B, T, A) is made.
-    """
-    tokens = batch.clean().tokens
-    if (stepping := steps_of(policy)) is not None:
-        return _steps(stepping, tokens, batch.prompt_ids)
-    logits = policy.logits(tokens, batch.prompt_ids)
-    check_shape(logits, space)
-    return iter(logits.unbind(1))
-
-
-def _steps(policy: Steps, tokens: Int64[Tensor, "B T"], prompt_ids: Tensor) -> Iterator[Tensor]:
-    state = policy.start(prompt_ids)
-    for t in range(tokens.shape[1]):
-        yield policy.step(state, tokens[:, t - 1] if t else None)
 
 
 def are_listed(space: TokenSpace, samples: int) -> bool:

@@ -6,39 +6,28 @@ taken; all give the same numbers.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from rl_ebm.messages.arguments import (
-    Int,
-    Number,
-    check_generator,
-    finite,
     ids_tensor,
-    is_number,
-    shown,
     whole,
 )
-from rl_ebm.messages.memory import check_fits
 from rl_ebm.networks.prefix_tree import PrefixTree
 from rl_ebm.policies.base import (
     Policy,
     crops,
     device_of,
     num_prompts,
-    prompts_of,
     resolve_prompt_ids,
     space_of,
-    steps_of,
     tree_pass,
 )
-from rl_ebm.policies.outputs import check_kind, check_output
+from rl_ebm.policies.outputs import check_kind
 from rl_ebm.policies.outputs import check_shape as check_shape
 from rl_ebm.soft_bellman import log_policy, sequence_log_prob
-from rl_ebm.tokens import Batch, TokenSpace, check_space, length_mask
+from rl_ebm.tokens import TokenSpace, check_space, length_mask
 
 
 def mask_logits(logits: Float[Tensor, "B T A"], space: TokenSpace) -> Float[Tensor, "B T A"]:
@@ -67,7 +56,7 @@ def q_values(
     check_kind(policy)
     check_space(space)
     space.check_kind(tokens)
-    if _tree_is_smaller(policy, space, tokens.shape[0]):
+    if tree_is_smaller(policy, space, tokens.shape[0]):
         rows = tree_q_values(policy, space, num_prompts(policy)).flatten(0, 1)
         ids = space.state_ids(tokens)
         if num_prompts(policy) > 1:
@@ -172,120 +161,8 @@ def log_prob(
     return sequence_log_prob(log_pi, tokens, lengths)
 
 
-LOOK = 16
-"""tokens between two looks at whether all responses have ended, where a look waits"""
-
-
-@torch.no_grad()
-def sample(
-    policy: Policy,
-    space: TokenSpace,
-    n: Int,
-    generator: torch.Generator | None = None,
-    prompt_ids: Int64[Tensor, "n"] | None = None,
-    temperature: Number = 1.0,
-    epsilon: Number = 0.0,
-) -> Batch:
-    """Draw responses, by Gumbel-max on the masked logits: a forbidden token is never drawn.
-
-    Decoding ends with the longest response. Whether all have ended is looked at after every token
-    on a CPU, and every 16 tokens elsewhere, where each look would wait for the device.
-
-    Args:
-        n: how many.
-        generator: on the policy's device; None for the global one.
-        prompt_ids: which prompt each row answers, (n,); needed where the policy has several.
-        temperature: of the draw; 1 samples the policy itself.
-        epsilon: chance of each token to be drawn uniformly from the allowed ones instead.
-
-    Raises:
-        TypeError: no policy.
-        ValueError: ``prompt_ids`` missing or of another length, or a number out of range.
-    """
-    check_kind(policy)
-    check_space(space)
-    temperature = finite("temperature", temperature, 0.0, above=True)
-    if not (is_number(epsilon) and 0 <= epsilon <= 1):
-        raise ValueError(f"epsilon must be in [0, 1], got {shown(epsilon)}")
-    # A policy without prompts answers any the same.
-    count = None if prompts_of(policy) is None else num_prompts(policy)
-    device = device_of(policy)
-    n = check_draws(n, space, device)
-    prompt_ids = resolve_prompt_ids(n, prompt_ids, count, device)
-    device = prompt_ids.device
-    check_generator(generator, device)
-    next_logits = _next_logits(policy, space, n, prompt_ids)
-    mask = space.action_mask(device)
-    tokens = torch.zeros(n, space.max_length, dtype=torch.int64, device=device)
-    lengths = torch.full((n,), space.max_length, device=device)
-    running = torch.ones(n, dtype=torch.bool, device=device)
-    look = LOOK if device.type != "cpu" else 1
-    for t in range(space.max_length):
-        if space.eos_id is not None and t and t % look == 0 and not bool(running.any()):
-            break
-        logits = next_logits(t, tokens)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        logits = logits / temperature
-        if epsilon:
-            anything = torch.rand(n, 1, generator=generator, device=device) < epsilon
-            logits = logits.masked_fill(anything, 0.0)
-        logits = logits.masked_fill(~mask[t], -torch.inf)
-        # Gumbel noise is -log(Exponential); argmax of logits + noise is a draw from softmax.
-        noise = torch.empty_like(logits).exponential_(generator=generator).log_()
-        action = (logits - noise).argmax(-1)
-        tokens[:, t] = torch.where(running, action, tokens[:, t])
-        ends = running & space.ends(action, torch.full_like(action, t))
-        lengths = torch.where(ends, t + 1, lengths)
-        running = running & ~ends
-    return Batch(tokens, lengths, prompt_ids)
-
-
-def check_draws(n: Int, space: TokenSpace, device: torch.device) -> int:
-    """How many responses are to be drawn.
-
-    Raises:
-        TypeError: no integer.
-        ValueError: a negative one, or more than fit into memory at a time.
-    """
-    n = whole("n", n, 0, 2**31)
-    if n > 2**20 and device.type == "cpu":
-        need = 8 * n * (space.max_length + space.vocab_size + 2)
-        check_fits(need, f"drawing {n:,} responses at a time", "draw fewer")
-    return n
-
-
-def _tree_is_smaller(policy: Policy, space: TokenSpace, rows: int) -> bool:
+def tree_is_smaller(policy: Policy, space: TokenSpace, rows: int) -> bool:
+    """Whether a pass over all states takes fewer logits than so many rows of T."""
     if tree_pass(policy) is None:
         return False
     return num_prompts(policy) * space.num_states <= rows * space.max_length
-
-
-def _next_logits(policy: Policy, space: TokenSpace, n: int, prompt_ids: Tensor) -> Any:
-    """A function (t, tokens) -> (n, A): the fastest way this policy has."""
-    if _tree_is_smaller(policy, space, n):
-        rows = tree_q_values(policy, space, num_prompts(policy)).flatten(0, 1)
-        row = prompt_ids * space.num_states if num_prompts(policy) > 1 else 0
-
-        def from_tree(t: int, tokens: Tensor) -> Tensor:
-            index = torch.zeros_like(prompt_ids)
-            for i in range(t):
-                index = index * space.branching + space.rank(tokens[:, i])
-            return rows[row + space.state_offset(t) + index]
-
-        return from_tree
-    stepping = steps_of(policy)
-    if stepping is not None:
-        state = stepping.start(prompt_ids)
-
-        def from_cache(t: int, tokens: Tensor) -> Tensor:
-            return stepping.step(state, tokens[:, t - 1] if t else None)
-
-        return from_cache
-
-    def from_scratch(t: int, tokens: Tensor) -> Tensor:
-        logits = policy.logits(tokens, prompt_ids)
-        check_output(logits, len(tokens), space)
-        rows: Tensor = logits[:, t]
-        return rows
-
-    return from_scratch

@@ -10,7 +10,7 @@ from rl_ebm.rewards.automaton import Automaton
 from rl_ebm.rewards.base import Reward
 from rl_ebm.rewards.checks import check
 from rl_ebm.rewards.convert import as_reward
-from rl_ebm.rewards.expression import parse_reward
+from rl_ebm.rewards.expression import KINDS, parse_reward, register
 from rl_ebm.rewards.function import Function
 from rl_ebm.rewards.table import Table
 from rl_ebm.rewards.table_file import TableFile, read_table
@@ -18,6 +18,7 @@ from rl_ebm.rewards.transformer import TransformerReward
 from rl_ebm.rewards.trl import TRLFunction, from_trl
 
 __all__ = [
+    "KINDS",
     "Automaton",
     "Function",
     "Reward",
@@ -32,4 +33,5 @@ __all__ = [
     "from_trl",
     "parse_reward",
     "read_table",
+    "register",
 ]

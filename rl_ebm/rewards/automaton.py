@@ -22,11 +22,11 @@ from rl_ebm.automata import (
     counters,
     distances,
     minimise,
+    patterns,
     phrases,
     product,
+    weighted,
 )
-from rl_ebm.automata.matrices import weighted
-from rl_ebm.automata.regex import patterns
 from rl_ebm.automata.weights import check_values
 from rl_ebm.messages.arguments import shown
 from rl_ebm.rewards.base import Prompts

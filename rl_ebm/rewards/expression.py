@@ -26,11 +26,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rl_ebm.automata.symbols import Symbols
 from rl_ebm.messages.arguments import shown
 from rl_ebm.messages.numerals import parse_real
 from rl_ebm.messages.words import nearest
+from rl_ebm.packages.plugins import Registry
 from rl_ebm.rewards.automaton import Automaton, total
 from rl_ebm.tokens import TokenSpace
 
@@ -40,39 +42,89 @@ _END = re.compile(r"\s\+(?:\s|\Z)|\Z")
 MAX_TERMS = 1000
 
 
-class _Reader:
-    """Arguments of one expression, with the positions of their faults."""
+@dataclass(frozen=True)
+class Words:
+    """In what the arguments of an expression are written.
 
-    def __init__(self, space: TokenSpace, alphabet: Sequence[str] | None) -> None:
-        self.space, self.alphabet = space, alphabet
-        self.phrase = Symbols(space, alphabet).read
+    Attributes:
+        space: the responses.
+        alphabet: the symbol of every token id; None for ids.
+        phrase: text to the token ids of a phrase.
+    """
 
-    def parity(self, text: str, score: float) -> Automaton:
-        if text.strip() not in ("0", "1"):
-            raise ValueError(f"parity is 0 or 1, got {shown(text.strip())}")
-        scores = [0.0, score] if text.strip() == "1" else [score, 0.0]
-        return Automaton.modular(self.space, scores)
+    space: TokenSpace
+    alphabet: Sequence[str] | None
+    phrase: Callable[[str], list[int]]
 
-    def kinds(self) -> dict[str, Callable[[str, float], Automaton]]:
-        """What makes a reward of each kind from its argument and its factor."""
-        space, phrase = self.space, self.phrase
-        alphabet = None if self.alphabet is None else list(self.alphabet)
 
-        def avoids(text: str, factor: float) -> Automaton:
-            if factor != 1:
-                raise ValueError("avoids is -inf: a factor says nothing")
-            return Automaton.avoids(space, phrase(text))
+Kind = Callable[[str, float, Words], Automaton]
+"""(argument, the number in front or 1, words) to a reward; ValueError where it cannot be read"""
 
-        return {
-            "contains": lambda text, x: Automaton.contains(space, phrase(text), x),
-            "avoids": avoids,
-            "avoid": avoids,
-            "counts": lambda text, x: Automaton.counts(space, phrase(text), x),
-            "regex": lambda text, x: Automaton.regex(space, text, x, alphabet),
-            "hamming": lambda text, x: Automaton.hamming(space, phrase(text), x),
-            "edit": lambda text, x: Automaton.edit_distance(space, phrase(text), x),
-            "parity": self.parity,
-        }
+
+def _avoids(text: str, factor: float, words: Words) -> Automaton:
+    if factor != 1:
+        raise ValueError("avoids is -inf: a factor says nothing")
+    return Automaton.avoids(words.space, words.phrase(text))
+
+
+def _parity(text: str, score: float, words: Words) -> Automaton:
+    if text.strip() not in ("0", "1"):
+        raise ValueError(f"parity is 0 or 1, got {shown(text.strip())}")
+    scores = [0.0, score] if text.strip() == "1" else [score, 0.0]
+    return Automaton.modular(words.space, scores)
+
+
+def _regex(text: str, score: float, words: Words) -> Automaton:
+    alphabet = None if words.alphabet is None else list(words.alphabet)
+    return Automaton.regex(words.space, text, score, alphabet)
+
+
+def register(name: str, kind: Any) -> Kind:
+    """Make a kind known to :func:`parse_reward`, and to ``--reward "name:argument"``.
+
+    In this process alone. An installed package does it for every process, the command line's too,
+    by an entry point ``name = "module:function"`` in the group ``rl_ebm.rewards``.
+
+    Args:
+        name: letters a to z.
+        kind: ``(argument, factor, words) -> Automaton``, the factor being the number in front, or
+            1, and ``words`` having the ``space``, the ``alphabet`` and ``phrase(text)``, the ids of
+            a phrase. A ValueError of its own is told with its position in the expression.
+
+    Raises:
+        ValueError: a name that is taken, or no name.
+        TypeError: no function.
+    """
+    return KINDS.add(name, _read(name, kind))
+
+
+def _read(name: object, kind: Any) -> Kind:
+    """A kind that is registered or referred to; raises as :func:`register` does."""
+    if not isinstance(name, str) or not re.fullmatch("[a-z]+", name):
+        raise ValueError(f"the name of a kind of reward is letters a to z, got {shown(name)}")
+    if not callable(kind):
+        raise TypeError(
+            f"a kind of reward is a function (argument, factor, words) -> Automaton, got "
+            f"{shown(kind)}"
+        )
+    found: Kind = kind
+    return found
+
+
+KINDS: Registry[Kind] = Registry("kind of reward", "rl_ebm.rewards", _read)
+"""what makes a reward of each kind"""
+KINDS.update(
+    {
+        "contains": lambda text, x, w: Automaton.contains(w.space, w.phrase(text), x),
+        "avoids": _avoids,
+        "avoid": _avoids,
+        "counts": lambda text, x, w: Automaton.counts(w.space, w.phrase(text), x),
+        "regex": _regex,
+        "hamming": lambda text, x, w: Automaton.hamming(w.space, w.phrase(text), x),
+        "edit": lambda text, x, w: Automaton.edit_distance(w.space, w.phrase(text), x),
+        "parity": _parity,
+    }
+)
 
 
 def parse_reward(
@@ -91,14 +143,14 @@ def parse_reward(
         raise TypeError(f"a reward expression is text, got {shown(expression)}")
     if not isinstance(space, TokenSpace):
         raise TypeError(f"space must be a TokenSpace, got {type(space).__name__}")
-    kinds = _Reader(space, alphabet).kinds()
+    words = Words(space, alphabet, Symbols(space, alphabet).read)
     parts = []
     for term in _terms(expression):
-        if term.kind not in kinds:
-            what = f"there is no {shown(term.kind)}{nearest(term.kind.lower(), kinds)}"
-            raise _fault(expression, term.kind_at, what)
+        if term.kind not in KINDS:
+            what = f"there is no {shown(term.kind)}{nearest(term.kind.lower(), KINDS)}"
+            raise _fault(expression, term.kind_at, KINDS.fault(term.kind) or what)
         try:
-            parts.append(kinds[term.kind](term.argument, _factor(term.factor)))
+            parts.append(_made(KINDS[term.kind](term.argument, _factor(term.factor), words), term))
         except _FactorError as error:
             raise _fault(expression, term.factor_at, str(error)) from None
         except ValueError as error:
@@ -116,6 +168,13 @@ class _Term:
     kind_at: int
     argument: str
     argument_at: int
+
+
+def _made(reward: object, term: _Term) -> Automaton:
+    """Raise TypeError unless a kind has made what can be added to the other terms."""
+    if not isinstance(reward, Automaton):
+        raise TypeError(f"the kind {term.kind!r} must make an Automaton, got {shown(reward)}")
+    return reward
 
 
 def _terms(expression: str) -> list[_Term]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -172,6 +172,19 @@ def difference(a: Interval, b: Interval, least: float = -math.inf) -> Interval:
         kind = "worth nothing"
     low, high = max(low, least), max(high, least)
     return Interval(max(estimate, least), low, high, confidence, kind)
+
+
+def affine(x: Interval, scale: float, shift: float = 0.0) -> Interval:
+    """Of scale X + shift, scale not 0: as sure as that of X."""
+    ends = sorted((scale * x.low + shift, scale * x.high + shift))
+    return replace(x, estimate=scale * x.estimate + shift, low=ends[0], high=ends[1])
+
+
+def nonnegative(x: Interval) -> Interval:
+    """Of the same unknown where it is known to be at least 0."""
+    low, high = max(x.low, 0.0), max(x.high, 0.0)
+    kind: Kind = "worth nothing" if low == 0 and high == math.inf else x.kind
+    return replace(x, estimate=max(x.estimate, 0.0), low=low, high=high, kind=kind)
 
 
 def average(intervals: Sequence[Interval]) -> Interval:

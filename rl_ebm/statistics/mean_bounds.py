@@ -97,6 +97,12 @@ def betting_lower(log_x: Float[Tensor, "... n"], alpha: float) -> Float[Tensor, 
     Ville's inequality it ever reaches 1 / alpha with probability at most alpha. The wealth falls
     as m grows, so the m at which it never did are those above a bound, found by bisection.
 
+    In words: were m the mean, no way of betting on the X_i could be expected to win; so an m
+    against which a bettor would have become 1 / alpha times as rich is rejected. The maximum over
+    i, and not the wealth at the end, is what Ville's inequality speaks of, which is why a lucky
+    start counts. The stakes are fixed before any X is seen: choosing the best of them afterwards
+    would be another, wrong, test, while their mean is itself a bettor who splits his money.
+
     Raises:
         ValueError: alpha out of (0, 1), no samples, NaN or +inf.
     """

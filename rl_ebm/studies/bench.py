@@ -42,9 +42,10 @@ from rl_ebm.training.loop import MAX_EVALUATED, NonFiniteError
 from rl_ebm.training.metrics_csv import read_rows
 from rl_ebm.training.run import resume, train
 from rl_ebm.training.stopping import Terminated, sigterm_raises
+from rl_ebm.verification.figures import FIGURES
 
 RESULTS = "results.csv"
-EXACT = ("kl_target_policy", "kl_policy_target", "tv", "expected_reward_policy")
+BENCHED = tuple(figure for figure in FIGURES if figure.benched)
 Rows = list[dict[str, Any]]
 
 
@@ -121,7 +122,9 @@ class Plan:
         for problem in self.problems:
             if problem.name not in TASKS and not Path(problem.name).exists():
                 raise ValueError(
-                    f"there is no task and no table {problem.name!r}{nearest(problem.name, TASKS)}"
+                    TASKS.fault(problem.name)
+                    or f"there is no task and no table {problem.name!r}"
+                    f"{nearest(problem.name, TASKS)}"
                 )
         if self.calls < 1:
             raise ValueError(f"calls must be >= 1, got {self.calls}")
@@ -238,7 +241,7 @@ def rows_of(job: Job) -> Rows:
         for row in read_rows(path)[1]:
             if not row.get("exact/kl_target_policy"):
                 continue
-            exact = {key: float(row[f"exact/{key}"]) for key in EXACT}
+            exact = {f.key: float(row[f"exact/{f.key}"]) for f in BENCHED}
             # log Z - KL(pi, p*) = E[R] / beta - KL(pi, p_ref)
             kl_reference = exact["expected_reward_policy"] / job.problem.beta - float(
                 row["eval/elbo"]

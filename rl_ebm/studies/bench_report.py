@@ -16,13 +16,16 @@ from rl_ebm.agents import entry_of
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import solve, summarise
 from rl_ebm.studies.audit import is_target
-from rl_ebm.studies.bench import Plan, Problem, Rows, last_of
+from rl_ebm.studies.bench import BENCHED, Plan, Problem, Rows, last_of
 from rl_ebm.studies.problems import problems
 from rl_ebm.studies.seeds import interval
 from rl_ebm.training.checkpoint import write_text
+from rl_ebm.verification.entry import REWARD
 
 FLOOR = 1e-9
 """smallest KL that a curve shows, nats"""
+RANKED = "kl_policy_target"
+"""what agents are ordered by"""
 SWEEP = torch.logspace(-1.5, 1.5, 25).tolist()
 """beta of the frontier, in units of the benchmark's"""
 
@@ -66,30 +69,21 @@ def write_report(plan: Plan, rows: Rows, out: Path, failed: Sequence[str] = ()) 
 
 def table(plan: Plan, problem: Problem, rows: Rows) -> str:
     """One line for each agent, the smallest KL(policy, target) first."""
+    compared = [figure for figure in BENCHED if figure.unit != REWARD]
+    compared.sort(key=lambda figure: figure.key != RANKED)
     ends_there = targets(plan, problem)
     lines = []
     for agent in plan.agents:
         ends = last_of(rows, agent=agent)
         if not ends:  # all of its runs failed
             continue
-        cells = [
-            interval([row[key] for row in ends])
-            for key in ("kl_policy_target", "kl_target_policy", "tv")
-        ]
-        middle = statistics.median(row["kl_policy_target"] for row in ends)
+        cells = [interval([row[figure.key] for row in ends]) for figure in compared]
+        middle = statistics.median(row[RANKED] for row in ends)
         calls = statistics.median(row["reward_calls"] for row in ends)
         seconds = interval([row["seconds"] for row in ends])
         there = {True: "yes", False: "no", None: "not known"}[ends_there[agent]]
         lines.append((middle, [f"`{agent}`", there, f"{calls:,.0f}", seconds, *cells]))
-    head = [
-        "agent",
-        "ends at the EBM",
-        "reward calls",
-        "seconds",
-        "KL(policy, target)",
-        "KL(target, policy)",
-        "total variation",
-    ]
+    head = ["agent", "ends at the EBM", "reward calls", "seconds", *(f.label for f in compared)]
     body = [" | ".join(cells) for _, cells in sorted(lines, key=lambda line: line[0])]
     return "\n".join(
         [

@@ -6,27 +6,16 @@ import math
 import statistics
 from collections.abc import Sequence
 
-NORMAL95 = statistics.NormalDist().inv_cdf(0.975)
-"""two-sided 95% quantile of N(0, 1)"""
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""those of Student's t by degrees of freedom"""
-
-
-def student95(df: int) -> float:
-    """Two-sided 95% quantile of Student's t; from 10 degrees of freedom within 0.15% of it.
-
-    There by its expansion in 1 / df (Abramowitz and Stegun 1964, 26.7.5).
-    """
-    z = NORMAL95
-    series = z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
-    return T95.get(df, series)
+from rl_ebm.statistics.interval import student_quantile
 
 
 def half_width(values: Sequence[float]) -> float:
     """Of the 95% interval of the mean (Student's t); infinite for one value."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return math.inf
-    return student95(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return (
+        student_quantile(0.95, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    )
 
 
 def interval(values: Sequence[float]) -> str:
@@ -65,7 +54,7 @@ def geometric(values: Sequence[float]) -> tuple[float, float, float]:
 
 def geometric_interval(values: Sequence[float]) -> str:
     """:func:`geometric` as text: for positive values on very different scales."""
-    if len(values) < 2:
+    if len(values) < 2 or math.inf in values:
         return interval(values)
     mean, low, high = geometric(values)
     return f"{mean:.2g} ({low:.2g} to {high:.2g})"

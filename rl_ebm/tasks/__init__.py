@@ -1,5 +1,5 @@
 """Named tasks: an EBM by its name and a seed."""
 
-from rl_ebm.tasks.named import TASKS, Task, make_task
+from rl_ebm.tasks.named import TASKS, Task, make_task, register
 
-__all__ = ["TASKS", "Task", "make_task"]
+__all__ = ["TASKS", "Task", "make_task", "register"]

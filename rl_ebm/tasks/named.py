@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rl_ebm.ebm import EBM, check_ebm
 from rl_ebm.messages.arguments import Int, Number, shown, whole
+from rl_ebm.packages.plugins import Registry
 from rl_ebm.policies import Policy, Uniform
 from rl_ebm.rewards.base import Prompts, Reward
 from rl_ebm.tasks import drawn as scores
@@ -95,77 +96,117 @@ def pairwise(space: TokenSpace, task_seed: int) -> Pairwise:
     return Pairwise(torch.from_numpy(couplings), space)
 
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        Task(
-            "random",
-            "a random score for each sequence: nothing to generalise, everything to verify",
-            vocab_size=8,
-            max_length=4,
-            reward=scores.normal,
-        ),
-        Task(
-            "pairwise",
-            "random couplings between all pairs of positions: long-range, of any length",
-            vocab_size=4,
-            max_length=8,
-            reward=pairwise,
-        ),
-        Task(
-            "prompts",
-            "a random score for each of three prompts and each sequence: a conditional EBM",
-            vocab_size=4,
-            max_length=4,
-            reward=scores.normal_of_prompts,
-            prompts=scores.PROMPTS,
-        ),
-        Task(
-            "zipf",
-            "the law of arXiv 2512.15605, Figs. 2 to 4: Zipf in enumeration order, smooth",
-            vocab_size=8,
-            max_length=4,
-            reward=scores.zipf,
-        ),
-        Task(
-            "peaked",
-            "the law of its Fig. 5, softmax(N(0, I) / 0.1): a few sequences hold it all",
-            vocab_size=8,
-            max_length=4,
-            reward=scores.peaked,
-        ),
-        Task(
-            "planted",
-            "bit sequences near one of eight planted modes: who finds one may miss the others",
-            vocab_size=2,
-            max_length=12,
-            reward=planted.planted_modes,
-        ),
-        Task(
-            "lookahead",
-            "the first token decides what the last may be: V differs at the root alone",
-            vocab_size=8,
-            max_length=4,
-            reward=planted.lookahead,
-        ),
-        Task(
-            "sparse",
-            "one sequence in ten thousand pays, the others nothing: exploration",
-            vocab_size=10,
-            max_length=4,
-            reward=planted.sparse,
-        ),
-        Task(
-            "star",
-            "a path on a star graph to the goal in the prompt: the first step decides",
-            vocab_size=12,
-            max_length=3,
-            reward=planted.star,
-            prompts=planted.STAR_PROMPTS,
-        ),
-    )
-}
+BUILT_IN = (
+    Task(
+        "random",
+        "a random score for each sequence: nothing to generalise, everything to verify",
+        vocab_size=8,
+        max_length=4,
+        reward=scores.normal,
+    ),
+    Task(
+        "pairwise",
+        "random couplings between all pairs of positions: long-range, of any length",
+        vocab_size=4,
+        max_length=8,
+        reward=pairwise,
+    ),
+    Task(
+        "prompts",
+        "a random score for each of three prompts and each sequence: a conditional EBM",
+        vocab_size=4,
+        max_length=4,
+        reward=scores.normal_of_prompts,
+        prompts=scores.PROMPTS,
+    ),
+    Task(
+        "zipf",
+        "the law of arXiv 2512.15605, Figs. 2 to 4: Zipf in enumeration order, smooth",
+        vocab_size=8,
+        max_length=4,
+        reward=scores.zipf,
+    ),
+    Task(
+        "peaked",
+        "the law of its Fig. 5, softmax(N(0, I) / 0.1): a few sequences hold it all",
+        vocab_size=8,
+        max_length=4,
+        reward=scores.peaked,
+    ),
+    Task(
+        "planted",
+        "bit sequences near one of eight planted modes: who finds one may miss the others",
+        vocab_size=2,
+        max_length=12,
+        reward=planted.planted_modes,
+    ),
+    Task(
+        "lookahead",
+        "the first token decides what the last may be: V differs at the root alone",
+        vocab_size=8,
+        max_length=4,
+        reward=planted.lookahead,
+    ),
+    Task(
+        "sparse",
+        "one sequence in ten thousand pays, the others nothing: exploration",
+        vocab_size=10,
+        max_length=4,
+        reward=planted.sparse,
+    ),
+    Task(
+        "star",
+        "a path on a star graph to the goal in the prompt: the first step decides",
+        vocab_size=12,
+        max_length=3,
+        reward=planted.star,
+        prompts=planted.STAR_PROMPTS,
+    ),
+)
+
+
+def register(task: Any) -> Task:
+    """Make a task known by its name: to :func:`make_task`, the environments, bench and flags.
+
+    In this process alone. An installed package does it for every process, the command line's too,
+    by an entry point ``name = "module:TASK"`` in the group ``rl_ebm.tasks``: that is a
+    :class:`Task` of that name, or a function of no arguments that returns one.
+
+    Args:
+        task: a :class:`Task`. Its name is lower case, words joined by "-". A run keeps the name and
+            the seed alone: the same ``reward(space, task_seed)`` must be made of them again.
+
+    Raises:
+        ValueError: a name that is taken, or no name.
+        TypeError: no task.
+    """
+    found = _checked(task)
+    return TASKS.add(found.name, found, ", or del rl_ebm.tasks.TASKS[name] first")
+
+
+def _checked(task: Any) -> Task:
+    """Raise what is wrong with a task, as :func:`register` says."""
+    if not isinstance(task, Task) or not callable(task.reward):
+        raise TypeError(
+            f"a task is an rl_ebm.tasks.Task whose reward is a function, got {shown(task)}"
+        )
+    name: Any = task.name
+    if not isinstance(name, str) or not name or set(name) & set(" _,\t\n") or name != name.lower():
+        raise ValueError(f"a task's name is lower case, its words joined by '-', got {shown(name)}")
+    return task
+
+
+def _read(name: str, found: Any) -> Task:
+    """The task that an entry point refers to; raises as :func:`register` does."""
+    task = _checked(found() if callable(found) else found)
+    if task.name != name:
+        raise ValueError(f"the task's own name is {task.name!r}, and must be the entry point's")
+    return task
+
+
+TASKS: Registry[Task] = Registry("task", "rl_ebm.tasks", _read)
 """the named tasks"""
+TASKS.update((task.name, task) for task in BUILT_IN)
 
 
 def make_task(
@@ -222,7 +263,8 @@ def find_task(name: str) -> Task:
         return TASKS[name]
     nearest = get_close_matches(name[:80], TASKS, n=1, cutoff=0.0)[0]
     raise ValueError(
-        f"unknown task {shown(name)}: did you mean {nearest!r}? There are {', '.join(TASKS)}"
+        TASKS.fault(name)
+        or f"unknown task {shown(name)}: did you mean {nearest!r}? There are {', '.join(TASKS)}"
     )
 
 

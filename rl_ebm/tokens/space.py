@@ -1,18 +1,6 @@
 r"""Token spaces, batches of responses, and the order in which both are enumerated.
 
-Notation, used in the whole library:
-
-==============  ==============================================================  ================
-symbol          meaning                                                         shape
-==============  ==============================================================  ================
-``A``           number of actions (vocabulary, EOS included where there is one)
-``B`` (sizes)   rows of a batch; in this module ``branching``: non-EOS tokens
-``T``           ``max_length``; in EOS mode it counts the EOS
-``P``           number of prompts
-``tokens``      responses, right-padded; never read past ``lengths``            (B, T) int64
-``lengths``     real tokens of each row, EOS included                           (B,) int64
-``prompt_ids``  which prompt each row answers                                   (B,) int64
-==============  ==============================================================  ================
+The symbols are those of :mod:`rl_ebm.tokens`; ``branching`` is the number of non-EOS tokens.
 
 **Fixed-length mode** (``eos_id=None``): all ``A**T`` sequences. **EOS mode**: responses end
 with EOS, have at most ``T`` tokens with it, and at the last position only EOS is allowed

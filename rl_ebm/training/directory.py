@@ -30,13 +30,13 @@ from rl_ebm.files import (
     write_text,
 )
 from rl_ebm.files.tensors import holds, load_tensors, save_tensors
+from rl_ebm.packages.version import VERSION
 from rl_ebm.policies import Policy, Tabular, Trainable, Transformer
 from rl_ebm.policies.base import device_of
 from rl_ebm.rewards import Reward
 from rl_ebm.tokens import TokenSpace
 from rl_ebm.training import kinds
 from rl_ebm.training.run_config import read_config
-from rl_ebm.version import VERSION
 
 __all__ = [
     "CERTIFICATE", "CONFIG", "METRICS", "OWN", "POLICY", "REPORT", "SCORES", "STATE", "RunError",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor
 
 from rl_ebm.agents import entry_of
-from rl_ebm.agents.defaults import default_options
 from rl_ebm.agents.shared.trained import check_apart, check_weights
 from rl_ebm.ebm import EBM, check_ebm
 from rl_ebm.exact import Solution, TooLargeError, find_machines
@@ -27,6 +25,7 @@ from rl_ebm.policies import Policy, Tabular, Trainable, Transformer
 from rl_ebm.rewards import Reward
 from rl_ebm.rewards.base import is_called, scores_of
 from rl_ebm.training.config import TrainConfig, check_limits
+from rl_ebm.training.defaults import options_of
 from rl_ebm.training.directory import (
     agent_of_run,
     check_asked,
@@ -118,7 +117,7 @@ def train(
         out: the run directory; None writes no files.
         options: the agent's config, for example ``SoftQConfig(lr=1e-3)``; None for its default. A
             pretrained model that is passed in gets a rate and a batch of its own by default
-            (:func:`rl_ebm.agents.defaults.default_options`), and they are printed.
+            (:func:`rl_ebm.training.defaults.default_options`), and they are printed.
         policy: a policy to start from, trained in place, with float32 or float64 weights that the
             reference has no part in; None for a new one. A run with one asks for it again:
             load(run, policy=...), resume(run, policy=...).
@@ -145,17 +144,7 @@ def train(
         RunError: ``out`` holds a run already, or the run had to stop.
     """
     check_ebm(ebm)
-    if not (out is None or isinstance(out, (str, os.PathLike))):
-        raise TypeError(f"out must be a path, or None for no files, got {shown(out)}")
-    if not (config is None or isinstance(config, TrainConfig)):
-        raise TypeError(f"config must be a TrainConfig, got {type(config).__name__}")
-    if not (source is None or isinstance(source, dict)):
-        raise TypeError(f"source must be a dict, or None, got {shown(source)}")
-    if not (policy is None or isinstance(policy, torch.nn.Module)):
-        raise ValueError(
-            "policy must be a torch.nn.Module with logits(tokens, prompt_ids=None), got "
-            f"{shown(policy)}"
-        )
+    _check_kinds(out, config, source, policy)
     flag("overwrite", overwrite)
     flag("compile", compile)
     flag("progress", progress, unset=True)
@@ -165,32 +154,12 @@ def train(
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be in [0, 2**63), got {seed}")
     entry = entry_of(agent)
-    if options is None:
-        options, chosen = default_options(entry.config, policy)
-        if chosen:
-            values = ", ".join(f"{name}={getattr(options, name)}" for name in chosen)
-            print(
-                f"{agent} for a pretrained policy: {values} (options= chooses others)",
-                file=sys.stderr,
-            )
-    if not isinstance(options, entry.config):
-        raise ValueError(
-            f"options for {agent} must be a {entry.config.__name__}, got {type(options).__name__}"
-        )
-    if steps is None and seconds is None and (config is None or config.endless):
-        seconds = 60.0
-    limits = check_limits(steps, seconds)
-    if config is None:
-        config = TrainConfig(**limits)
-    elif steps is not None or seconds is not None:
-        config = replace(config, **limits)
-    if not isinstance(network, (str, TransformerConfig)):
-        raise TypeError(
-            f"network must be a TransformerConfig, 'transformer' or 'tabular', got {shown(network)}"
-        )
+    options = options_of(agent, options, policy)
+    of_network = network_config(_check_network(network))
+    config = _ends(config, steps, seconds)
     description = {
         "ebm": describe_ebm(ebm, source),
-        "policy": network_config(network) if policy is None else policy_config(policy),
+        "policy": of_network if policy is None else policy_config(policy),
         "agent": {
             "name": agent,
             "logits_are_values": entry.agent.logits_are_values,
@@ -214,6 +183,40 @@ def train(
             write_config(run, description, ebm)
         report = trainer.train()
     return trainer.agent.policy, report
+
+
+def _check_kinds(out: object, config: object, source: object, policy: object) -> None:
+    """Raise unless these arguments of :func:`train` are of the kinds that it takes."""
+    if not (out is None or isinstance(out, (str, os.PathLike))):
+        raise TypeError(f"out must be a path, or None for no files, got {shown(out)}")
+    if not (config is None or isinstance(config, TrainConfig)):
+        raise TypeError(f"config must be a TrainConfig, got {type(config).__name__}")
+    if not (source is None or isinstance(source, dict)):
+        raise TypeError(f"source must be a dict, or None, got {shown(source)}")
+    if not (policy is None or isinstance(policy, torch.nn.Module)):
+        raise ValueError(
+            "policy must be a torch.nn.Module with logits(tokens, prompt_ids=None), got "
+            f"{shown(policy)}"
+        )
+
+
+def _ends(config: TrainConfig | None, steps: Any, seconds: Any) -> TrainConfig:
+    """The config with the ends that go first; 60 seconds where there is none at all."""
+    if steps is None and seconds is None and (config is None or config.endless):
+        seconds = 60.0
+    limits = check_limits(steps, seconds)
+    if config is None:
+        return TrainConfig(**limits)
+    return config if steps is None and seconds is None else replace(config, **limits)
+
+
+def _check_network(network: object) -> TransformerConfig | str:
+    """Raise TypeError unless these are sizes, or a name."""
+    if not isinstance(network, (str, TransformerConfig)):
+        raise TypeError(
+            f"network must be a TransformerConfig, 'transformer' or 'tabular', got {shown(network)}"
+        )
+    return network
 
 
 @overload

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import heapq
-import math
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 
 import torch
@@ -17,19 +18,59 @@ from rl_ebm.exact import Solution
 from rl_ebm.exact.base import Rows
 from rl_ebm.policies.walk import Block
 from rl_ebm.soft_bellman import expectation, log_policy, soft_value
-from rl_ebm.verification.report import Bounds, Depth, Prefix, Report
+from rl_ebm.verification.parts import Depth, Prefix
 
 WORST = 10
 """how many of the worst prefixes a report names"""
-_FIGURES = {
-    "kl_policy_target": "kl_policy",
-    "entropy_target": "entropy_target",
-    "entropy_policy": "entropy_policy",
-    "expected_reward_target": "reward_target",
-    "expected_reward_policy": "reward_policy",
-}
 _Entry = tuple[float, int, int, Prefix]
 """a prefix with its error, and what puts the earlier prompt and state first among equals"""
+
+
+@dataclass(frozen=True)
+class States:
+    """The states of a block, (n,) or (n, A): what a figure that is a sum over states may read.
+
+    Attributes:
+        log_s_star, log_s: log-probability of each state under target and policy, nats.
+        log_pi_star, log_pi: the conditionals there; rows of ``-inf`` where there is none.
+        spans: L_s of q - q* over the allowed actions.
+    """
+
+    log_s_star: Float[Tensor, "n"]
+    log_s: Float[Tensor, "n"]
+    log_pi_star: Float[Tensor, "n A"]
+    log_pi: Float[Tensor, "n A"]
+    spans: Float[Tensor, "n"]
+    read_log_ref: Callable[[], Tensor]
+
+    @cached_property
+    def log_ref(self) -> Float[Tensor, "n A"]:
+        """log p_ref(.|s); 0 for every action of the counting measure."""
+        return self.read_log_ref()
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Responses that end in a block, (n, C): their exact log-probabilities, and rewards."""
+
+    log_star: Float[Tensor, "n C"]
+    log_pi: Float[Tensor, "n C"]
+    reward: Float[Tensor, "n C"]
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A figure that is a sum over all states, or over all responses, of each prompt.
+
+    Args:
+        of_states: the term of each state, (n,).
+        of_responses: that of each response, or what a row of them sums to.
+        finish: what is done to the totals, (P,), in the end.
+    """
+
+    of_states: Callable[[States], Tensor] | None = None
+    of_responses: Callable[[Responses], Tensor] | None = None
+    finish: Callable[[Tensor, Accumulator], Tensor] = lambda total, _: total
 
 
 @dataclass
@@ -57,7 +98,17 @@ class Accumulator:
         solution: the exact solution.
         prompts: which prompts, (P,).
         values: whether the policy's raw logits are to be q (adds the Bellman residual).
+        figures: what is summed up, by name; the totals are in ``sums``.
         worst_of_each: whether the worst prefixes are looked for in each prompt, or in all of them.
+
+    Attributes, (P,), of all blocks that were added:
+        kl, linf, states: a list by depth: the terms of KL(p*, pi), the largest error, the states
+            that the target reaches.
+        max_span, max_residual: the largest L_s, and |q - r - V_q|.
+        ratio_low, ratio_high: of log pi - log p*.
+        forbidden_reached: whether the policy gives a response that the target forbids.
+        v_root: the policy's V of the empty prefix, on its raw logits.
+        sums: by name.
     """
 
     def __init__(
@@ -65,9 +116,10 @@ class Accumulator:
         solution: Solution,
         prompts: Int64[Tensor, "P"],
         values: bool,
+        figures: Mapping[str, Sum],
         worst_of_each: bool = True,
     ) -> None:
-        self.solution, self.values = solution, values
+        self.solution, self.values, self.figures = solution, values, figures
         self.space = solution.space
         self.prompts, self.worst_of_each = prompts.tolist(), worst_of_each
         self.ids = prompts.to(solution.device)
@@ -76,7 +128,7 @@ class Accumulator:
         self.sums: dict[str, Tensor] = {}
         depths = range(self.space.max_length)
         self.kl, self.linf, self.states = ([zero.clone() for _ in depths] for _ in range(3))
-        self.max_span, self.max_residual = zero.clone(), zero.clone()
+        self.max_span, self.max_residual, self.v_root = zero.clone(), zero.clone(), zero.clone()
         self.ratio_low, self.ratio_high = zero + torch.inf, zero - torch.inf
         self.forbidden_reached = zero > 0
         self.worst_by: dict[int | None, list[_Entry]] = defaultdict(list)
@@ -106,8 +158,23 @@ class Accumulator:
 
         kl_star = divergences.kl(log_pi_star, log_pi)
         self.kl[block.depth] += self._each(expectation(log_s_star, kl_star)).sum(1)
-        self._plus("kl_policy", expectation(log_s, divergences.kl(log_pi, log_pi_star)))
-        self._add_errors(block, q, q_star, allowed, log_s_star, log_s, kl_star)
+        q_star = q_star.masked_fill(~allowed, -torch.inf)
+        spans = bounds.logit_span(q, q_star)
+        states = States(
+            log_s_star,
+            log_s,
+            log_pi_star,
+            log_pi,
+            spans,
+            lambda: self.solution.log_ref_rows(block.depth, rows, prompt),
+        )
+        for name, figure in self.figures.items():
+            if figure.of_states is not None:
+                self._plus(name, figure.of_states(states))
+        if block.depth == 0:
+            self.v_root = soft_value(q)
+        self.max_span = torch.maximum(self.max_span, self._each(spans).amax(1))
+        self._add_errors(block, q, q_star, log_s_star, log_s, kl_star)
 
         log_star, log_path = log_s_star[:, None] + log_pi_star, log_s[:, None] + log_pi
         self._add_responses(block, log_star, log_path)
@@ -122,51 +189,20 @@ class Accumulator:
             first = block.start * self.space.branching
             self.edges[block.depth] = _Edges(first, *children)
 
-    def reports(self) -> list[Report]:
-        """The figures of every prompt, of all blocks that were added: a whole tree of them."""
-        impossible = self.forbidden_reached
-        span = self.max_span.masked_fill(impossible, torch.inf)
-        found: dict[str, Tensor] = {
-            **{name: self.sums[key] for name, key in _FIGURES.items()},
-            "log_z": self.solution.log_z[self.ids],
-            "kl_target_policy": torch.stack(self.kl).sum(0),
-            # Sums over all responses pass their bounds by rounding.
-            "tv": self.sums["tv"].clamp(max=1.0),
-            "js": self.sums["js"].clamp(0.0, math.log(2)),
-            "mass_impossible": self.sums["impossible"].clamp(max=1.0),
-            "logits_linf": torch.stack(self.linf).amax(0),
-            "logits_span": self.max_span,
-            "log_ratio_span": self.ratio_high - self.ratio_low,
-        }
-        if self.values:
-            found["bellman_residual_max"] = self.max_residual
-            found["bellman_residual_mean"] = self.sums["residual"] / self.sums["weight"]
-        limits = (
-            bounds.prop3_bound(span, self.space.max_length),
-            bounds.span_bound(span, self.space),
-            self.sums["occupancy"].masked_fill(impossible, torch.inf),
-        )
-        columns = {name: x.tolist() for name, x in found.items()}
-        of_bounds = list(zip(*(x.tolist() for x in limits), strict=True))
-        states, linf, kl = (torch.stack(x, 1).tolist() for x in (self.states, self.linf, self.kl))
+    def depths(self) -> list[list[Depth]]:
+        """The states of each depth, for every prompt."""
+        columns = (torch.stack(x, 1).tolist() for x in (self.states, self.linf, self.kl))
+        return [
+            [Depth(t, int(n), x, k) for t, (n, x, k) in enumerate(zip(*parts, strict=True))]
+            for parts in zip(*columns, strict=True)
+        ]
+
+    def worst_prefixes(self) -> list[list[Prefix]]:
+        """Those of every prompt, the largest error first."""
         worst: dict[int, list[Prefix]] = {prompt: [] for prompt in self.prompts}
         for *_, prefix in sorted(chain.from_iterable(self.worst_by.values()), reverse=True):
             worst[prefix.prompt_id].append(prefix)
-        none = {"bellman_residual_max": None, "bellman_residual_mean": None}
-        return [
-            Report(
-                **(none | {name: column[i] for name, column in columns.items()}),
-                mode=self.solution.mode,
-                num_sequences=self.space.num_sequences,
-                bounds=Bounds(*of_bounds[i]),
-                per_depth=[
-                    Depth(t, int(n), x, k)
-                    for t, (n, x, k) in enumerate(zip(states[i], linf[i], kl[i], strict=True))
-                ],
-                worst_prefixes=worst[prompt],
-            )
-            for i, prompt in enumerate(self.prompts)
-        ]
+        return list(worst.values())
 
     # Parts of a block ---------------------------------------------------------------------------
 
@@ -202,16 +238,12 @@ class Accumulator:
         block: Block,
         q: Tensor,
         q_star: Tensor,
-        allowed: Tensor,
         log_s_star: Tensor,
         log_s: Tensor,
         kl_star: Tensor,
     ) -> None:
-        """Logit errors, spans and the occupancy bound."""
-        q_star = q_star.masked_fill(~allowed, -torch.inf)
-        spans = bounds.logit_span(q, q_star)
-        self._plus("occupancy", expectation(log_s, bounds.span_kl(spans)))
-        self.max_span = torch.maximum(self.max_span, self._each(spans).amax(1))
+        """Logit errors, over the allowed actions: those where q* is finite."""
+        allowed = torch.isfinite(q_star)
         delta = bounds.centre(q - q_star.masked_fill(~allowed, 0.0), q_star)
         linf = self._each(delta.abs().amax(-1))
         t = block.depth
@@ -264,14 +296,11 @@ class Accumulator:
         columns = slice(None) if eos is None else slice(eos, eos + 1)
         reward = self.solution.reward_rows(block.depth, *self._rows(block))[:, columns]
         log_star, log_pi = log_star[:, columns], log_pi[:, columns]
-        self._plus("tv", divergences.tv(log_star, log_pi))
-        self._plus("js", divergences.js(log_star, log_pi))
-        self._plus("entropy_target", divergences.entropy(log_star))
-        self._plus("entropy_policy", divergences.entropy(log_pi))
-        self._plus("reward_target", expectation(log_star, reward))
-        self._plus("reward_policy", expectation(log_pi, reward))
+        responses = Responses(log_star, log_pi, reward)
+        for name, figure in self.figures.items():
+            if figure.of_responses is not None:
+                self._plus(name, figure.of_responses(responses))
         impossible = torch.isneginf(log_star)
-        self._plus("impossible", log_pi.exp().masked_fill(~impossible, 0.0))
         # Not by the mass: that may be too small for a float.
         reached = self._each(impossible & ~torch.isneginf(log_pi)).any(1)
         self.forbidden_reached |= reached

@@ -1,78 +1,31 @@
-"""The verifier's report: what is in it, as JSON and as text."""
+"""The report of a verification at every prefix, as JSON and as text."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from statistics import fmean
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Bounds:
-    """Bounds on KL(policy, target), nats; see :mod:`rl_ebm.bounds`."""
-
-    prop3: float
-    span: float
-    occupancy: float
+from rl_ebm.verification.entry import NATS, Figure
+from rl_ebm.verification.every_prefix import WORST, Accumulator
+from rl_ebm.verification.figures import FIGURES, Figures
+from rl_ebm.verification.parts import Depth, Prefix, plain
+from rl_ebm.verification.reading import arguments, as_read, by_key, joined, nested
 
 
-@dataclass(frozen=True)
-class Depth:
-    """The states of one depth."""
+@dataclass(frozen=True, kw_only=True)
+class Report(Figures[float]):
+    """How far a policy is from the EBM's exact policy. Nats, and reward units for rewards.
 
-    depth: int
-    states: int
-    """prefixes with p*(s) > 0"""
-    linf: float
-    """max |delta|, delta = q - q* centred at each state"""
-    mean_kl: float
-    """E_{s ~ p*} KL(pi*(.|s), pi(.|s)); over the depths they sum to kl_target_policy"""
+    Its figures are those of :mod:`rl_ebm.verification.figures`.
+    """
 
-
-@dataclass(frozen=True)
-class Prefix:
-    """One state at which the policy's logits are far off."""
-
-    prefix: list[int]
-    prompt_id: int
-    probability_target: float
-    """p*(s), of a response to begin so"""
-    probability_policy: float
-    delta: list[float]
-    """delta = q - q* for each action, centred; 0 at actions that p* forbids"""
-    kl: float
-    """KL(pi*(.|s), pi(.|s))"""
-
-
-@dataclass(frozen=True)
-class Report:
-    """How far a policy is from the EBM's exact policy. Nats, and reward units for rewards."""
+    form = "exact"
 
     mode: str
     num_sequences: int
-    log_z: float
-    kl_target_policy: float
-    """KL(p*, pi)"""
-    kl_policy_target: float
-    """KL(pi, p*)"""
-    tv: float
-    js: float
-    entropy_target: float
-    entropy_policy: float
-    expected_reward_target: float
-    expected_reward_policy: float
-    mass_impossible: float
-    """what pi gives to responses with p* = 0"""
-    logits_linf: float
-    """max over states with p*(s) > 0 of |q* - q|, centred by its mean over allowed actions"""
-    logits_span: float
-    """max over states with p*(s) > 0 of L_s = max - min of q* - q over allowed actions"""
-    log_ratio_span: float
-    """max - min over responses of log pi - log p*"""
-    bellman_residual_max: float | None
-    """max |q - r - V_q(s a)| on raw logits; None unless the policy's logits are values"""
-    bellman_residual_mean: float | None
-    bounds: Bounds
     per_depth: list[Depth]
     worst_prefixes: list[Prefix]
     per_prompt: list[Report] = field(default_factory=list)
@@ -80,47 +33,28 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: infinite numbers are the strings "Infinity" and "-Infinity"."""
-        out: dict[str, Any] = plain(self)
+        out = {"mode": self.mode, "num_sequences": self.num_sequences, **nested(self)}
+        out |= {"per_depth": plain(self.per_depth), "worst_prefixes": plain(self.worst_prefixes)}
+        # Without prompts there is no per_prompt; their number is told where they are not there.
+        if self.per_prompt:
+            out["per_prompt"] = plain(self.per_prompt)
+        elif self.num_prompts > 1:
+            out["num_prompts"] = self.num_prompts
         return out
 
     def scalars(self) -> dict[str, float]:
         """Everything in the report that is one number, bounds included, by its key."""
-        out: dict[str, float] = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name != "num_prompts" and isinstance(value, (int, float)):
-                out[f.name] = float(value)
-        return out | {f"bounds/{f.name}": getattr(self.bounds, f.name) for f in fields(Bounds)}
+        found = {"num_sequences": float(self.num_sequences), **by_key(self)}
+        return {key: float(x) for key, x in found.items() if x is not None}
 
     def __str__(self) -> str:
         lines = [
             f"{self.mode}: {self.num_sequences:,} sequences"
             + (f", {self.num_prompts} prompts (means)" if self.num_prompts > 1 else ""),
-            f"  log Z                      {self.log_z:14.6f}",
+            *_lines(by_key(self)),
             "",
-            f"  KL(target, policy)         {_number(self.kl_target_policy)} nats",
-            f"  KL(policy, target)         {_number(self.kl_policy_target)} nats",
-            f"    <= occupancy bound       {_number(self.bounds.occupancy)}",
-            f"    <= span bound            {_number(self.bounds.span)}",
-            f"    <= 2T |q - q*| (Prop. 3) {_number(self.bounds.prop3)}",
-            f"  total variation            {_number(self.tv)}",
-            f"  Jensen-Shannon             {_number(self.js)} nats",
-            f"  mass on impossible         {_number(self.mass_impossible)}",
-            "",
-            "                                     target         policy",
-            f"  entropy             {self.entropy_target:21.6f}{self.entropy_policy:15.6f} nats",
-            f"  expected reward     {self.expected_reward_target:21.6f}"
-            f"{self.expected_reward_policy:15.6f}",
-            "",
-            f"  logit error, max           {_number(self.logits_linf)} (span "
-            f"{_number(self.logits_span).strip()})",
+            "  depth   states   max logit error   E KL(target, policy)",
         ]
-        if self.bellman_residual_max is not None and self.bellman_residual_mean is not None:
-            lines.append(
-                f"  Bellman residual, max      {_number(self.bellman_residual_max)} (mean "
-                f"{_number(self.bellman_residual_mean).strip()})"
-            )
-        lines += ["", "  depth   states   max logit error   E KL(target, policy)"]
         lines += [
             f"  {d.depth:5d}{d.states:9d}{_number(d.linf):>18}{_number(d.mean_kl):>23}"
             for d in self.per_depth
@@ -141,23 +75,84 @@ class Report:
         return "\n".join(lines)
 
 
+def reports(tree: Accumulator) -> list[Report]:
+    """The report of every prompt, once all blocks of a walk were added."""
+    columns = {f.key: f.read(tree) for f in FIGURES if f.exact is not None}
+    lists = {key: None if x is None else x.tolist() for key, x in columns.items()}
+    return [
+        Report(
+            mode=tree.solution.mode,
+            num_sequences=tree.space.num_sequences,
+            per_depth=depths,
+            worst_prefixes=worst,
+            **arguments({key: None if x is None else x[i] for key, x in lists.items()}),
+        )
+        for i, (depths, worst) in enumerate(zip(tree.depths(), tree.worst_prefixes(), strict=True))
+    ]
+
+
+def combine(parts: Sequence[Report]) -> Report:
+    """One report for several prompts: maxima of errors and spans, means of the rest."""
+    named = chain.from_iterable(part.worst_prefixes for part in parts)
+    return Report(
+        mode=parts[0].mode,
+        num_sequences=parts[0].num_sequences,
+        per_depth=[_combine_depth(d) for d in zip(*(p.per_depth for p in parts), strict=True)],
+        worst_prefixes=sorted(named, key=_error, reverse=True)[:WORST],
+        per_prompt=list(parts),
+        num_prompts=len(parts),
+        **arguments(joined(parts)),
+    )
+
+
+def _combine_depth(depths: Sequence[Depth]) -> Depth:
+    return replace(
+        depths[0],
+        states=sum(d.states for d in depths),
+        linf=max(d.linf for d in depths),
+        mean_kl=fmean(d.mean_kl for d in depths),
+    )
+
+
+def _error(prefix: Prefix) -> float:
+    return max(abs(x) for x in prefix.delta)
+
+
+# Text ---------------------------------------------------------------------------------------------
+
+
+def _lines(values: dict[str, float | None]) -> list[str]:
+    """The figures that have a row, in their four parts."""
+    shown = [(f, x) for f in as_read() if f.row and (x := values.get(f.key)) is not None]
+    parts: dict[str, list[str]] = {"top": [], "distance": [], "table": [], "error": []}
+    parts["table"].append("                                     target         policy")
+    columns: dict[str, float] = {}
+    for figure, x in shown:
+        assert figure.row is not None
+        place, name = figure.row.place, figure.row.name or figure.label
+        if place == "top":
+            parts["top"].append(f"  {name:27s}{x:14.6f}")
+        elif place == "distance":
+            parts["distance"].append(f"  {name:27s}{_number(x)}{_unit(figure)}")
+        elif place == "bound":
+            parts["distance"].append(f"    {name:25s}{_number(x)}")
+        elif place == "target":
+            columns[name] = x
+        elif place == "policy":
+            width = 41 - len(name)
+            row = f"  {name}{columns[name]:{width}.6f}{x:15.6f}{_unit(figure)}"
+            parts["table"].append(row)
+        elif place == "error":
+            parts["error"].append(f"  {name:27s}{_number(x)}")
+        else:
+            parts["error"][-1] += f" ({name} {_number(x).strip()})"
+    return [*parts["top"], "", *parts["distance"], "", *parts["table"], "", *parts["error"]]
+
+
+def _unit(figure: Figure) -> str:
+    return " nats" if figure.unit == NATS else ""
+
+
 def _number(x: float) -> str:
     x += 0.0  # -0 is 0
     return f"{x:12.6f}" if x == 0 or 1e-4 <= abs(x) < 1e5 else f"{x:12.3e}"
-
-
-def plain(x: Any) -> Any:
-    """A report, or a part of it, as JSON has it."""
-    if isinstance(x, float):
-        assert not math.isnan(x), "a report never holds nan"
-        return x + 0.0 if math.isfinite(x) else ("Infinity" if x > 0 else "-Infinity")
-    if isinstance(x, (list, tuple)):
-        return [plain(item) for item in x]
-    if hasattr(x, "__dataclass_fields__"):
-        # Without prompts there is no per_prompt; their number is told where they are not there.
-        some = bool(getattr(x, "per_prompt", False))
-        told = not some and getattr(x, "num_prompts", 1) > 1
-        optional = {"per_prompt": some, "num_prompts": told}
-        kept = [f.name for f in fields(x) if optional.get(f.name, True)]
-        return {name: plain(getattr(x, name)) for name in kept}
-    return x

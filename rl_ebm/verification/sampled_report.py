@@ -2,98 +2,39 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from rl_ebm.messages.words import count_text
+from rl_ebm.statistics.expectations import Found, expectation
 from rl_ebm.statistics.interval import Interval, average
-from rl_ebm.verification.report import Report, plain
+from rl_ebm.verification.entry import Figure
+from rl_ebm.verification.figures import FIGURES, Figures
+from rl_ebm.verification.forms import OverStates
+from rl_ebm.verification.laws import Laws
+from rl_ebm.verification.parts import SampledDepth, SampledPrefix, plain
+from rl_ebm.verification.reading import arguments, as_read, by_key, joined, nested
+from rl_ebm.verification.report import Report
+from rl_ebm.verification.visits import WORST, Visits
 
 
-@dataclass(frozen=True)
-class SampledBounds:
-    """Bounds on KL(policy, target): the occupancy bound is estimated, the others cannot be.
-
-    They need the largest error of all states; what was visited bounds that from below alone.
-    """
-
-    prop3: Interval
-    span: Interval
-    occupancy: Interval
-
-
-@dataclass(frozen=True)
-class SampledDepth:
-    """The states that were visited at one depth by samples of the target."""
-
-    depth: int
-    states: int
-    """visits"""
-    linf: float
-    """the largest max |delta| of a visited state"""
-    mean_kl: Interval
-    """E_{s ~ p*} KL(pi*(.|s), pi(.|s))"""
-
-
-@dataclass(frozen=True)
-class SampledPrefix:
-    """A visited state at which the policy's logits are far off."""
-
-    prefix: list[int]
-    prompt_id: int
-    log_probability_target: float
-    """log p*(s), exact"""
-    log_probability_policy: float
-    actions: list[int]
-    """those with the largest errors"""
-    delta: list[float]
-    """q - q* at these actions, centred over the allowed ones"""
-    kl: float
-    """KL(pi*(.|s), pi(.|s))"""
-
-
-@dataclass(frozen=True)
-class SampledReport:
+@dataclass(frozen=True, kw_only=True)
+class SampledReport(Figures[Interval]):
     """How far a policy is from the exact one, from exact samples of both.
 
     Log-probabilities, and the divergence at every visited state, are exact; expectations over
     states are estimated, each with its interval. The figures are those of
-    :class:`rl_ebm.verification.report.Report`, in nats and reward units.
+    :mod:`rl_ebm.verification.figures`, in nats and reward units.
     """
+
+    form = "sampled"
 
     mode: str
     """always ``"sampled"``"""
     num_samples: int
     """of the target, and as many of the policy, for each prompt"""
     num_sequences: int
-    log_z: float
-    """exact"""
-    kl_target_policy: Interval
-    kl_policy_target: Interval
-    tv: Interval
-    js: Interval
-    entropy_target: Interval
-    entropy_policy: Interval
-    expected_reward_target: Interval
-    expected_reward_policy: Interval
-    mass_impossible: Interval
-    logits_linf: Interval
-    """of the states that were visited: a lower end of that of all states"""
-    logits_linf_target: Interval
-    """the mean over the states that samples of the target visit of each one's largest error"""
-    logits_linf_policy: Interval
-    """the same, of samples of the policy; of states that the target never reaches none"""
-    logits_span: Interval
-    log_ratio_span: Interval
-    bellman_residual_max: Interval | None
-    """of visited transitions; None unless the policy's logits are values"""
-    bellman_residual_mean: Interval | None
-    """over the transitions of samples of the target"""
-    bellman_residual_mean_policy: Interval | None
-    """over those of samples of the policy"""
-    bounds: SampledBounds
     per_depth: list[SampledDepth]
     worst_prefixes: list[SampledPrefix]
     warnings: list[str] = field(default_factory=list)
@@ -102,29 +43,33 @@ class SampledReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: infinite numbers are the strings "Infinity" and "-Infinity"."""
-        out: dict[str, Any] = plain(self)
+        names = ("mode", "num_samples", "num_sequences")
+        out = {name: getattr(self, name) for name in names} | nested(self)
+        for name in ("per_depth", "worst_prefixes", "warnings", "per_prompt"):
+            if name != "per_prompt" or self.per_prompt:
+                out[name] = plain(getattr(self, name))
         return out
 
     def scalars(self) -> dict[str, float]:
         """The estimates, by their keys."""
-        out = {"log_z": self.log_z}
-        for name, value in self.intervals().items():
-            out[name] = value.estimate
-        return out
+        found = {k: x for k, x in by_key(self).items() if x is not None}
+        return {k: x.estimate if isinstance(x, Interval) else x for k, x in found.items()}
 
     def intervals(self) -> dict[str, Interval]:
         """Everything that is estimated, by its key."""
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
-        bounds = {f"bounds/{f.name}": getattr(self.bounds, f.name) for f in fields(SampledBounds)}
-        return {k: x for k, x in (found | bounds).items() if isinstance(x, Interval)}
+        return {k: x for k, x in by_key(self).items() if isinstance(x, Interval)}
 
     def __str__(self) -> str:
+        values = by_key(self)
+        shown = [(f.told or f.label, x) for f in FIGURES if (x := values.get(f.key)) is not None]
         lines = [
             f"{self.mode}: {self.num_samples:,} samples of target and policy each, of "
             f"{count_text(self.num_sequences)} sequences"
             + (f", {len(self.per_prompt)} prompts (means)" if self.per_prompt else ""),
-            f"  {'log Z':25s} {self.log_z:.6f} exact",
-            *(f"  {_NAMES.get(name, name):25s} {x}" for name, x in self.intervals().items()),
+            *(
+                f"  {name:25s} " + (str(x) if isinstance(x, Interval) else f"{x:.6f} exact")
+                for name, x in shown
+            ),
             *(f"  warning: {text}" for text in self.warnings),
             "",
             "  depth   visits   max logit error   E KL(target, policy)",
@@ -148,20 +93,60 @@ class SampledReport:
 AnyReport = Report | SampledReport
 """what :func:`rl_ebm.verify` gives"""
 
-_NAMES = {
-    "kl_target_policy": "KL(target, policy)",
-    "kl_policy_target": "KL(policy, target)",
-    "tv": "total variation",
-    "js": "Jensen-Shannon",
-    "mass_impossible": "mass on impossible",
-    "logits_linf": "logit error, max visited",
-    "logits_linf_target": "logit error, mean, target",
-    "logits_linf_policy": "logit error, mean, policy",
-    "logits_span": "logit span, max visited",
-    "bellman_residual_max": "Bellman residual, max",
-    "bellman_residual_mean": "Bellman residual, target",
-    "bellman_residual_mean_policy": "Bellman residual, policy",
-}
+
+def report(laws: Laws) -> SampledReport:
+    """The report of one prompt."""
+    found = {f.key: f.sampled(laws) for f in FIGURES if f.sampled is not None}
+    why = {key: x.why for key, x in found.items() if isinstance(x, Found) and x.why}
+    values = {key: x.interval if isinstance(x, Found) else x for key, x in found.items()}
+    return SampledReport(
+        mode="sampled",
+        num_samples=len(laws.star.batch),
+        num_sequences=laws.space.num_sequences,
+        per_depth=_depths(laws),
+        worst_prefixes=_merged(*laws.visits),
+        warnings=_warnings(why),
+        **arguments(values),
+    )
+
+
+def _warnings(why: dict[str, str]) -> list[str]:
+    """One sentence for each reason of an open end: means over responses first, as they are read."""
+    by_reason: dict[str, list[str]] = {}
+    for figure in sorted(as_read(), key=_law):
+        if figure.key in why:
+            by_reason.setdefault(why[figure.key], []).append(figure.key)
+    return [
+        f"no end on one side at least for {', '.join(names)}: {reason}"
+        for reason, names in by_reason.items()
+    ]
+
+
+def _law(figure: Figure) -> int:
+    """Means over states come behind, those of the target first."""
+    if not isinstance(figure.sampled, OverStates):
+        return 0
+    return 1 if figure.sampled.of == "star" else 2
+
+
+def _depths(laws: Laws) -> list[SampledDepth]:
+    (star, mine), law = laws.visits, laws.star
+    found = []
+    for t in range(laws.space.max_length):
+        known = law.error(law.beyond.kl_at[:, t], laws.missing)
+        mean_kl = expectation(star.kl_at[:, t], laws.confidence, known).interval
+        visits = int((law.batch.lengths > t).sum())
+        found.append(SampledDepth(t, visits, max(star.linf[t], mine.linf[t]), mean_kl))
+    return found
+
+
+def _merged(star: Visits, mine: Visits) -> list[SampledPrefix]:
+    """The worst prefixes that either visits, each once."""
+    worst = sorted([*star.worst, *mine.worst], key=lambda x: x[:2], reverse=True)
+    found: dict[tuple[int, ...], SampledPrefix] = {}
+    for _, _, prefix in worst:
+        found.setdefault(tuple(prefix.prefix), prefix)
+    return list(found.values())[:WORST]
 
 
 def _some(depths: Sequence[SampledDepth]) -> list[SampledDepth]:
@@ -172,34 +157,19 @@ def _some(depths: Sequence[SampledDepth]) -> list[SampledDepth]:
 
 def combine_sampled(reports: Sequence[SampledReport]) -> SampledReport:
     """One report for several prompts: the largest maxima, means of the rest."""
-    figures: dict[str, Any] = {}
-    for f in fields(SampledReport):
-        column = [getattr(report, f.name) for report in reports]
-        first = column[0]
-        if f.name == "bounds":
-            figures[f.name] = SampledBounds(
-                *(average([getattr(b, g.name) for b in column]) for g in fields(SampledBounds))
-            )
-        elif f.name == "per_depth":
-            figures[f.name] = [_combine_depth(depths) for depths in zip(*column, strict=True)]
-        elif f.name == "worst_prefixes":
-            found = [prefix for prefixes in column for prefix in prefixes]
-            worst = sorted(found, key=lambda p: max(map(abs, p.delta)), reverse=True)
-            figures[f.name] = worst[: len(first)]
-        elif f.name == "per_prompt":
-            figures[f.name] = list(reports)
-        elif f.name == "warnings":
-            figures[f.name] = [
-                f"prompt {i}: {text}" for i, texts in enumerate(column) for text in texts
-            ]
-        elif f.name == "log_z":
-            figures[f.name] = math.fsum(column) / len(column)
-        elif isinstance(first, Interval):
-            largest = f.name.endswith(("_linf", "_span", "_max"))
-            figures[f.name] = max(column, key=lambda x: x.low) if largest else average(column)
-        else:
-            figures[f.name] = first
-    return SampledReport(**figures)
+    first = reports[0]
+    named = [prefix for r in reports for prefix in r.worst_prefixes]
+    worst = sorted(named, key=lambda p: max(map(abs, p.delta)), reverse=True)
+    return SampledReport(
+        mode=first.mode,
+        num_samples=first.num_samples,
+        num_sequences=first.num_sequences,
+        per_depth=[_combine_depth(d) for d in zip(*(r.per_depth for r in reports), strict=True)],
+        worst_prefixes=worst[: len(first.worst_prefixes)],
+        warnings=[f"prompt {i}: {text}" for i, r in enumerate(reports) for text in r.warnings],
+        per_prompt=list(reports),
+        **arguments(joined(reports)),
+    )
 
 
 def _combine_depth(depths: Sequence[SampledDepth]) -> SampledDepth:

@@ -2,6 +2,14 @@
 
 What :mod:`rl_ebm.divergences` and :mod:`rl_ebm.bounds` say one by one, for verification at large
 vocabularies: there a pass that fills new memory takes several times as long as its arithmetic.
+
+Everything comes from delta = q - q* and one exponential for each side. The rows' maxima are taken
+off first, in place, so that no exponential overflows and large values lose no digits in the
+difference; ``top`` gives the policy's back to those who need raw values. The KL is written as the
+mean of delta under the law that is sampled, less the difference of the two log-sums: where policy
+and target nearly agree both terms are small, while log pi - log pi* would cancel digit by digit.
+What a reader gets wrong: an action that only one side forbids makes span, linf and one of the KLs
+infinite, but not the other KL, so the three masks at the end are not the same.
 """
 
 from __future__ import annotations

@@ -2,16 +2,13 @@ r"""Verify a policy against an exact solution: every prefix, exactly.
 
 The policy's tree is walked by blocks (:mod:`rl_ebm.policies.walk`), and each block adds its share
 of every figure by the chain rule. Nothing is sampled, and nothing of the size of the tree is
-kept. What the figures mean stands at :class:`rl_ebm.verification.report.Report`.
+kept. What the figures mean stands in :mod:`rl_ebm.verification.figures`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
-from itertools import chain
-from statistics import fmean
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,13 +23,13 @@ from rl_ebm.policies.outputs import check_kind
 from rl_ebm.policies.walk import DEFAULT_MEMORY, prompts_at_once, walk, walk_prompts
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.verification.along_samples import verify_sampled
-from rl_ebm.verification.every_prefix import WORST, Accumulator
-from rl_ebm.verification.report import Bounds, Depth, Prefix, Report
+from rl_ebm.verification.every_prefix import Accumulator
+from rl_ebm.verification.figures import SUMS
+from rl_ebm.verification.report import Report, combine, reports
 from rl_ebm.verification.sampled_report import AnyReport
 
 KEPT = 100
 """prompts up to which a report keeps the figures of each unasked"""
-_MAXIMA = ("_linf", "_span", "_max")
 
 
 @torch.no_grad()
@@ -108,17 +105,17 @@ def verify_listed(
     count = solution.ebm.num_prompts
     keep = count <= KEPT if per_prompt is None else per_prompt
     prompts = torch.arange(count)
-    reports = []
+    found: list[Report] = []
     with evaluating(policy):
         solution.ebm.check_policy(policy)
         for part in prompts.split(prompts_at_once(policy, solution.space, memory)):
-            figures = Accumulator(solution, part, values, worst_of_each=keep)
+            tree = Accumulator(solution, part, values, SUMS, worst_of_each=keep)
             for block in walk_prompts(policy, solution.space, part, memory):
-                figures.add(block)
-            reports += figures.reports()
+                tree.add(block)
+            found += reports(tree)
     if count == 1:
-        return reports[0]
-    combined = combine(reports)
+        return found[0]
+    combined = combine(found)
     return combined if keep else replace(combined, per_prompt=[])
 
 
@@ -161,46 +158,3 @@ def logit_errors(policy: Policy, solution: Solution, prompt: int = 0) -> list[St
             log_edge = log_s + log_policy(q_star)
             depths[t].append(State(q, exact, allowed, linf, log_edge))
     return [State(*(torch.cat(parts) for parts in zip(*d, strict=True))) for d in depths]
-
-
-def combine(reports: Sequence[Report]) -> Report:
-    """One report for several prompts: maxima of errors and spans, means of the rest."""
-    figures: dict[str, Any] = {}
-    for f in fields(Report):
-        column = [getattr(report, f.name) for report in reports]
-        if f.name == "mode":
-            figures[f.name] = column[0]
-        elif f.name == "bounds":
-            figures[f.name] = Bounds(
-                *(fmean(getattr(b, g.name) for b in column) for g in fields(Bounds))
-            )
-        elif f.name == "per_depth":
-            figures[f.name] = [_combine_depth(depths) for depths in zip(*column, strict=True)]
-        elif f.name == "worst_prefixes":
-            figures[f.name] = sorted(chain.from_iterable(column), key=_error, reverse=True)[:WORST]
-        elif f.name == "per_prompt":
-            figures[f.name] = list(reports)
-        elif f.name == "num_prompts":
-            figures[f.name] = len(reports)
-        elif column[0] is None:
-            figures[f.name] = None
-        else:
-            figures[f.name] = _how(f.name)(column)
-    return Report(**(figures | {"num_sequences": reports[0].num_sequences}))
-
-
-def _how(name: str) -> Callable[[Sequence[float]], float]:
-    return max if name.endswith(_MAXIMA) else fmean
-
-
-def _combine_depth(depths: Sequence[Depth]) -> Depth:
-    return replace(
-        depths[0],
-        states=sum(d.states for d in depths),
-        linf=max(d.linf for d in depths),
-        mean_kl=fmean(d.mean_kl for d in depths),
-    )
-
-
-def _error(prefix: Prefix) -> float:
-    return max(abs(x) for x in prefix.delta)

@@ -11,10 +11,11 @@ from torch import Tensor
 from rl_ebm import bounds, divergences
 from rl_ebm.exact import Solution
 from rl_ebm.policies.base import Policy
-from rl_ebm.policies.detours import along, rows_at_once
+from rl_ebm.policies.decoding import along
+from rl_ebm.policies.detours import rows_at_once
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.tokens import Batch, TokenSpace
-from rl_ebm.verification.sampled_report import SampledPrefix
+from rl_ebm.verification.parts import SampledPrefix
 from rl_ebm.verification.state_errors import state_errors
 
 WORST = 10
@@ -41,6 +42,7 @@ class Visits:
         closed_star, closed: whether at a visited state that the target reaches it, or the policy,
             was seen to forbid a token.
         residual: sum of |q - r - V_q| of the transitions.
+    Attributes of the root: ``v_root``, the policy's V there on its raw logits.
     Attributes by position, (n, T): ``kl_at``.
     """
 
@@ -54,7 +56,7 @@ class Visits:
         self.error, self.reached = zeros.clone(), zeros.clone()
         self.kl_at = torch.zeros(n, t_max, dtype=torch.float64)
         self.linf = [0.0] * t_max
-        self.max_span = self.max_residual = 0.0
+        self.max_span = self.max_residual = self.v_root = 0.0
         self.closed_star = self.closed = False
         self.worst: list[tuple[float, int, SampledPrefix]] = []
 
@@ -144,7 +146,10 @@ class Visits:
         chosen = q.gather(1, action)[:, 0]
         self.log_star[rows] += log_ratio(q_star.gather(1, action)[:, 0], found.v_star).cpu()
         self.log_pi[rows] += log_ratio(chosen, found.v).cpu()
-        return found.v + found.top, chosen + found.top
+        v = found.v + found.top
+        if t == 0:
+            self.v_root = float(v[0])
+        return v, chosen + found.top
 
     def _look_for_closed(self, q_star: Tensor, q: Tensor, t: int, known: Tensor) -> None:
         # Where the space itself forbids nothing is seen of either.

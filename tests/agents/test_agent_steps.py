@@ -6,22 +6,15 @@ import math
 
 import pytest
 import torch
-from agent_cases import KINDS, case
+from agent_cases import KINDS, case, make
 from toy_policies import close, seeded
 
-from rl_ebm.agents import AGENTS
 from rl_ebm.agents.best_of_n import best_of_groups
 from rl_ebm.agents.policy_gradient import policy_gradient_loss
 from rl_ebm.agents.ppo import PPOConfig, clipped_loss
 from rl_ebm.agents.shared.kl_penalty import PenaltyOptions
 from rl_ebm.agents.shared.learner import EXTRA, learning_rate
 from rl_ebm.training.charts import batch_charts
-
-
-def make(name, problem, policy=None, **options):
-    entry = AGENTS[name]
-    policy = problem.table() if policy is None else policy
-    return entry.agent(problem.ebm, policy, entry.config(**options), seeded(), problem.star())
 
 
 def random_rows(batch, seed):

@@ -9,7 +9,7 @@ from inspect import signature
 
 import pytest
 import torch
-from agent_cases import KIND_IDS, KINDS, case, gradient
+from agent_cases import KIND_IDS, KINDS, case, gradient, make
 from toy_policies import close, responses, seeded
 
 import rl_ebm
@@ -63,13 +63,6 @@ VALUES = {"soft-q", "path-consistency", "subtb", "detailed-balance", "monte-carl
 """agents whose logits become q*"""
 
 
-def make(name, problem, policy=None, generator=None, **options):
-    entry = AGENTS[name]
-    teacher = problem.star() if entry.needs_teacher else None
-    policy = problem.table() if policy is None else policy
-    return entry.agent(problem.ebm, policy, entry.config(**options), generator, teacher)
-
-
 def step(agent, ebm, progress=0.5):
     batch = agent.sample()
     return agent.update(None if batch is None else ebm.score(batch), progress)
@@ -86,7 +79,6 @@ def test_every_agent_is_registered_with_its_config_and_keeps_the_protocol(name):
     assert isinstance(agent.config, entry.config)
     assert isinstance(agent.learner, Learner)
     assert agent.logits_are_values == (name in VALUES)
-    assert entry.needs_reward == (not entry.needs_teacher)
     assert entry.summary
     assert "arXiv" in entry.paper
     assert list(signature(entry.agent).parameters)[:5] == [

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from agent_cases import KINDS, case
-from toy_policies import close, seeded
-
-from rl_ebm.agents import AGENTS
-
-
-def make(name, problem, policy=None, **options):
-    entry = AGENTS[name]
-    policy = problem.table() if policy is None else policy
-    return entry.agent(problem.ebm, policy, entry.config(**options), seeded())
+from agent_cases import KINDS, case, make
+from toy_policies import close
 
 
 def constant(problem, token):

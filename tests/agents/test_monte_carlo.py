@@ -6,11 +6,10 @@ import math
 
 import pytest
 import torch
-from agent_cases import KIND_IDS, KINDS, case, gradient, log_probs
-from toy_policies import close, seeded
+from agent_cases import KIND_IDS, KINDS, case, gradient, log_probs, unclipped
+from toy_policies import close
 
 import rl_ebm
-from rl_ebm.agents import AGENTS
 from rl_ebm.agents.monte_carlo import monte_carlo_loss
 from rl_ebm.agents.shared.learner import log_mean_exp
 from rl_ebm.policies import Uniform
@@ -18,13 +17,6 @@ from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import log_policy
 
 in_all_kinds = pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
-
-
-def make(problem, policy=None):
-    entry = AGENTS["monte-carlo"]
-    config = entry.config(max_grad_norm=1e12)
-    policy = problem.table() if policy is None else policy
-    return entry.agent(problem.ebm, policy, config, seeded(), problem.star())
 
 
 @in_all_kinds
@@ -35,7 +27,7 @@ def test_monte_carlo_has_its_minimum_at_q_star_over_the_references_rollouts(kind
     drawn = log_probs(explorer, space, count)
     sizes = []
     for policy in (problem.star(), problem.table()):
-        agent = make(problem, policy)
+        agent = unclipped("monte-carlo", problem, policy)
         for _ in range(2):  # after the first pass the constant is the largest, and stays
             total = torch.zeros_like(policy.table)
             for p, row in enumerate(drawn):
@@ -69,7 +61,7 @@ def test_monte_carlo_finds_what_its_first_batch_missed():
         assert bool(torch.isfinite(slope).all())
         assert bool(((slope < 0) == (f < returns)).all())
     problem = case(((2, 2, None), None, False))
-    agent = make(problem)
+    agent = unclipped("monte-carlo", problem)
     seen = []
     for value in (-40.0, 20.0, -3.0):
         batch = problem.batch()
@@ -85,7 +77,7 @@ def test_monte_carlo_finds_what_its_first_batch_missed():
 @in_all_kinds
 def test_each_prompt_and_position_has_its_own_constant(kind):
     problem = case(kind)
-    agent = make(problem)
+    agent = unclipped("monte-carlo", problem)
     batch = problem.batch()
     agent.update(batch)
     space, ebm = problem.space, problem.ebm

@@ -7,7 +7,17 @@ from itertools import product
 
 import pytest
 import torch
-from agent_cases import KIND_IDS, KINDS, case, differentiable_log_probs, gradient, kl_of, log_probs
+from agent_cases import (
+    KIND_IDS,
+    KINDS,
+    WIDE,
+    case,
+    differentiable_log_probs,
+    gradient,
+    kl_of,
+    log_probs,
+    unclipped,
+)
 from toy_policies import close, responses, seeded
 
 import rl_ebm
@@ -26,14 +36,6 @@ from rl_ebm.studies.problems import problems
 in_all_kinds = pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
 TINY = [((2, 2, None), None, False), ((3, 2, 0), None, True)]
 in_tiny_kinds = pytest.mark.parametrize("kind", TINY, ids=["fixed", "eos-reference"])
-WIDE = {"max_grad_norm": 1e12}
-
-
-def make(name, problem, policy=None, **options):
-    entry = AGENTS[name]
-    config = entry.config(**WIDE, **options)
-    policy = problem.table() if policy is None else policy
-    return entry.agent(problem.ebm, policy, config, seeded(), problem.star())
 
 
 def paths(rows=9, steps=4, seed=0):
@@ -81,10 +83,10 @@ def test_path_consistency_is_the_weighted_sum_over_all_sub_trajectories(lam, lon
 def test_every_path_is_consistent_at_q_star_alone(name, kind):
     problem = case(kind)
     batch = problem.batch()
-    metrics = make(name, problem, problem.star()).update(batch)
+    metrics = unclipped(name, problem, problem.star()).update(batch)
     assert float(metrics["losses/loss"]) < 1e-10
     assert float(metrics["losses/root_value"]) == pytest.approx(problem.log_z(), abs=1e-5)
-    assert float(make(name, problem).update(batch)["losses/loss"]) > 1e-2
+    assert float(unclipped(name, problem).update(batch)["losses/loss"]) > 1e-2
 
 
 def test_detailed_balance_is_the_one_step_bellman_residual():
@@ -101,7 +103,7 @@ def test_detailed_balance_is_the_one_step_bellman_residual():
             later = v[b, t + 1] if t < n - 1 else 0.0
             terms.append(float(q[b, t, batch.tokens[b, t]] - r - later) ** 2)
         total += sum(terms) / n / 2 / len(batch)
-    got = make("detailed-balance", problem, policy).update(batch)["losses/loss"]
+    got = unclipped("detailed-balance", problem, policy).update(batch)["losses/loss"]
     assert float(got) == pytest.approx(total, rel=1e-5)
 
 
@@ -112,7 +114,7 @@ def test_detailed_balance_is_the_one_step_bellman_residual():
 @pytest.mark.parametrize("name", ["trajectory-balance", "vargrad"])
 def test_trajectory_balance_vanishes_at_the_target_with_its_log_z(name, kind):
     problem = case(kind)
-    agent = make(name, problem, problem.star())
+    agent = unclipped(name, problem, problem.star())
     log_z = torch.tensor([t.log_z for t in problem.truth])
     with torch.no_grad():
         agent.log_z.copy_(log_z)
@@ -120,7 +122,7 @@ def test_trajectory_balance_vanishes_at_the_target_with_its_log_z(name, kind):
     metrics = agent.update(batch)
     assert float(metrics["losses/loss"]) < 1e-9
     assert float(metrics["losses/log_z"]) == pytest.approx(float(log_z.mean()), abs=1e-4)
-    other = make(name, problem, problem.star())
+    other = unclipped(name, problem, problem.star())
     with torch.no_grad():
         other.log_z.copy_(log_z + 1)
     loss = float(other.update(batch)["losses/loss"])
@@ -143,7 +145,7 @@ def test_the_log_z_of_a_batch_minimises_its_loss():
 def test_the_expected_gradient_of_vargrad_on_policy_is_that_of_the_kl(kind):
     problem = case(kind)
     policy, n = problem.table(), len(responses(problem.space))
-    agent = make("vargrad", problem, policy)
+    agent = unclipped("vargrad", problem, policy)
     (p_y,) = ([math.exp(x) for x in row] for row in log_probs(policy, problem.space))
     total = torch.zeros_like(policy.table)
     for pair in product(range(n), repeat=2):
@@ -195,7 +197,7 @@ def test_the_expected_gradient_of_matching_is_that_of_its_divergence(divergence,
 
 def test_the_moving_average_of_z_is_that_of_its_batches():
     problem = case(KINDS[3])
-    agent = make("dpg", problem, z_decay=0.75)
+    agent = unclipped("dpg", problem, z_decay=0.75)
     ratios = torch.tensor([[1.0, 3.0, 10.0, 2.0], [5.0, 1.0, 8.0, 4.0]], dtype=torch.float64)
     ids = torch.tensor([0, 0, 2, 0])
     for row in ratios:
@@ -232,8 +234,8 @@ def test_the_first_step_of_ppo_is_the_policy_gradient(kind, kl_in, advantage):
     problem = case(kind)
     options = {"kl_estimator": "k3", "kl_in": kl_in, "advantage": advantage}
     batch = problem.batch()
-    one = gradient(make("policy-gradient", problem, **options), batch)
-    other = gradient(make("ppo", problem, epochs=1, **options), batch)
+    one = gradient(unclipped("policy-gradient", problem, **options), batch)
+    other = gradient(unclipped("ppo", problem, epochs=1, **options), batch)
     assert float(one.abs().max()) > 1e-3
     close(other, one, 1e-6)
 
@@ -301,7 +303,7 @@ def test_distillation_sums_the_divergences_at_the_states_of_each_response(diverg
         want += sum(float(of(rows[1][b, t], rows[0][b, t])) for t in range(n)) / len(batch)
     got = on_policy_distillation_loss(*rows, batch.lengths, divergence)
     assert float(got) == pytest.approx(want, rel=1e-9)
-    agent = make("on-policy-distillation", problem, problem.star(), divergence=divergence)
+    agent = unclipped("on-policy-distillation", problem, problem.star(), divergence=divergence)
     metrics = agent.update(batch)
     assert float(metrics["losses/loss"]) < 1e-9
     assert float(metrics["losses/grad_norm"]) < 1e-5
@@ -313,7 +315,7 @@ def test_the_best_row_of_each_group_is_imitated():
     problem = case(KINDS[1])
     batch = problem.batch()
     policy = problem.table()
-    agent = make("best-of-n", problem, policy, n=len(batch))
+    agent = unclipped("best-of-n", problem, policy, n=len(batch))
     (row,) = log_probs(policy, problem.space)
     best = int(batch.reward.argmax())
     assert float(agent.update(batch)["losses/loss"]) == pytest.approx(-row[best], rel=1e-5)
@@ -345,7 +347,7 @@ def test_at_the_law_of_the_best_of_n_its_expected_gradient_vanishes(kind):
 
 def test_annealing_grows_the_log_weights_from_nothing_to_their_size():
     problem = case(KINDS[1])
-    agent, batch = make("soft-q", problem, anneal=0.5), problem.batch()
+    agent, batch = unclipped("soft-q", problem, anneal=0.5), problem.batch()
     full = agent.log_weights(batch, 1.0)
     assert float(full.abs().max()) > 0.1
     close(agent.log_weights(batch, 0.0), torch.zeros_like(full), 0.0)
@@ -355,10 +357,10 @@ def test_annealing_grows_the_log_weights_from_nothing_to_their_size():
 
 def test_the_learned_log_z_is_saved_and_goes_on():
     problem = case(KINDS[3])
-    one = make("trajectory-balance", problem)
+    one = unclipped("trajectory-balance", problem)
     for k in range(3):
         one.update(problem.batch(), k / 10)
-    other = make("trajectory-balance", problem, one.policy)
+    other = unclipped("trajectory-balance", problem, one.policy)
     other.load_state_dict(one.state_dict())
     assert one.log_z.detach().ne(0).all()
     close(other.log_z.detach(), one.log_z.detach(), 0.0)

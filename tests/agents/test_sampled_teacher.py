@@ -6,21 +6,12 @@ import math
 
 import pytest
 import torch
-from agent_cases import KIND_IDS, KINDS, case
+from agent_cases import KIND_IDS, KINDS, case, unclipped
 from toy_policies import close, responses, seeded
 
-from rl_ebm.agents import AGENTS
 from rl_ebm.agents.sampled_teacher import accepts, resample
 
 in_all_kinds = pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
-WIDE = {"max_grad_norm": 1e12}
-
-
-def make(name, problem, policy=None, **options):
-    entry = AGENTS[name]
-    config = entry.config(**WIDE, **options)
-    policy = problem.table() if policy is None else policy
-    return entry.agent(problem.ebm, policy, config, seeded(), problem.star())
 
 
 def test_rows_are_drawn_again_by_their_weight_within_their_prompt():
@@ -49,10 +40,10 @@ def test_a_chain_moves_with_the_ratio_of_the_weights():
 
 
 @in_all_kinds
-@pytest.mark.parametrize("source", ["reference", "policy"])
+@pytest.mark.parametrize("source", [pytest.param("reference", marks=pytest.mark.slow), "policy"])
 def test_the_chains_come_to_draw_from_the_ebm(kind, source):
     problem = case(kind)
-    agent = make("sampled-teacher", problem, method="mcmc", source=source, batch_size=3000)
+    agent = unclipped("sampled-teacher", problem, method="mcmc", source=source, batch_size=3000)
     agent.policy.requires_grad_(False)
     agent.policy.table.mul_(0.3)  # a proposal that is far off needs many steps
     count, n = len(problem.truth), len(responses(problem.space))
@@ -70,10 +61,10 @@ def test_the_chains_come_to_draw_from_the_ebm(kind, source):
 
 def test_chains_are_saved_and_go_on():
     problem = case(KINDS[3])
-    one = make("sampled-teacher", problem, method="mcmc", batch_size=30)
+    one = unclipped("sampled-teacher", problem, method="mcmc", batch_size=30)
     for k in range(3):
         one.update(problem.ebm.score(one.sample()), k / 10)
-    other = make("sampled-teacher", problem, method="mcmc", batch_size=30)
+    other = unclipped("sampled-teacher", problem, method="mcmc", batch_size=30)
     other.load_state_dict(one.state_dict())
     close(other.chains.tokens, one.chains.tokens, 0.0)
     assert torch.equal(other.sample().prompt_ids, one.chains.prompt_ids)

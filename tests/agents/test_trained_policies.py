@@ -16,11 +16,11 @@ from toy_policies import exact_log_probs, responses, seeded
 
 import rl_ebm
 from rl_ebm.agents import AGENTS
-from rl_ebm.agents.defaults import ADAPTER_RATE, BATCH_SIZE, RATE, default_options
 from rl_ebm.agents.shared.trained import tensors_of
 from rl_ebm.policies import Tabular, Transformer, TransformerConfig
 from rl_ebm.rewards import Function
 from rl_ebm.training.config import TrainConfig
+from rl_ebm.training.defaults import ADAPTER_RATE, BATCH_SIZE, RATE, default_options
 from rl_ebm.training.loop import Trainer
 
 SPACE = rl_ebm.TokenSpace(3, 3)

@@ -15,30 +15,30 @@ pytest.importorskip("tokenizers", reason="needs the extra hf")
 import torch
 
 import rl_ebm
-from benchmarks import steer_text
-from benchmarks.steer_models import FORBIDDEN, PROMPTS, QUICK, WANTED, Guided, make
+from benchmarks.steer import text
+from benchmarks.steer.models import FORBIDDEN, PROMPTS, QUICK, WANTED, Guided, make
 from rl_ebm.policies.scoring import log_prob, q_values
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_the_same_seed_gives_the_same_sentences():
-    texts = steer_text.sentences(200, seed=3)
-    assert texts == steer_text.sentences(200, seed=3)
-    assert texts != steer_text.sentences(200, seed=4)
+    texts = text.sentences(200, seed=3)
+    assert texts == text.sentences(200, seed=3)
+    assert texts != text.sentences(200, seed=4)
     assert len(set(texts)) > 150
     assert {len(text.split()) for text in texts} >= {3, 5, 8}
 
 
 def test_words_are_inflected():
-    assert [steer_text.past(w) for w in ("see", "walk", "hide", "carry", "play")] == [
+    assert [text.past(w) for w in ("see", "walk", "hide", "carry", "play")] == [
         "saw",
         "walked",
         "hid",
         "carried",
         "played",
     ]
-    assert [steer_text.plural(w) for w in ("river", "witch", "city", "key")] == [
+    assert [text.plural(w) for w in ("river", "witch", "city", "key")] == [
         "rivers",
         "witches",
         "cities",
@@ -52,12 +52,12 @@ def task():
 
 
 def test_encoding_keeps_what_fits_and_decoding_undoes_it(task):
-    texts = steer_text.sentences(300, seed=1)
-    batch = steer_text.encode(task.tokenizer, texts, task.space)
+    texts = text.sentences(300, seed=1)
+    batch = text.encode(task.tokenizer, texts, task.space)
     task.space.check(batch.tokens, batch.lengths)
     kept = [x for x in texts if len(task.tokenizer.encode(x).ids) < task.space.max_length]
     assert 0 < len(kept) < len(texts)
-    assert steer_text.decode(task.tokenizer, batch) == kept
+    assert text.decode(task.tokenizer, batch) == kept
 
 
 def test_shares_are_of_texts_and_not_of_tokens(task):
@@ -97,7 +97,7 @@ def test_the_script_runs_and_writes_nothing():
     command = [sys.executable, "-m", "benchmarks.steer", "--quick", "--seeds", "2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for text in ("| GPT-2 distilled |", "| `vargrad` |", "effective sample size", "Measured on"):
-        assert text in done.stdout
+    for part in ("| GPT-2 distilled |", "| `vargrad` |", "effective sample size", "Measured on"):
+        assert part in done.stdout
     now = sorted(path.stat().st_mtime_ns for path in ROOT.glob("benchmarks/results/*"))
     assert now == results, "a trial run overwrote the measured results"

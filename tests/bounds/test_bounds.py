@@ -9,6 +9,7 @@ import mpmath
 import pytest
 import torch
 from brute_force import INF, SPACES, EnumeratedEBM, random_tables
+from toy_policies import close
 
 from rl_ebm import bounds
 from rl_ebm.soft_bellman import log_policy
@@ -20,10 +21,6 @@ SCALES = [1e-3, 1e-2, 0.1, 1.0, 3.0, 10.0, 30.0]
 
 def vector(values):
     return torch.tensor(values, dtype=torch.float64)
-
-
-def close(got, want, tolerance=1e-12):
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=tolerance)
 
 
 def never_above(small, large):

@@ -21,7 +21,10 @@ INF = math.inf
 # How often they fail -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize(
+    "law",
+    [x if x in ("heavy", "hidden") else pytest.param(x, marks=pytest.mark.slow) for x in LAWS],
+)
 def test_log_z_is_between_its_limits_as_often_as_claimed(law):
     alpha, n = 0.2, 60
     log_w, log_z = draw(law, REPETITIONS, n)

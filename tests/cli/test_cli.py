@@ -295,14 +295,11 @@ def test_agents_lists_all(capsys):
     assert all("arXiv" in line for line in lines)
 
 
-KINDS = {"train": cli.Train, "verify": cli.Verify, "solve": cli.Solve, "sample": cli.Sample}
-
-
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_mentions_every_flag(command, capsys):
     assert main([command, "--help"]) == 0
     text = capsys.readouterr().out
-    for flag in flags.flag_names(KINDS[command]) if command in KINDS else []:
+    for flag in flags.flag_names(cli.COMMANDS[command].flags):
         assert flag in text or flag == "--run", flag
 
 
@@ -318,7 +315,8 @@ def test_help_of_an_agent_mentions_its_options(agent, capsys):
 def test_the_help_of_all(args, capsys):
     assert main(args) == 0
     text = capsys.readouterr().out
-    kinds = [*KINDS.values(), *(entry.config for entry in AGENTS.values())]
+    kinds = [*(command.flags for command in cli.COMMANDS.values())]
+    kinds += [entry.config for entry in AGENTS.values()]
     for flag in set().union(*map(flags.flag_names, kinds)) - {"--run"}:
         assert flag in text, flag
 
@@ -349,7 +347,7 @@ def test_a_process_is_the_same_command_line(tmp_path):
     assert err == "rl-ebm: beta must be a finite number > 0, got 0.0\n"
 
 
-@pytest.mark.parametrize("top", ["1", "4000"])
+@pytest.mark.parametrize("top", ["1", pytest.param("4000", marks=pytest.mark.slow)])
 def test_a_broken_pipe_is_silent(top):
     """As with ``| head``: whether the output fits a buffer or not."""
     command = [sys.executable, "-m", "rl_ebm", "solve", "--top", top]

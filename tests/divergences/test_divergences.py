@@ -11,6 +11,7 @@ import torch
 from brute_force import INF, SPACES, random_tables
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_policies import close
 
 from rl_ebm import divergences as dv
 from rl_ebm.soft_bellman import log_policy
@@ -27,10 +28,6 @@ each_divergence = pytest.mark.parametrize("divergence", list(PAIRWISE), ids=lamb
 
 def vector(values):
     return torch.tensor(values, dtype=torch.float64)
-
-
-def close(got, want, tolerance=1e-12):
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=tolerance)
 
 
 def random_policy(shape, seed, **options):

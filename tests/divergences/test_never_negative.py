@@ -17,12 +17,12 @@ from rl_ebm.exact import summarise
 from rl_ebm.fixed_points import Penalty, flow, penalised
 from rl_ebm.fixed_points.boundary import boundary_limit
 from rl_ebm.fixed_points.flow import follow
-from rl_ebm.fixed_points.penalised import deviation
+from rl_ebm.fixed_points.penalties import deviation
 from rl_ebm.policies import Tabular, Uniform
 from rl_ebm.soft_bellman import rounded_up
 from rl_ebm.studies.problems import problems
 from rl_ebm.tokens import TokenSpace
-from rl_ebm.verification.report import plain
+from rl_ebm.verification.parts import plain
 from rl_ebm.verification.state_errors import state_errors
 
 

@@ -103,7 +103,7 @@ CASES = list(itertools.product([None, 0, 2], [None, PROMPTS], [False, True], ["t
 @pytest.mark.parametrize(("eos_id", "prompts", "minus_inf", "mode"), CASES)
 def test_scalar_batched_and_sampler_agree_step_by_step(eos_id, prompts, minus_inf, mode):
     ebm, rewards = problem(eos_id, prompts, minus_inf)
-    space, n = ebm.space, 40
+    space, n = ebm.space, 20
     rng = np.random.default_rng(1)
     actions = rng.integers(space.vocab_size, size=(n, space.max_length))
     ids = rng.integers(ebm.num_prompts, size=n)

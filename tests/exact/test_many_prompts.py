@@ -114,9 +114,9 @@ def test_of_prompts_that_are_equally_bad_the_first_are_named(keep):
     # 1 is worth 1 at either position: the error of every state is 1/2.
     scores = torch.tensor([[0.0, 1.0, 1.0, 2.0]], dtype=torch.float64).repeat(count, 1)
     solution = solve(rl_ebm.EBM(space, scores, 1.0, prompts=[[i] for i in range(count)]))
-    figures = Accumulator(solution, torch.arange(count), False, worst_of_each=keep)
+    tree = Accumulator(solution, torch.arange(count), False, {}, worst_of_each=keep)
     for block in walk_prompts(Uniform(space), space, torch.arange(count)):
-        figures.add(block)
-    found = [(w.prompt_id, w.prefix) for r in figures.reports() for w in r.worst_prefixes]
+        tree.add(block)
+    found = [(w.prompt_id, w.prefix) for worst in tree.worst_prefixes() for w in worst]
     want = [(i, prefix) for i in range(count) for prefix in ([], [0], [1])]
     assert found == (want if keep else want[:10])

@@ -21,7 +21,7 @@ from rl_ebm.soft_bellman import sequence_log_probs
 from rl_ebm.studies.problems import problems
 
 
-@pytest.mark.parametrize("shape", [(3, 2, None), (2, 3, 1)])
+@pytest.mark.parametrize("shape", [(3, 2, None), pytest.param((2, 3, 1), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("k", ["k2", "k3"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_a_penalty_in_the_reward_drives_responses_out(shape, k, level):

@@ -8,15 +8,12 @@ import brute_force
 import pytest
 import torch
 from brute_force import INF, SPACES, EnumeratedEBM, random_tables
+from toy_policies import close
 
 from rl_ebm import soft_bellman as sb
 from rl_ebm.tokens import TokenSpace
 
 in_all_spaces = pytest.mark.parametrize("shape", SPACES, ids=str)
-
-
-def close(got, want, tolerance=1e-12):
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=tolerance)
 
 
 def vector(values):

@@ -18,7 +18,7 @@ import pytest
 from checkout import ENTRIES, ROOT, copy_tree, pip, run, start
 
 import rl_ebm
-from rl_ebm.version import UNKNOWN, find_version
+from rl_ebm.packages.version import UNKNOWN, find_version
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
@@ -77,7 +77,7 @@ def test_the_version_is_that_of_the_checkout():
 )
 def test_the_file_of_another_project_is_not_read(tmp_path, monkeypatch, text):
     (tmp_path / "pyproject.toml").write_text(text)
-    monkeypatch.setattr("rl_ebm.version.version", {"rl-ebm": "5.0"}.__getitem__)
+    monkeypatch.setattr("rl_ebm.packages.version.version", {"rl-ebm": "5.0"}.__getitem__)
     assert find_version(tmp_path / "rl_ebm") == "5.0"
 
 
@@ -87,7 +87,7 @@ def test_a_tree_that_is_neither_checkout_nor_installed_has_no_version(tmp_path, 
 
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("rl_ebm.version.version", missing)
+    monkeypatch.setattr("rl_ebm.packages.version.version", missing)
     assert find_version(tmp_path / "rl_ebm") == UNKNOWN
 
 

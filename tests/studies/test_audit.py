@@ -33,6 +33,17 @@ def short_flows(monkeypatch):
     monkeypatch.setattr(boundary, "STEPS", 60)
 
 
+@pytest.fixture
+def policy_gradients(monkeypatch):
+    """The audit of these alone, with the options that the test asks for."""
+
+    def keep(**options):
+        entry = AGENTS["policy-gradient"]._replace(variants=(options,))
+        monkeypatch.setattr("rl_ebm.studies.audit.AGENTS", {"policy-gradient": entry})
+
+    return keep
+
+
 def line_of(lines, objective, **options):
     (found,) = [
         x for x in lines if x["objective"] == objective and options.items() <= x["options"].items()
@@ -90,7 +101,8 @@ def test_a_verdict_is_known_where_one_says_yes_or_all_say_no():
     assert any_of([False, False]) is False
 
 
-def test_the_measures_are_sums_over_the_responses():
+def test_the_measures_are_sums_over_the_responses(policy_gradients):
+    policy_gradients(kl_estimator="k3", kl_in="loss", kl_level="token", advantage="none")
     problem = case(((3, 3, 1), None, True))
     (state,) = problems(rl_ebm.solve(problem.ebm))
     (truth,) = problem.truth
@@ -127,10 +139,11 @@ def test_the_measures_are_sums_over_the_responses():
 
 
 @pytest.mark.slow
-def test_with_prompts_the_measures_are_means():
+def test_with_prompts_the_measures_are_means(policy_gradients):
     space = rl_ebm.TokenSpace(2, 2)
     scores = torch.randn(2, 4, generator=seeded(3), dtype=torch.float64)
     options = {"kl_estimator": "k2", "kl_in": "loss", "kl_level": "token", "advantage": "none"}
+    policy_gradients(**options)
 
     def found(rows, prompts):
         ebm = rl_ebm.EBM(space, rows, 0.5, Uniform(space), prompts)

@@ -11,6 +11,7 @@ from brute_force import EnumeratedEBM, log_softmax
 from toy_policies import logits_by_prefix, responses, scores_of, seeded
 
 import rl_ebm
+from rl_ebm.agents import AGENTS
 from rl_ebm.policies import Tabular, Transformer, TransformerConfig
 from rl_ebm.tokens import Batch
 
@@ -25,6 +26,7 @@ KINDS = [
     ((2, 3, None), PROMPTS, True),
     ((3, 3, 0), PROMPTS, False),
 ]
+WIDE = {"max_grad_norm": 1e12}  # no clipping
 KIND_IDS = ["fixed", "eos-reference", "fixed-prompts-reference", "eos-prompts"]
 
 
@@ -171,6 +173,20 @@ def gradient(agent, batch):
     with torch.no_grad():
         table.copy_(before)
     return found
+
+
+def make(name, problem, policy=None, generator=None, **options):
+    """An agent of a case by its name, by default with a table of its own that starts at random."""
+    entry = AGENTS[name]
+    teacher = problem.star() if entry.needs_teacher else None
+    policy = problem.table() if policy is None else policy
+    generator = seeded() if generator is None else generator
+    return entry.agent(problem.ebm, policy, entry.config(**options), generator, teacher)
+
+
+def unclipped(name, problem, policy=None, **options):
+    """The same whose gradient is that of its loss, however large."""
+    return make(name, problem, policy, **WIDE, **options)
 
 
 def train(agent, ebm, steps):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 IN_GIT = (
-    ".ci", ".github", "agents", "benchmarks", "envs", "rl_ebm", "tests", ".gitignore", "LICENSE",
-    "MANIFEST.in", "Makefile", "README.md", "constraints.txt", "constraints-lowest.txt",
+    ".ci", ".github", "agents", "benchmarks", "docs", "envs", "rl_ebm", "tests", ".gitignore",
+    "LICENSE", "MANIFEST.in", "Makefile", "README.md", "constraints.txt", "constraints-lowest.txt",
     "pyproject.toml", "setup.py",
 )  # fmt: skip
 ENTRIES = ("agents", "envs")

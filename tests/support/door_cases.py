@@ -13,7 +13,6 @@ import rl_ebm
 from rl_ebm import agents, envs, policies, rewards
 from rl_ebm.cli import parsing as flags
 from rl_ebm.messages import memory
-from rl_ebm.policies import scoring
 from rl_ebm.policies.expression import read_responses
 from rl_ebm.training import kinds
 
@@ -97,7 +96,7 @@ def test_another_kind_is_one_short_sentence(call, words):
     assert len(str(error.value)) < 600
 
 
-@pytest.mark.parametrize("name", sorted(agents.BUILT_IN))
+@pytest.mark.parametrize("name", sorted(agents.AGENTS))
 def test_agents_say_what_they_are_made_of(ebm, name):
     entry = agents.AGENTS[name]
     config = entry.config(**({} if name == "exact" else {"batch_size": 8}))
@@ -156,7 +155,7 @@ def test_more_draws_than_memory_are_refused(ebm, monkeypatch):
             solution.sample(2_000_000)
         assert len(solution.sample(3)) == 3
     with pytest.raises(ValueError, match="draw fewer"):
-        scoring.sample(policies.Uniform(SPACE), SPACE, 2_000_000)
+        policies.sample(policies.Uniform(SPACE), SPACE, 2_000_000)
 
 
 def test_a_limit_of_address_space_is_no_free_memory(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
 import subprocess
@@ -85,6 +86,12 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
         for p in sorted(folder.iterdir())
         if p.is_file()
     }
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    """All of metrics.csv."""
+    with open(run / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def start(args: list[str], **kwargs: Any) -> subprocess.Popen[str]:

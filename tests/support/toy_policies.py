@@ -100,8 +100,8 @@ def responses(space):
     return brute_force.sequences(space.vocab_size, space.max_length, space.eos_id)
 
 
-def close(got, want, tolerance=1e-11):
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+def close(got, want, tolerance=1e-11, **others):
+    torch.testing.assert_close(got, want, **{"rtol": tolerance, "atol": tolerance, **others})
 
 
 # Rewards ---------------------------------------------------------------------------------------

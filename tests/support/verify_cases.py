@@ -35,6 +35,7 @@ from toy_policies import (
 import rl_ebm
 from rl_ebm.policies import Tabular, Uniform
 from rl_ebm.tokens import TokenSpace
+from rl_ebm.verification.figures import FIGURES
 
 ALL_SPACES = [*SPACES, (2, 1, 0), (2, 4, 1)]  # the last two never branch
 KINDS = ["plain", "table", "values", "transformer", "uniform", "solution", "near"]
@@ -46,6 +47,7 @@ KEYS = {
     *("mass_impossible", "logits_linf", "logits_span", "log_ratio_span"),
     *("bellman_residual_max", "bellman_residual_mean", "bounds", "per_depth", "worst_prefixes"),
 }
+"""promised; what else a report has is in the slow one as well"""
 
 
 class Case(NamedTuple):
@@ -99,9 +101,9 @@ def logit_tables(space, num_prompts=1, seed=0, forbid=0.0, dead=0.0, scale=1.5):
 
 
 def truth(space, scores, beta, ref_logits=None):
-    """The EBM of one prompt: r from the scores and the reference's raw logits."""
+    """The EBM of one prompt: r from the scores and the reference's raw logits, and log p_ref."""
     reward = dict(zip(responses(space), scores, strict=True))
-    last, r = space.max_length - 1, []
+    last, r, ref = space.max_length - 1, [], {}
     for t in range(space.max_length):
         rows = []
         for i, s in enumerate(prefixes(space.vocab_size, t, space.eos_id)):
@@ -111,8 +113,11 @@ def truth(space, scores, beta, ref_logits=None):
             elif ref_logits is not None:
                 log_ref = log_softmax(ref_logits[t][i].tolist())
             rows.append([x + reward.get((*s, a), 0.0) / beta for a, x in enumerate(log_ref)])
+            ref[s] = log_ref
         r.append(torch.tensor(rows, dtype=torch.float64))
-    return EnumeratedEBM(r, space.eos_id)
+    found = EnumeratedEBM(r, space.eos_id)
+    found.log_refs = [math.fsum(ref[y[:t]][a] for t, a in enumerate(y)) for y in found.sequences]
+    return found
 
 
 def check_solution(solution, truths, tolerance=1e-10):
@@ -212,14 +217,18 @@ def slow_report(q, values, truth, scores):
         "mode": "exact-tree",
         "num_sequences": len(p),
         "log_z": truth.log_z,
+        "log_z_policy": log_sum_exp(q[()]) if values else None,
         "kl_target_policy": kl(p, pi),
         "kl_policy_target": kl(pi, p),
         "tv": tv(p, pi),
         "js": js(p, pi),
+        "hellinger2": 1 - math.fsum(math.exp((a + b) / 2) for a, b in zip(p, pi, strict=True)),
         "entropy_target": entropy(p),
         "entropy_policy": entropy(pi),
         "expected_reward_target": truth.expectation(scores),
         "expected_reward_policy": sum(rewards),
+        "kl_target_reference": kl(p, truth.log_refs),
+        "kl_policy_reference": kl(pi, truth.log_refs),
         "mass_impossible": impossible,
         "logits_linf": max(e[0] for e in errors.values()),
         "logits_span": max(e[1] for e in errors.values()),
@@ -340,5 +349,8 @@ def compare(report, wants, tolerance=1e-9):
         part["worst_prefixes"] = wrong_ones(part["worst_prefixes"])
         if tied(want):  # which of equally bad prefixes are named has its own test
             want = want | {"worst_prefixes": part["worst_prefixes"]}
+        for figure in FIGURES:
+            value = part.get(figure.key)
+            assert figure.infinite or value is None or math.isfinite(float(value)), figure.key
         assert_same(part, want, tolerance)
     return got

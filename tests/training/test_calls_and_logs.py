@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import math
 
 import pytest
 import torch
-from run_cases import NETWORK, load_state, small_options
+from run_cases import NETWORK, load_state, rows, small_options
 from toy_policies import seeded
 
 import rl_ebm
@@ -15,11 +14,6 @@ from rl_ebm.rewards import Automaton, TransformerReward
 from rl_ebm.training import loop as training
 from rl_ebm.training.config import TrainConfig
 from rl_ebm.training.run import CALLED_UNASKED, is_cheap
-
-
-def rows(run):
-    with open(run / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 class Counted:

@@ -6,7 +6,6 @@ a share of the time that the run took, so that a kill falls anywhere, within a w
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import random
@@ -17,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from run_cases import _become, differences, load_state, train_args
+from run_cases import _become, differences, load_state, rows, train_args
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
@@ -64,10 +63,9 @@ def go_on(run: Path, whole: list[str]) -> list[str]:
     return [*whole, "--out", str(run), "--overwrite"]
 
 
-def rows(run: Path) -> dict[tuple[int, str], str]:
+def figures(run: Path) -> dict[tuple[int, str], str]:
     """Every figure of metrics.csv that no clock decides, by step and column."""
-    with open(run / "metrics.csv", newline="") as file:
-        found = list(csv.DictReader(file))
+    found = rows(run)
     steps = [int(row["step"]) for row in found]
     assert steps == sorted(steps)
     return {
@@ -132,10 +130,10 @@ def test_killed_at_random_moments(agent, tmp_path):
     assert differences(load_state(whole), load_state(run)) == []
     weights = load_file(run / "policy.safetensors")
     assert differences(dict(load_state(whole)["policy"]), weights, "policy") == []
-    figures = rows(whole)
+    want = figures(whole)
     steps = set(range(FLAGS["log_every"], STEPS + 1, FLAGS["log_every"]))
-    check_same(rows(run), figures, steps, STEPS)
+    check_same(figures(run), want, steps, STEPS)
     # TensorBoard's x are global tokens.
-    tokens = {step: int(figures[step, "tokens"]) for step in steps}
+    tokens = {step: int(want[step, "tokens"]) for step in steps}
     check_same(scalars(run), scalars(whole), set(tokens.values()), tokens[STEPS])
     assert not list(run.glob("*.part")), "leftovers of a write that was cut short"

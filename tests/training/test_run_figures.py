@@ -12,10 +12,10 @@ from toy_policies import responses, seeded
 
 import rl_ebm
 from rl_ebm.agents import AGENTS
-from rl_ebm.agents.defaults import PRETRAINED, default_options, is_pretrained
 from rl_ebm.policies import Tabular, Uniform
 from rl_ebm.studies.diagnose import diagnose
 from rl_ebm.training.charts import drawn_charts
+from rl_ebm.training.defaults import PRETRAINED, default_options, is_pretrained
 from rl_ebm.training.reward_calls import calls_of
 
 SPACE = rl_ebm.TokenSpace(2, 2)

@@ -42,11 +42,6 @@ def made(tmp_path_factory):
     return finished_run(tmp_path_factory.mktemp("files") / "run")
 
 
-@pytest.fixture
-def run(made, tmp_path):
-    return Path(shutil.copytree(made, tmp_path / "run"))
-
-
 def file_of(run: Path, name: str) -> Path:
     return next(run.glob("events.*")) if name == "events" else run / name
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -35,11 +34,6 @@ SPACE = rl_ebm.TokenSpace(3, 3)
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     return finished_run(tmp_path_factory.mktemp("files") / "run")
-
-
-@pytest.fixture
-def run(made, tmp_path):
-    return Path(shutil.copytree(made, tmp_path / "run"))
 
 
 # One process --------------------------------------------------------------------------------------

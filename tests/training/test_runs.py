@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -124,11 +123,6 @@ def made(tmp_path_factory):
     ebm = rl_ebm.EBM(SPACE, scores(27))
     train(ebm, out=run, options=small_options("soft-q"), network=NETWORK, steps=3)
     return run
-
-
-@pytest.fixture
-def run(made, tmp_path):
-    return Path(shutil.copytree(made, tmp_path / "run"))
 
 
 def test_a_foreign_or_damaged_checkpoint(run, capsys):

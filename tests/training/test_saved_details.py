@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 import struct
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,11 +25,6 @@ def made(tmp_path_factory):
     train(rl_ebm.EBM(SPACE, scores), out=run, options=small_options("soft-q"), network=NETWORK,
           steps=2)  # fmt: skip
     return run
-
-
-@pytest.fixture
-def run(made, tmp_path):
-    return Path(shutil.copytree(made, tmp_path / "run"))
 
 
 # Tensors within their storages --------------------------------------------------------------------

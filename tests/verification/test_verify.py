@@ -28,7 +28,7 @@ from verify_cases import (
 import rl_ebm
 from rl_ebm.policies import Tabular, Uniform
 from rl_ebm.tokens import TokenSpace
-from rl_ebm.verification.verify import combine
+from rl_ebm.verification.report import combine
 
 walk_module = importlib.import_module("rl_ebm.policies.walk")
 
@@ -113,7 +113,7 @@ def test_a_planted_fault_is_named_first(shape, prompted):
 
 @pytest.mark.parametrize("shape", [(3, 3, None), (4, 3, 1)], ids=str)
 @pytest.mark.parametrize("values", [False, True])
-def test_a_constant_for_each_state_shows_in_the_bellman_residual_alone(shape, values):
+def test_a_constant_for_each_state_shows_in_what_needs_values_alone(shape, values):
     exact = case(shape, 0.8, "plain", True, forbid=0.2, seed=7)
     space, solution = exact.ebm.space, rl_ebm.solve(exact.ebm)
     tables = logit_tables(space, 3, 8)
@@ -123,7 +123,7 @@ def test_a_constant_for_each_state_shows_in_the_bellman_residual_alone(shape, va
         for t in (tables, shifted)
     )
     for part, other in zip([one, *one["per_prompt"]], [two, *two["per_prompt"]], strict=True):
-        for name in ("bellman_residual_max", "bellman_residual_mean"):
+        for name in ("bellman_residual_max", "bellman_residual_mean", "log_z_policy"):
             a, b = part.pop(name), other.pop(name)
             assert (a is None and b is None) if not values else abs(a - b) > 1e-2
     one.pop("per_prompt"), two.pop("per_prompt")
@@ -261,7 +261,7 @@ def test_several_prompts_are_joined_by_maxima_and_means(values):
     policy = Tabular.from_tables(logit_tables(space, 3, 9), space, PROMPTS, values)
     report = rl_ebm.verify(policy, solution)
     got, wants = figures(report), slow_reports(policy, exact)
-    assert set(got) == KEYS | {"per_prompt"}
+    assert KEYS | {"per_prompt"} <= set(got)
     parts = got["per_prompt"]
     assert len(parts) == 3
     assert combine(report.per_prompt) == report
@@ -292,7 +292,7 @@ def test_several_prompts_are_joined_by_maxima_and_means(values):
 def test_the_report_of_each_prompt_has_the_keys_of_one_prompt():
     exact = case((3, 2, None), prompted=True)
     got = figures(rl_ebm.verify(Uniform(exact.ebm.space), rl_ebm.solve(exact.ebm)))
-    assert all(set(part) == KEYS for part in got["per_prompt"])
+    assert all(set(part) == set(got) - {"per_prompt"} for part in got["per_prompt"])
 
 
 def test_prompts_that_are_not_the_ebms_are_refused():

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rl_ebm.automata import Machine, check_size, deterministic
+from rl_ebm.automata.machine import Machine, deterministic
 from rl_ebm.automata.phrases import check_score
 from rl_ebm.automata.regex.charsets import CharacterSet
 from rl_ebm.automata.regex.endings import endings, shortest
@@ -30,6 +30,7 @@ from rl_ebm.automata.regex.nfa import (
 from rl_ebm.automata.regex.pieces import Pieces, pieces_of
 from rl_ebm.automata.regex.utf8 import CODES, Utf8
 from rl_ebm.automata.symbols import with_eos
+from rl_ebm.automata.windows import check_size
 from rl_ebm.messages.arguments import shown
 from rl_ebm.tokens import TokenSpace, check_space
 

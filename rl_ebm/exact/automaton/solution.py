@@ -17,7 +17,7 @@ from rl_ebm.exact.base import Rows
 from rl_ebm.exact.figures import Summary
 from rl_ebm.messages.arguments import check_generator
 from rl_ebm.policies.base import resolve_prompt_ids
-from rl_ebm.policies.scoring import check_draws
+from rl_ebm.policies.decoding import check_draws
 from rl_ebm.rewards.base import machine_of
 from rl_ebm.tokens import Batch, length_mask
 

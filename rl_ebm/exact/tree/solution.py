@@ -14,7 +14,7 @@ from rl_ebm.ebm import EBM
 from rl_ebm.exact.base import Rows
 from rl_ebm.exact.tree.backup import join, split
 from rl_ebm.policies.base import resolve_prompt_ids
-from rl_ebm.policies.scoring import check_draws, sample
+from rl_ebm.policies.decoding import check_draws, sample
 from rl_ebm.soft_bellman import backup, gather_tokens, log_policy
 from rl_ebm.tokens import Batch, length_mask
 

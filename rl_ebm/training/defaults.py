@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields, replace
 from typing import Any
 
 from torch import nn
 
+from rl_ebm.agents import entry_of
 from rl_ebm.policies import Tabular, Transformer
 
 PRETRAINED = 1_000_000
@@ -14,6 +16,28 @@ PRETRAINED = 1_000_000
 BATCH_SIZE = 64
 RATE, ADAPTER_RATE = 1e-5, 1e-4
 """of Adam: for all weights of a pretrained model, and for those of an adapter"""
+
+
+def options_of(agent: str, options: Any, policy: nn.Module | None) -> Any:
+    """An agent's options: those given, else the defaults for the policy, which are told then.
+
+    Raises:
+        ValueError: options of another agent.
+    """
+    kind = entry_of(agent).config
+    if options is None:
+        options, chosen = default_options(kind, policy)
+        if chosen:
+            values = ", ".join(f"{name}={getattr(options, name)}" for name in chosen)
+            print(
+                f"{agent} for a pretrained policy: {values} (options= chooses others)",
+                file=sys.stderr,
+            )
+    if not isinstance(options, kind):
+        raise ValueError(
+            f"options for {agent} must be a {kind.__name__}, got {type(options).__name__}"
+        )
+    return options
 
 
 def default_options(kind: type[Any], policy: nn.Module | None) -> tuple[Any, list[str]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 UNKNOWN = "0+unknown"
 
 
-def find_version(package: Path = Path(__file__).parent) -> str:
+def find_version(package: Path = Path(__file__).parents[1]) -> str:
     """That of the checkout which a package stands in, else of what is installed, else unknown.
 
     The checkout goes first: on PYTHONPATH it hides another release that is installed.

@@ -3,7 +3,7 @@
     python -m benchmarks.steer            # about 5 minutes on one core
     python -m benchmarks.steer --quick    # small sizes: only to see that it works
 
-A GPT-2 of two layers is fitted to sentences of a small grammar (:mod:`benchmarks.steer_text`).
+A GPT-2 of two layers is fitted to sentences of a small grammar (:mod:`benchmarks.steer.text`).
 
 1. With an n-gram as the reference the EBM is solved exactly, at any vocabulary, and its solution
    teaches the GPT-2. For objectives that see nothing but rewards the GPT-2 is first taught the
@@ -27,9 +27,8 @@ import torch
 import tyro
 
 import rl_ebm
-from benchmarks import steer_text
-from benchmarks.machine import describe
-from benchmarks.steer_models import (
+from benchmarks.steer import text
+from benchmarks.steer.models import (
     FORBIDDEN,
     PROMPTS,
     QUICK,
@@ -42,17 +41,18 @@ from benchmarks.steer_models import (
     make,
     surprise,
 )
-from benchmarks.steer_report import Look, Run, page, picture
+from benchmarks.steer.report import Look, Run, page, picture
+from benchmarks.support.machine import describe
 from rl_ebm.agents import AGENTS
 from rl_ebm.policies import HuggingFace
 from rl_ebm.policies.base import Policy
-from rl_ebm.policies.scoring import sample
+from rl_ebm.policies.decoding import sample
 from rl_ebm.rewards import Automaton
 from rl_ebm.statistics.interval import Interval
 from rl_ebm.training.checkpoint import write_text
 from rl_ebm.verification.along_samples import bounded
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 STAND_IN: dict[str, Any] = {"forbidden_log_weight": -10.0}
 METHODS: dict[str, dict[str, Any]] = {
     "on-policy-distillation": {"lr": 1e-2, "divergence": "forward", "on_policy": 0.5},
@@ -128,7 +128,7 @@ class Observer:
             forbidden=forbidden,
             surprise=surprise(self.judge, task, batch),
             depths=[depth.mean_kl for depth in report.per_depth],
-            texts=steer_text.decode(task.tokenizer, batch.take(torch.arange(6))),
+            texts=text.decode(task.tokenizer, batch.take(torch.arange(6))),
         )
 
     def run(self, name: str, seed: int, start: HuggingFace, title: str) -> tuple[Run, Look]:
@@ -182,7 +182,7 @@ def neural(
         found = rl_ebm.certify(one, ebm, samples=size.certified, reward_max=SCORE, generator=g)
         batch = sample(one, task.space, 8, g, torch.zeros(8).long())
         print(f"{name}\n{found}", flush=True)
-        yield name, found, steer_text.decode(task.tokenizer, batch)
+        yield name, found, text.decode(task.tokenizer, batch)
 
 
 def main(options: Options) -> None:

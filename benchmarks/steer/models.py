@@ -11,7 +11,7 @@ import transformers
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from benchmarks import steer_text
+from benchmarks.steer import text
 from rl_ebm.agents.shared.imitation import teacher_forcing_loss
 from rl_ebm.agents.shared.learner import Learner
 from rl_ebm.policies import AutomatonPolicy, HuggingFace, fit_ngram
@@ -70,7 +70,7 @@ class Steered:
 
     def shares(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Which texts have a word that begins with the wanted, and with the forbidden one."""
-        texts = steer_text.decode(self.tokenizer, batch)
+        texts = text.decode(self.tokenizer, batch)
         found = [[f" {word}" in f" {text}" for text in texts] for word in (WANTED, FORBIDDEN)]
         wanted, forbidden = torch.tensor(found).double()
         return wanted, forbidden
@@ -78,14 +78,14 @@ class Steered:
 
 def make(size: Size) -> Steered:
     """Sentences, tokens, the reward and the n-gram."""
-    texts = steer_text.sentences(size.sentences)
-    tokenizer = steer_text.train_tokenizer(texts, size.vocab_size)
+    texts = text.sentences(size.sentences)
+    tokenizer = text.train_tokenizer(texts, size.vocab_size)
     space = TokenSpace(tokenizer.get_vocab_size(), size.max_length, eos_id=0)
-    batch = steer_text.encode(tokenizer, texts, space)
+    batch = text.encode(tokenizer, texts, space)
     rows = torch.arange(len(batch))
     held_out, data = batch.take(rows[: size.held_out]), batch.take(rows[size.held_out :])
     reward = Automaton.contains(space, tokenizer.encode(WANTED).ids, SCORE)
-    for word in (FORBIDDEN, steer_text.plural(FORBIDDEN)):
+    for word in (FORBIDDEN, text.plural(FORBIDDEN)):
         reward += Automaton.avoids(space, tokenizer.encode(word).ids)
     # Smoothing far below 1: of 1,280 tokens few can follow another.
     ngram = fit_ngram(space, data, order=2, smoothing=0.01, prompts=PROMPTS)

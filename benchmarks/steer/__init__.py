@@ -1,0 +1,1 @@
+"""A small language model that is steered, and held against the truth."""
