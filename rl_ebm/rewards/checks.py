@@ -52,7 +52,10 @@ def check(
     tokens, lengths = _responses(space, whole("rows", rows, 1, 2**20))
     ids = torch.arange(len(tokens)) % count
     place = as_device(device)
-    tried = tuple(x.to(place) for x in (tokens, lengths, ids))
+    try:
+        tried = tuple(x.to(place) for x in (tokens, lengths, ids))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"{place} cannot be used here: {_said(error)}") from None
     want = _called(bound, tried)
     again = _called(bound, tuple(x.flip(0) for x in tried)).flip(0)
     _compare(want, again, "a second call, with the rows in another order", "it gives other numbers")
@@ -102,8 +105,11 @@ def _responses(space: TokenSpace, rows: int) -> tuple[Tensor, Tensor]:
 
 def _called(bound: base.Reward, tried: tuple[Tensor, ...]) -> Tensor:
     """R of responses, on the CPU, checked."""
-    with torch.no_grad():
-        reward: Any = bound(*tried)
+    try:
+        with torch.no_grad():
+            reward: Any = bound(*tried)
+    except (RuntimeError, IndexError, AttributeError, TypeError) as error:
+        raise ValueError(f"the reward fails: {_said(error)}") from error
     if not isinstance(reward, Tensor):
         raise TypeError(f"the reward returned {type(reward).__name__}, expected a tensor")
     if reward.shape != tried[1].shape:
@@ -113,6 +119,10 @@ def _called(bound: base.Reward, tried: tuple[Tensor, ...]) -> Tensor:
         )
     check_values(reward, "the reward's value")
     return reward.cpu()
+
+
+def _said(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200].rstrip(".")
 
 
 def _slack(reward: Tensor) -> Tensor:

@@ -127,6 +127,8 @@ def read_table(
             rows = _Rows(file, os.fspath(path), alphabet, separator, ragged)
     except OSError as error:
         raise ValueError(f"cannot read the table file {path}: {error.strerror}") from None
+    except UnicodeEncodeError:
+        raise ValueError(f"no file has the name {shown(os.fspath(path))}") from None
     except UnicodeDecodeError:
         raise ValueError(f"the table file {path} is no text in UTF-8") from None
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import types
 from collections.abc import Mapping
@@ -44,6 +45,10 @@ def read_config(run: Path) -> dict[str, Any]:
     except RunError:
         raise
     except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            raise RunError(
+                f"no run has a path of {len(str(run)):,} characters: it is too long"
+            ) from None
         raise RunError(f"{path} is damaged ({error})") from None
     parts = ("ebm", "policy", "agent", "train")
     if not isinstance(config, dict) or any(part not in config for part in parts):

@@ -136,6 +136,8 @@ INNER_METHODS = {
     # Decoding by one position, and rows of a tree: between a policy and what walks it.
     "begin", "start", "step", "q", "read", "q_rows", "r_rows", "reward_rows", "rows",
     "tree_logits", "reduced_q_rows", "reduced_rows",
+    # Members that are read by limits_of and summarise.
+    "limits", "summary",
     # Within a training step.
     "counts", "update", "loss", "log_pi", "log_weights", "position_means", "returns", "chosen",
     "drawn_from",

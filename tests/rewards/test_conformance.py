@@ -134,6 +134,7 @@ LIES = [
     ("value", lambda r: set_to("of", lambda *_: torch.full((64,), math.nan))(r), "is nan"),
     ("returned", set_to("of", lambda *_: torch.zeros(3)), "expected"),
     ("returned", set_to("of", lambda *_: None), "NoneType"),
+    ("fails", set_to("of", lambda *args: args[5]), "out of range"),
 ]
 
 
@@ -150,7 +151,10 @@ def test_each_member_that_lies_is_named(name, lie, words):
 def test_no_member_is_without_a_lie():
     members = {n for n in dir(base.FullReward) if not n.startswith("_")} | {"forbids"}
     untried = {"bind", "to", "device", "called"}  # of work and places, not of numbers
-    assert members == {name for name, _, _ in LIES} - {"second call", "value", "returned"} | untried
+    assert (
+        members
+        == {name for name, _, _ in LIES} - {"second call", "value", "returned", "fails"} | untried
+    )
 
 
 @pytest.mark.parametrize(
