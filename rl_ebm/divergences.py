@@ -1,20 +1,18 @@
-r"""Divergences and entropies, in nats: of rows, of per-depth tables, of samples.
+r"""Divergences and entropies, in nats: of rows, and of per-depth tables.
 
 Rows are log-probabilities over the last dimension. On **tables** (see
 :mod:`rl_ebm.soft_bellman`) the KL and the entropy follow the chain rule over prefixes,
 
     KL(P, Q) = sum_t E_{s_t ~ P} KL(P(.|s_t), Q(.|s_t)),  H(P) = sum_t E_{s_t ~ P} H(P(.|s_t))
 
-(arXiv 2512.15605, App. A.3, A.4); total variation and Jensen-Shannon do not decompose, so they
-push both prefix probabilities down to the responses. ``-inf`` is a legal log-probability:
-0 log 0 = 0, and KL(P, Q) is infinite where P > 0 = Q.
+(arXiv 2512.15605, App. A.3, A.4); total variation and Jensen-Shannon do not decompose. ``-inf`` is
+a legal log-probability: 0 log 0 = 0, and KL(P, Q) is infinite where P > 0 = Q.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -25,7 +23,6 @@ from rl_ebm.soft_bellman import (
     expectation,
     forward_log_marginals,
     rounded_up,
-    sequence_log_probs,
 )
 from rl_ebm.tokens import TokenSpace
 
@@ -119,16 +116,6 @@ def kl_by_depth(log_p: Tables, log_q: Tables, space: TokenSpace) -> Float[Tensor
     return torch.stack(terms)
 
 
-def tv_tables(log_p: Tables, log_q: Tables, space: TokenSpace) -> Float[Tensor, "..."]:
-    """Total variation between the responses of two policies."""
-    return tv(sequence_log_probs(log_p, space), sequence_log_probs(log_q, space))
-
-
-def js_tables(log_p: Tables, log_q: Tables, space: TokenSpace) -> Float[Tensor, "..."]:
-    """Jensen-Shannon divergence between the responses of two policies."""
-    return js(sequence_log_probs(log_p, space), sequence_log_probs(log_q, space))
-
-
 # Samples -------------------------------------------------------------------------------------
 
 
@@ -137,60 +124,6 @@ KL_TERMS: dict[str, Callable[[Tensor], Tensor]] = {
     "k2": lambda u: u.square() / 2,
     "k3": lambda u: torch.expm1(-u) + u,
 }
-"""estimates of KL(P, Q) at a sample of P by u = log p - log q (http://joschu.net/blog/kl-approx.html)"""
-
-
-class Estimate(NamedTuple):
-    """A sample mean and its standard error (of the mean), both in nats."""
-
-    mean: Tensor
-    standard_error: Tensor
-
-
-def kl_from_samples(
-    log_p: Float[Tensor, "N"], log_q: Float[Tensor, "N"], kind: str = "k3"
-) -> Estimate:
-    r"""Estimate KL(P, Q) from samples of **P**, with log rho = log q - log p at each.
-
-    ========  =====================  ============================================================
-    kind      term                   bias
-    ========  =====================  ============================================================
-    ``"k1"``  -log rho               none; single terms can be negative
-    ``"k2"``  (log rho)^2 / 2        its mean is not the KL; equal to second order near P = Q
-    ``"k3"``  rho - 1 - log rho      P({q > 0}) = 1 and Q({p = 0}) = 0: none; else too small by
-                                     the mass Q({p = 0}); never negative
-    ========  =====================  ============================================================
-
-    As estimators of the value, not of a gradient. Infinite where a sample has q = 0.
-
-    Raises:
-        ValueError: an unknown kind, fewer than 2 samples, or a sample that P cannot give.
-    """
-    if not (isinstance(log_p, Tensor) and isinstance(log_q, Tensor)):
-        raise TypeError("log_p and log_q must be tensors: use torch.tensor(...)")
-    if log_p.shape != log_q.shape:
-        raise ValueError(
-            "log_p and log_q must be of the same samples, got shapes "
-            f"{tuple(log_p.shape)} and {tuple(log_q.shape)}"
-        )
-    if len(log_p) < 2:
-        raise ValueError(f"a standard error needs at least 2 samples, got {len(log_p)}")
-    if bool(torch.isneginf(log_p).any()):
-        raise ValueError("a sample has log_p = -inf: it cannot have been drawn from P")
-    if kind not in KL_TERMS:
-        raise ValueError(f"kind must be 'k1', 'k2' or 'k3', got {kind!r}")
-    terms = KL_TERMS[kind](log_p - log_q)
-    mean = terms.mean()
-    error = (terms.std() / math.sqrt(len(terms))).masked_fill(torch.isinf(mean), torch.inf)
-    return Estimate(mean, error)
-
-
-def entropy_from_samples(log_p: Float[Tensor, "N"]) -> Estimate:
-    """Estimate H(P) from the log-probabilities of samples of P: unbiased.
-
-    Raises:
-        ValueError: fewer than 2 samples.
-    """
-    if len(log_p) < 2:
-        raise ValueError(f"a standard error needs at least 2 samples, got {len(log_p)}")
-    return Estimate(-log_p.mean(), log_p.std() / math.sqrt(len(log_p)))
+"""Estimates of KL(P, Q) at a sample of P by u = log p - log q
+(http://joschu.net/blog/kl-approx.html). As estimates of its value k1 has no bias, k3 none where Q
+has no mass outside P's (else it is too small by that mass), k2 a small one near P = Q."""

@@ -96,11 +96,6 @@ class Machine:
     def device(self) -> torch.device:
         return self.log_weight.device
 
-    @property
-    def bytes(self) -> int:
-        """What it takes to keep."""
-        return sum(x.numel() * x.element_size() for x in vars(self).values())
-
     def to(self, device: torch.device | str) -> Machine:
         return Machine(**{name: x.to(device) for name, x in vars(self).items()})
 

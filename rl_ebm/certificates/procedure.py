@@ -74,24 +74,8 @@ def certify(
             ``reward_max``, a target sample that is impossible, a policy for other prompts, or
             fewer samples than particles.
     """
-    check_kind(policy)
-    if not isinstance(ebm, EBM):
-        raise TypeError(
-            f"ebm must be an rl_ebm.EBM, got {type(ebm).__name__}: of an exact solution "
-            "certify(policy, solution.ebm), or better verify(policy, solution)"
-        )
-    check_confidence(confidence)
-    check_samples(samples)
+    _check(policy, ebm, samples, confidence, target_samples, reward_max, particles, memory)
     samples, memory = whole("samples", samples), min(whole("memory", memory, 1), 2**62)
-    if not (target_samples is None or isinstance(target_samples, Batch)):
-        raise TypeError(
-            "target_samples must be a Batch, as solution.sample(n) gives it, got "
-            f"{type(target_samples).__name__}"
-        )
-    if particles is not None and not (is_whole(particles) and 1 <= particles <= samples):
-        raise ValueError(f"particles must be in [1, samples = {samples}], got {shown(particles)}")
-    if reward_max is not None and not (is_number(reward_max) and math.isfinite(reward_max)):
-        raise ValueError(f"reward_max must be finite, got {shown(reward_max)}")
     reward_max = None if reward_max is None else float(reward_max)
     each = 1 - (1 - confidence) / ebm.num_prompts
     with evaluating(policy):
@@ -108,6 +92,38 @@ def certify(
             for prompt in range(ebm.num_prompts)
         ]
     return parts[0] if len(parts) == 1 else combine(parts)
+
+
+def _check(
+    policy: object,
+    ebm: object,
+    samples: Any,
+    confidence: Any,
+    target_samples: object,
+    reward_max: object,
+    particles: object,
+    memory: object,
+) -> None:
+    """Raise what :func:`certify` says of its arguments, each by itself."""
+    check_kind(policy)
+    if not isinstance(ebm, EBM):
+        raise TypeError(
+            f"ebm must be an rl_ebm.EBM, got {type(ebm).__name__}: of an exact solution "
+            "certify(policy, solution.ebm), or better verify(policy, solution)"
+        )
+    check_confidence(confidence)
+    check_samples(samples)
+    samples = whole("samples", samples)
+    whole("memory", memory, 1)
+    if not (target_samples is None or isinstance(target_samples, Batch)):
+        raise TypeError(
+            "target_samples must be a Batch, as solution.sample(n) gives it, got "
+            f"{type(target_samples).__name__}"
+        )
+    if particles is not None and not (is_whole(particles) and 1 <= particles <= samples):
+        raise ValueError(f"particles must be in [1, samples = {samples}], got {shown(particles)}")
+    if reward_max is not None and not (is_number(reward_max) and math.isfinite(reward_max)):
+        raise ValueError(f"reward_max must be finite, got {shown(reward_max)}")
 
 
 def _certify_prompt(

@@ -1,9 +1,10 @@
-"""Numbers in text: what is no number of the kind that is wanted is one sentence."""
+"""Numbers in text: what is no number of the kind that is wanted is a sentence; infinite numbers."""
 
 from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 from rl_ebm.messages.arguments import shown
 
@@ -33,4 +34,13 @@ def parse_real(text: str) -> float:
     value = float(text)
     if value == math.inf or (math.isinf(value) and "inf" not in text.lower()):
         raise ValueError(f"{shown(text)} is no number that is finite, or -inf")
+    return value
+
+
+def as_json(value: Any) -> Any:
+    """A value as the reports' JSON has it: infinite numbers are the strings "Infinity" and
+    "-Infinity", which ``float`` reads; anything else is left as it is.
+    """
+    if isinstance(value, float) and math.isinf(value):
+        return "Infinity" if value > 0 else "-Infinity"
     return value

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from rl_ebm.messages.arguments import WrongTypeError, is_number, shown, whole
+from rl_ebm.messages.numerals import as_json
 
 Kind = Literal["finite-sample", "one-sided finite-sample", "asymptotic", "worth nothing"]
 
@@ -50,12 +51,7 @@ class Interval:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: infinite numbers are the strings "Infinity" and "-Infinity"."""
-        return {
-            k: x
-            if not isinstance(x, float) or math.isfinite(x)
-            else ("Infinity" if x > 0 else "-Infinity")
-            for k, x in asdict(self).items()
-        }
+        return {name: as_json(x) for name, x in asdict(self).items()}
 
     def __str__(self) -> str:
         low, high = (

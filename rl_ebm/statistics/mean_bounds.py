@@ -5,22 +5,17 @@ log X_i, (..., n) in nats, and returns a bound on **log m** that holds with prob
 1 - alpha for every n and every law of X: there is no asymptotics here. Leading dimensions are
 separate problems. X may span hundreds of nats; log X = ``-inf`` is X = 0.
 
-=================================  ======================================================
-bound                              needs
-=================================  ======================================================
-:func:`markov_lower`               X >= 0
-:func:`group_lower`                X >= 0; groups that are averaged by themselves
-:func:`betting_lower`              X >= 0; closes in on m as n grows
-:func:`empirical_bernstein_upper`  0 <= X <= a known bound
-:func:`betting_upper`              0 <= X <= a known bound
-=================================  ======================================================
+=====================  ======================================================
+bound                  needs
+=====================  ======================================================
+:func:`betting_lower`  X >= 0; closes in on m as n grows
+:func:`betting_upper`  0 <= X <= a known bound
+=====================  ======================================================
 
 A variable that is only known to be nonnegative has no upper bound on its mean: mass that no
 sample met can be anywhere above. A lower bound stays one where E X <= m.
 
-References: Gogate, Bidyuk and Dechter (2007), https://arxiv.org/abs/1206.5242 (Markov, groups);
-Waudby-Smith and Ramdas (2020), https://arxiv.org/abs/2010.09686 (betting); Maurer and Pontil
-(2009), https://arxiv.org/abs/0907.3740 (empirical Bernstein).
+Waudby-Smith and Ramdas (2020), https://arxiv.org/abs/2010.09686.
 """
 
 from __future__ import annotations
@@ -48,45 +43,6 @@ def effective_sample_size(log_x: Float[Tensor, "... n"]) -> Float[Tensor, "..."]
     """(sum X)^2 / sum X^2, in [1, n]; 0 where every X is 0."""
     ratio = 2 * torch.logsumexp(log_x, dim=-1) - torch.logsumexp(2 * log_x, dim=-1)
     return ratio.exp().masked_fill(torch.isneginf(log_x).all(-1), 0.0)
-
-
-def markov_lower(log_x: Float[Tensor, "... n"], alpha: float) -> Float[Tensor, "..."]:
-    """log mean X - log(1 / alpha): P(mean X >= m / alpha) <= alpha by Markov's inequality.
-
-    Raises:
-        ValueError: alpha out of (0, 1), no samples, NaN or +inf.
-    """
-    _check(log_x, alpha)
-    return log_mean(log_x.double()) + math.log(alpha)
-
-
-def group_lower(
-    log_x: Float[Tensor, "... n"], alpha: float, groups: int, rank: int | None = None
-) -> Float[Tensor, "..."]:
-    """From means of disjoint groups: one of their order statistics, less log c.
-
-    Each group's mean is >= c m with probability at most 1 / c (Markov), independently, so that
-    ``rank`` of k groups are so with probability at most P(Binomial(k, 1 / c) >= rank), which c
-    sets to alpha. The minimum (rank k) loses log(1 / alpha) / k; the median, rank (k + 1) // 2,
-    loses more and does not hang on the worst group.
-
-    Args:
-        groups: k; the last n % k samples are left out.
-        rank: of the group's mean from above, 1 for the largest; None for k, the smallest.
-
-    Raises:
-        ValueError: more groups than samples, a rank out of [1, groups], or as above.
-    """
-    _check(log_x, alpha)
-    n = log_x.shape[-1]
-    rank = groups if rank is None else rank
-    if not 1 <= groups <= n:
-        raise ValueError(f"groups must be in [1, {n}], the number of samples, got {groups}")
-    if not 1 <= rank <= groups:
-        raise ValueError(f"rank must be in [1, {groups}], got {rank}")
-    means = log_mean(log_x.double()[..., : n - n % groups].unflatten(-1, (groups, -1)))
-    chosen = means.sort(dim=-1, descending=True).values[..., rank - 1]
-    return chosen + math.log(_tail_probability(groups, rank, alpha))
 
 
 def betting_lower(log_x: Float[Tensor, "... n"], alpha: float) -> Float[Tensor, "..."]:
@@ -138,26 +94,6 @@ def stakes(n: int) -> Float[Tensor, "G"]:
     return torch.tensor([1.0, *large, *small], dtype=torch.float64)
 
 
-def empirical_bernstein_upper(
-    log_x: Float[Tensor, "... n"], log_max: float, alpha: float
-) -> Float[Tensor, "..."]:
-    """For 0 <= X <= exp(log_max): Maurer and Pontil (2009), Theorem 4. Never above log_max.
-
-    With X scaled to [0, 1] and s^2 its sample variance (n - 1 in the denominator),
-    m <= mean + sqrt(2 s^2 log(2 / alpha) / n) + 7 log(2 / alpha) / (3 (n - 1)).
-
-    Raises:
-        ValueError: a value above log_max, or as above.
-    """
-    x = _scaled(log_x, log_max, alpha).exp()
-    n = x.shape[-1]
-    if n == 1:
-        return torch.full(x.shape[:-1], log_max, dtype=x.dtype, device=x.device)
-    log_term = math.log(2 / alpha)
-    bound = x.mean(-1) + (2 * x.var(-1) * log_term / n).sqrt() + 7 * log_term / (3 * (n - 1))
-    return log_max + bound.clamp(max=1.0).log()
-
-
 def betting_upper(
     log_x: Float[Tensor, "... n"], log_max: float, alpha: float
 ) -> Float[Tensor, "..."]:
@@ -166,7 +102,7 @@ def betting_upper(
     From n samples it comes at most about log(n / log(1 / alpha)) nats below log_max.
 
     Raises:
-        ValueError: a value above log_max, or as above.
+        ValueError: a value above log_max, or as :func:`betting_lower` does.
     """
     x = _scaled(log_x, log_max, alpha).exp()
     missing = betting_lower(torch.log1p(-x), alpha)
@@ -189,16 +125,6 @@ def _blocks(log_x: Tensor) -> Tensor:
     if size == 1:
         return log_x
     return log_mean(log_x[..., : n - n % size].unflatten(-1, (-1, size)))
-
-
-def _tail_probability(k: int, rank: int, alpha: float) -> float:
-    """The p with P(Binomial(k, p) >= rank) = alpha, from below."""
-    low, high = 0.0, 1.0
-    for _ in range(200):
-        p = (low + high) / 2
-        tail = math.fsum(math.comb(k, j) * p**j * (1 - p) ** (k - j) for j in range(rank, k + 1))
-        low, high = (p, high) if tail <= alpha else (low, p)
-    return low
 
 
 def _scaled(log_x: Tensor, log_max: float, alpha: float) -> Tensor:

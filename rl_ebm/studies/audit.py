@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from statistics import fmean
 from typing import Any
 
@@ -12,6 +11,7 @@ from rl_ebm.agents import AGENTS, make_options
 from rl_ebm.divergences import kl, tv
 from rl_ebm.exact import Solution
 from rl_ebm.fixed_points import FixedPoint, Problem
+from rl_ebm.messages.numerals import as_json
 from rl_ebm.soft_bellman import expectation
 from rl_ebm.studies.problems import problems
 
@@ -139,12 +139,4 @@ def to_text(lines: list[dict[str, Any]], reference: bool = True) -> str:
 
 def to_json(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same with infinite numbers as text, as in report.json."""
-    return [
-        {
-            k: ("Infinity" if v > 0 else "-Infinity")
-            if isinstance(v, float) and math.isinf(v)
-            else v
-            for k, v in line.items()
-        }
-        for line in lines
-    ]
+    return [{name: as_json(value) for name, value in line.items()} for line in lines]

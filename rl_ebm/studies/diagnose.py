@@ -34,6 +34,7 @@ from rl_ebm.divergences import kl
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import Solution, solve
 from rl_ebm.fixed_points import Problem
+from rl_ebm.messages.numerals import as_json
 from rl_ebm.policies import Policy, Tabular, Trainable
 from rl_ebm.policies.scoring import tree_q_values
 from rl_ebm.soft_bellman import log_policy, q_from_r, sequence_log_probs
@@ -98,10 +99,7 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON; infinite numbers as text."""
-        found = asdict(self)
-        return {
-            k: "Infinity" if isinstance(v, float) and math.isinf(v) else v for k, v in found.items()
-        }
+        return {name: as_json(value) for name, value in asdict(self).items()}
 
     def __str__(self) -> str:
         def number(x: float | None) -> str:

@@ -92,7 +92,7 @@ def test_parity_has_the_same_value_at_every_prefix_of_a_depth():
 
 def test_geometric_intervals_are_students_on_the_logarithms():
     logs = torch.tensor([0.0, 1.0, 5.0]).double()
-    half = 4.303 * float(logs.std()) / math.sqrt(3)
+    half = 4.3026527 * float(logs.std()) / math.sqrt(3)
     want = [math.exp(2 + k * half) for k in (0, -1, 1)]
     assert intervals.geometric(logs.exp().tolist()) == pytest.approx(want)
     assert intervals.geometric([4.0])[1:] == (0.0, pytest.approx(math.exp(700)))

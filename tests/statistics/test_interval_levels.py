@@ -11,7 +11,6 @@ from toy_policies import seeded
 
 import rl_ebm
 from rl_ebm.certificates.limits import log_z_limits
-from rl_ebm.divergences import entropy_from_samples, kl_from_samples
 from rl_ebm.policies import Tabular
 from rl_ebm.statistics.expectations import (
     Known,
@@ -23,7 +22,7 @@ from rl_ebm.statistics.expectations import (
     sample_interval,
 )
 from rl_ebm.statistics.interval import mean_interval
-from rl_ebm.statistics.mean_bounds import betting_lower, betting_upper, empirical_bernstein_upper
+from rl_ebm.statistics.mean_bounds import betting_lower, betting_upper
 from rl_ebm.statistics.tails import FEWEST, upper_doubt
 from rl_ebm.studies.seeds import geometric, half_width
 from rl_ebm.verification.along_samples import verify_sampled
@@ -56,47 +55,26 @@ def test_the_spread_of_a_sample_is_that_of_n_less_one(values, confidence):
         assert got.high == pytest.approx(mean + half)
 
 
-def test_so_is_that_of_a_ratio_and_of_a_bound_by_variance():
+def test_so_is_that_of_a_ratio():
     x, weight = torch.tensor([1.0, 5.0]).double(), torch.tensor([2.0, 1.0]).double()
     deviations = [(a - 2.0 * b) / 1.5 for a, b in ((1.0, 2.0), (5.0, 1.0))]
     half = quantile(0.5, 1) * statistics.stdev(deviations) / math.sqrt(2)
     got = ratio_interval(x, weight, 0.5)
     assert got.low == pytest.approx(2.0 - half)
     assert got.high == pytest.approx(2.0 + half)
-    values, alpha = [0.1, 0.2, 0.15, 0.4, 0.3] * 200, 0.1
-    n, log_term = len(values), math.log(2 / alpha)
-    want = statistics.fmean(values) + 7 * log_term / (3 * (n - 1))
-    want += math.sqrt(2 * statistics.variance(values) * log_term / n)
-    found = empirical_bernstein_upper(torch.tensor(values, dtype=torch.float64).log(), 0.0, alpha)
-    assert float(found.exp()) == pytest.approx(want, rel=1e-9)
 
 
 @pytest.mark.parametrize("values", [[0.5, 2.0], [1.0, 4.0, 5.5]])
 def test_that_of_a_few_runs_is_as_well(values):
     n = len(values)
     want = quantile(0.95, n - 1) * statistics.stdev(values) / math.sqrt(n)
-    assert half_width(values) == pytest.approx(want, rel=1e-3)
+    assert half_width(values) == pytest.approx(want)
     assert half_width(values[:1]) == half_width([*values, INF]) == INF
     mean, low, high = geometric([math.exp(x) for x in values])
     middle = statistics.fmean(values)
     assert math.log(mean) == pytest.approx(middle)
-    assert math.log(low) == pytest.approx(middle - want, rel=1e-3)
-    assert math.log(high) == pytest.approx(middle + want, rel=1e-3)
-
-
-@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
-def test_so_is_a_standard_error(kind):
-    log_p = [-0.5, -1.5, -2.0]
-    log_q = [-1.0, -0.7, -2.2]
-    kappa = {"k1": lambda u: u, "k2": lambda u: u * u / 2, "k3": lambda u: math.exp(-u) - 1 + u}
-    terms = [kappa[kind](a - b) for a, b in zip(log_p, log_q, strict=True)]
-    p, q = (torch.tensor(x, dtype=torch.float64) for x in (log_p, log_q))
-    for got, values in (
-        (kl_from_samples(p, q, kind), terms),
-        (entropy_from_samples(p), [-x for x in log_p]),
-    ):
-        assert float(got.mean) == pytest.approx(statistics.fmean(values))
-        assert float(got.standard_error) == pytest.approx(statistics.stdev(values) / math.sqrt(3))
+    assert math.log(low) == pytest.approx(middle - want)
+    assert math.log(high) == pytest.approx(middle + want)
 
 
 def test_each_end_has_half_of_the_chance_to_fail():
