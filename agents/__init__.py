@@ -7,6 +7,8 @@ sampled rows are draws of the policy as it is: they make the curves ``charts/epi
 without it there are none. It touches no environment, file, clock or writer. What it
 converges to stands in its entry: of responses, groups and proposals without end, but for a size
 that is given, and with the exact solution as its teacher.
+
+A new objective is its file, which ends with its ``ENTRIES``, and a line in :data:`OBJECTIVES`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import FrozenInstanceError, replace
+from importlib import import_module
 from inspect import signature
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from agent_cases import KIND_IDS, KINDS, case, gradient, make
 from toy_policies import close, responses, seeded
 
 import rl_ebm
-from rl_ebm.agents import AGENTS, Agent, SoftQAgent, SoftQConfig
+from rl_ebm.agents import AGENTS, OBJECTIVES, Agent, SoftQAgent, SoftQConfig
 from rl_ebm.agents.shared.learner import (
     WARMUP,
     Learner,
@@ -69,6 +71,14 @@ def step(agent, ebm, progress=0.5):
 
 
 # The registry ---------------------------------------------------------------------------------
+
+
+def test_every_objective_is_in_the_list_of_files_and_every_name_is_taken_once():
+    folder = Path(rl_ebm.agents.__file__).parent
+    files = [path for path in folder.glob("*.py") if "\nENTRIES = {" in path.read_text()]
+    assert sorted(path.stem for path in files) == sorted(OBJECTIVES)
+    modules = [import_module(f"rl_ebm.agents.{name}") for name in OBJECTIVES]
+    assert list(AGENTS) == [name for module in modules for name in module.ENTRIES]
 
 
 @all_agents
