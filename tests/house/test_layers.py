@@ -79,6 +79,12 @@ def test_tests_stay_short():
         assert len(path.read_text().splitlines()) <= MAX_LINES, path.name
 
 
+def test_no_two_test_files_have_one_name():
+    """pytest would take one for the other: their folders are no packages."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
+
+
 @pytest.mark.parametrize("module", [m for m, path in MODULES.items() if path.stem == "__init__"])
 def test_no_name_hides_a_module(module):
     package = importlib.import_module(f"rl_ebm.{module}".rstrip("."))
