@@ -263,7 +263,9 @@ def test_no_member_is_without_a_lie():
     assert members == set(LIES) | set(UNTRIED)
 
 
-@pytest.mark.parametrize(("name", "kind", "lie", "words"), CASES, ids=lambda x: str(x)[:30])
+@pytest.mark.parametrize(
+    ("name", "kind", "lie", "words"), CASES, ids=[f"{case[0]}-{i}" for i, case in enumerate(CASES)]
+)
 def test_each_member_that_lies_is_named(name, kind, lie, words):
     space = SPACES[1]
     policy = kind(space)
