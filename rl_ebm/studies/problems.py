@@ -5,6 +5,7 @@ from __future__ import annotations
 from rl_ebm.exact.base import Solution, lists
 from rl_ebm.exact.dispatch import TooLargeError
 from rl_ebm.fixed_points import Problem
+from rl_ebm.messages.arguments import shown
 from rl_ebm.messages.words import count_text
 from rl_ebm.soft_bellman import log_policy, sequence_log_probs
 
@@ -13,10 +14,13 @@ def problems(solution: Solution) -> list[Problem]:
     """The problem of every prompt of a solved EBM.
 
     Raises:
+        TypeError: no solution.
         TooLargeError: an automaton's EBM with more prefixes than are listed.
         ValueError: a response that the reference allows has reward -inf: no objective but those
             that are the EBM itself has a gradient there.
     """
+    if not hasattr(solution, "forbids_responses"):
+        raise TypeError(f"solution must be what rl_ebm.solve(ebm) returns, got {shown(solution)}")
     ebm, space = solution.ebm, solution.space
     if not lists(solution):
         raise TooLargeError(

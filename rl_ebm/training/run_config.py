@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import types
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from rl_ebm.agents import AGENTS
 from rl_ebm.files import CONFIG, RunError, read_text
+from rl_ebm.messages.arguments import shown
 from rl_ebm.networks.backbone import TransformerConfig
 
 Number = float | int
@@ -42,6 +44,8 @@ def read_config(run: Path) -> dict[str, Any]:
     except RunError:
         raise
     except (OSError, ValueError, RecursionError) as error:
+        if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+            raise RunError(f"{shown(str(run))} holds no run: its name is too long") from None
         raise RunError(f"{path} is damaged ({error})") from None
     parts = ("ebm", "policy", "agent", "train")
     if not isinstance(config, dict) or any(part not in config for part in parts):
