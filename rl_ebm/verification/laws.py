@@ -11,7 +11,13 @@ from torch import Tensor
 
 from rl_ebm.exact import AutomatonSolution, Solution, TreeSolution, summarise_automaton
 from rl_ebm.exact.figures import Summary
-from rl_ebm.policies.base import Policy, device_of, forbids_of, logits_are_values
+from rl_ebm.policies.base import (
+    Policy,
+    device_of,
+    forbids_of,
+    logits_are_values,
+    token_pass,
+)
 from rl_ebm.policies.decoding import sample
 from rl_ebm.policies.detours import MOST, all_responses, are_listed, detours, rows_at_once
 from rl_ebm.rewards.base import limits_of
@@ -115,7 +121,7 @@ class Laws:
         ebm, space = self.solution.ebm, self.space
         # Without log_probs of the tokens alone the reference gives all rows, (B, T, A).
         size = max(1, self.memory // (32 * space.max_length * space.vocab_size))
-        if ebm.reference is not None and hasattr(ebm.reference, "log_probs"):
+        if ebm.reference is not None and token_pass(ebm.reference) is not None:
             size = rows_at_once(ebm.reference, space, self.memory)
         rows = torch.arange(len(batch), device=batch.tokens.device).split(size)
         parts = [batch.take(some) for some in rows]

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+from rl_ebm.messages.numerals import as_json
 from rl_ebm.statistics.interval import Interval
 
 
@@ -71,7 +72,7 @@ def plain(x: Any) -> Any:
     """A part of a report as JSON has it: infinite numbers are "Infinity" and "-Infinity"."""
     if isinstance(x, float):
         assert not math.isnan(x), "a report never holds nan"
-        return x + 0.0 if math.isfinite(x) else ("Infinity" if x > 0 else "-Infinity")
+        return as_json(x + 0.0)  # not -0
     if isinstance(x, (list, tuple)):
         return [plain(item) for item in x]
     if isinstance(x, dict):
