@@ -27,7 +27,7 @@ from hf_cases import (
 from toy_policies import close
 
 from rl_ebm import EBM, TokenSpace, solve, verify
-from rl_ebm.policies import HuggingFace
+from rl_ebm.policies import HuggingFace, check
 
 SPACE = TokenSpace(4, 3, eos_id=1)
 TOKENS, LENGTHS, IDS = mixed_batch(SPACE, 3, pad=2)
@@ -50,6 +50,17 @@ def real(rows):
 def want_of(model, contexts=PROMPTS):
     """Of the model as it is now, in evaluation mode: put in before it gets an adapter."""
     return rows_of(plain_logits(model, SPACE, contexts), TOKENS, LENGTHS, IDS)
+
+
+@KINDS
+def test_policy_and_reference_pass_the_conformance_check(kind):
+    policy = adapted(kind)
+    check(policy)
+    check(policy.reference(), name="the reference")
+    step = policy.step
+    policy.step = lambda state, tokens: 2 * step(state, tokens)
+    with pytest.raises(ValueError, match="step does not agree with its logits"):
+        check(policy)
 
 
 @KINDS
