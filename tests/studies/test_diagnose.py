@@ -54,7 +54,7 @@ def test_a_wrong_objective_is_told_from_a_run_that_is_not_over(tmp_path):
     assert found.optimisation == pytest.approx(found.total, abs=1e-9)
     assert "Optimisation is the problem" in found.advice
 
-    run, _ = run_of(tmp_path / "right", "exact", steps=700)
+    run, _ = run_of(tmp_path / "right", "exact", steps=900)
     found = diagnose(run, seconds=0.5)
     assert found.total < 1e-3
     assert "Nothing to mend" in found.advice
