@@ -56,7 +56,12 @@ def test_every_agent_that_takes_a_group_size_is_listed_here():
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        *((name, {}) for name in AGENTS if name != "best-of-n"),
+        *((name, {}) for name in COMPARES if name != "best-of-n"),
+        *(
+            pytest.param(name, {}, marks=pytest.mark.slow)
+            for name in AGENTS
+            if name not in COMPARES
+        ),
         ("best-of-n", {"source": "reference", "n": 2}),
         ("trajectory-balance", {"log_z": "batch"}),
         ("sampled-teacher", {"method": "mcmc"}),
@@ -258,7 +263,9 @@ def expected_slope(ebm, problem, log_law, options, size):
     ],
     ids=lambda o: "-".join(o.values()),
 )
-@pytest.mark.parametrize("shape", [(2, 2, None), (3, 2, 0)])
+@pytest.mark.parametrize(
+    "shape", [(2, 2, None), pytest.param((3, 2, 0), marks=pytest.mark.slow)], ids=str
+)
 def test_at_the_limit_of_a_size_its_expected_gradient_vanishes(options, shape):
     ebm = small_ebm(shape, beta=1.5)
     problem, size = problem_of(ebm), 3

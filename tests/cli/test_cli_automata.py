@@ -94,6 +94,7 @@ def batch_of(text):
     return rl_ebm.Batch(padded, lengths, torch.zeros_like(lengths))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_listed_is_verified_from_samples(capsys, tmp_path):
     folder = str(tmp_path / "run")
     code, out, err = run(

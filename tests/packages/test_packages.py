@@ -143,6 +143,7 @@ def test_their_run_is_stored_as_every_run(trained):
     assert rl_ebm.solve(ebm).log_z.item() == pytest.approx(log_z, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_their_run_goes_on_and_is_diagnosed_in_another_process(site, trained):
     done = commands(
         site,
@@ -183,6 +184,7 @@ def test_they_are_listed_and_what_is_broken_is_one_sentence(site, tmp_path):
     assert [x.startswith(WRONG) for x in done.stderr.splitlines()] == [True]
 
 
+@pytest.mark.slow
 def test_a_benchmark_of_theirs_in_workers(site, tmp_path):
     done = commands(
         site,

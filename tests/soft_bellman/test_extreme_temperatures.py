@@ -188,7 +188,9 @@ def random_reward(space, scale, forbid, seed):
     return Automaton(space, machine), machine
 
 
-@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize(
+    "beta", [pytest.param(b, marks=pytest.mark.slow) if b in (1e-3, 30.0) else b for b in BETAS]
+)
 @pytest.mark.parametrize("kind", [None, "uniform", "ngram", "hmm"])
 @pytest.mark.parametrize("scale", [1.0, 1e3])
 def test_figures_of_automata_at_every_temperature(beta, kind, scale):
