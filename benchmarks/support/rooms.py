@@ -2,7 +2,7 @@
 
 A room is a package right under ``rl_ebm``, or a module there. A floor is the length of the longest
 way down. A closet is a module of which one single module knows, and that one in another room; the
-scripts in benchmarks/ are users as well.
+scripts in benchmarks/ are users as well. What a table of kinds alone knows is no closet.
 
     python -m benchmarks.support.rooms
 """
@@ -18,6 +18,8 @@ from pathlib import Path
 import rl_ebm
 
 SCRIPTS = Path(__file__).parents[1]
+TABLES = ("training.kinds",)
+"""modules that know every kind of something"""
 
 
 def read_modules() -> dict[str, Path]:
@@ -88,7 +90,8 @@ def report(modules: dict[str, Path], scripts: Sequence[Path] = ()) -> Rooms:
     for m in modules:
         users = [x for x, others in imports.items() if m in others]
         outer = sum(m in others for others in outside)
-        if "." in m and len(users) == 1 and not outer and room_of(users[0]) != room_of(m):
+        alone = len(users) == 1 and not outer and users[0] not in TABLES
+        if "." in m and alone and room_of(users[0]) != room_of(m):
             closets.append(f"{m} <- {users[0]}")
     return Rooms(rooms, floors, sorted(left), closets)
 

@@ -134,6 +134,24 @@ class Registry(MutableMapping[str, T]):
         return f"{'an' if self.what[0] in 'aeiou' else 'a'} {self.what} {shown(name)}"
 
 
+def call_installed(group: str, name: str) -> str | None:
+    """Call what installed packages have under a name, functions that register something.
+
+    Returns:
+        The sentence that says which of them failed, and how; None where none did.
+    """
+    for point in entry_points(group=group, name=name):
+        try:
+            point.load()()
+        except Exception as error:  # whatever another's code raises
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            return (
+                f"the entry point {shown(name)} in {group} of the distribution {_source(point)} "
+                f"fails: {said[:LONGEST]}"
+            )
+    return None
+
+
 def _source(point: EntryPoint) -> str:
     """The distribution that an entry point is of, and its version."""
     return "that is not named" if point.dist is None else f"{point.dist.name} {point.dist.version}"

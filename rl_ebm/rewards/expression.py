@@ -155,6 +155,8 @@ def parse_reward(
             raise _fault(expression, term.factor_at, str(error)) from None
         except ValueError as error:
             raise _fault(expression, term.argument_at, str(error)) from None
+        except TypeError as error:  # of a kind of others
+            raise TypeError(f"the reward {shown(term.kind)} at {term.kind_at}: {error}") from error
     return total(parts)
 
 

@@ -35,7 +35,7 @@ class Task:
     """A where none is asked for"""
     max_length: int
     """T where none is asked for"""
-    reward: Callable[[TokenSpace, int], Tensor | Reward]
+    reward: Callable[[TokenSpace, int], Tensor | Reward | Callable[..., Tensor]]
     """(space, task_seed) to a reward"""
     prompts: Prompts | None = None
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +25,7 @@ from rl_ebm.automata import from_tensors, to_tensors
 from rl_ebm.files import RunError
 from rl_ebm.messages.arguments import shown, whole
 from rl_ebm.networks.backbone import TransformerConfig
+from rl_ebm.packages.plugins import call_installed
 from rl_ebm.policies import AutomatonPolicy, Tabular, Transformer, Uniform
 from rl_ebm.rewards import Automaton, Table
 from rl_ebm.tasks.named import find_task
@@ -50,8 +51,8 @@ class Kind:
         derived: whether classes derived from it are of the kind too.
         bare: whether its tensors stand under their own names, as those of the first runs did, and
             not behind the role's.
-        registered: whether the folder writes its parts in a place of their own; those of the
-            library, which are older, have theirs beside the name.
+        registered: whether the folder writes its parts in a place of their own, as of every kind
+            but the first ones.
     """
 
     name: str
@@ -61,11 +62,25 @@ class Kind:
     tensors: bool = False
     derived: bool = False
     bare: bool = False
-    registered: bool = False
+    registered: bool = True
+
+
+def _first(
+    name: str,
+    of: type[Any],
+    describe: Callable[[Any], Parts],
+    rebuild: Rebuild,
+    **options: bool,
+) -> Kind:
+    """A kind of the first runs, whose parts stand beside its name."""
+    return replace(Kind(name, of, describe, rebuild, **options), registered=False)
 
 
 def _task(parts: Parts, space: TokenSpace, prompts: GivenPrompts) -> Any:
-    task = find_task(parts["task"])
+    try:
+        task = find_task(parts["task"])
+    except ValueError as error:
+        raise RunError(f"the run's task is of no package that is installed here: {error}") from None
     if prompts != (None if task.prompts is None else check_prompts(task.prompts)):
         raise ValueError(f"the run's prompts are not those of the task {shown(task.name)}")
     return task.reward(space, whole("task_seed", parts["task_seed"], 0))
@@ -87,6 +102,10 @@ def _reference(parts: Parts, space: TokenSpace, prompts: GivenPrompts) -> Automa
     return AutomatonPolicy(space, machine, prompts if machine.num_prompts > 1 else None)
 
 
+def _uniform(parts: Parts, space: TokenSpace, prompts: GivenPrompts) -> Uniform:
+    return Uniform(space)
+
+
 def _transformer(parts: Parts, space: TokenSpace, prompts: GivenPrompts) -> Transformer:
     return Transformer(space, TransformerConfig(**parts), prompts)
 
@@ -102,17 +121,19 @@ def _machine(thing: Any) -> Parts:
 TASK = "task"
 """the kind of the rewards of named tasks, which a folder holds by name and seed"""
 _REWARDS = (
-    Kind("table", Table, lambda x: {"scores": x.scores}, _table, tensors=True, bare=True),
-    Kind("automaton", Automaton, _machine, _automaton, tensors=True),
-    Kind(TASK, type(None), _nothing, _task),
+    _first("table", Table, lambda x: {"scores": x.scores}, _table, tensors=True, bare=True),
+    _first("automaton", Automaton, _machine, _automaton, tensors=True),
+    _first(TASK, type(None), _nothing, _task),
 )
 _REFERENCES = (
-    Kind("uniform", Uniform, _nothing, lambda parts, space, prompts: Uniform(space), derived=True),
-    Kind("automaton", AutomatonPolicy, _machine, _reference, tensors=True, derived=True),
+    _first(
+        "uniform", Uniform, _nothing, lambda parts, space, prompts: Uniform(space), derived=True
+    ),
+    _first("automaton", AutomatonPolicy, _machine, _reference, tensors=True, derived=True),
 )
 _POLICIES = (
-    Kind("transformer", Transformer, lambda x: asdict(x.config), _transformer),
-    Kind("tabular", Tabular, _nothing, lambda parts, space, prompts: Tabular(space, prompts)),
+    _first("transformer", Transformer, lambda x: asdict(x.config), _transformer),
+    _first("tabular", Tabular, _nothing, lambda parts, space, prompts: Tabular(space, prompts)),
 )
 KINDS: dict[str, dict[str, Kind]] = {
     role: {kind.name: kind for kind in kinds}
@@ -123,6 +144,8 @@ KINDS: dict[str, dict[str, Kind]] = {
     )
 }
 """by role and name, all that is known"""
+GROUP = "rl_ebm.kinds"
+"""entry points of installed packages: the name of a kind, and a function that registers it"""
 GIVEN = {"reward": "function", "reference": "custom", "policy": "custom"}
 """the name that stands for a thing without a kind, which is passed again"""
 
@@ -158,7 +181,7 @@ def register(
         raise ValueError(f"there is a kind of {role} called {shown(name)} already")
     if of in [kind.of for kind in KINDS[role].values()]:
         raise ValueError(f"{of.__name__} has a kind of {role} already")
-    KINDS[role][name] = Kind(name, of, describe, rebuild, registered=True)
+    KINDS[role][name] = Kind(name, of, describe, rebuild)
 
 
 def kind_of(role: str, thing: object) -> Kind | None:
@@ -209,9 +232,13 @@ def find(role: str, said: Any) -> Kind | None:
         return KINDS[role][name]
     if name == GIVEN[role]:
         return None
+    fault = call_installed(GROUP, str(name))
+    if fault is None and name in KINDS[role]:
+        return KINDS[role][name]
     raise RunError(
-        f"the run's {role} is of the kind {shown(name)}, which this process does not know: import "
-        "the package that registers it (rl_ebm.training.kinds.register)"
+        fault
+        or f"the run's {role} is of the kind {shown(name)}, which this process does not know: "
+        "import the package that registers it (rl_ebm.training.kinds.register)"
     )
 
 

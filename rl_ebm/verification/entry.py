@@ -14,7 +14,7 @@ from rl_ebm.statistics.interval import Interval, average
 from rl_ebm.verification.every_prefix import Accumulator, Sum
 from rl_ebm.verification.laws import Laws
 
-NATS, REWARD, SHARE = "nats", "reward units", "probability"
+NATS, REWARD, SHARE, NUMBER = "nats", "reward units", "probability", "number"
 Exact = Sum | Callable[[Accumulator], Tensor | None]
 """of every prompt, (P,); None where the policy has none"""
 Sampled = Callable[[Laws], Found | Interval | float | None]

@@ -47,10 +47,9 @@ OPTIONS = {
     "dpg": ON_POLICY,
     "best-of-n": {"batch_size": 12, "n": 2},
     "sampled-teacher": {"batch_size": 12, "method": "mcmc"},
-    "on-policy-distillation": {"batch_size": 12},
-    "teacher-forcing": {"batch_size": 12},
     "exact": {},
 }
+OPTIONS |= {name: {"batch_size": 12} for name in AGENTS if name not in OPTIONS}
 OTHER_METRICS = {
     "soft-q": {"losses/root_value"},
     "path-consistency": {"losses/root_value"},

@@ -53,11 +53,38 @@ def kind(text, factor, words):
     if not text:
         raise ValueError("say what is wanted")
     return Automaton.contains(words.space, words.phrase(text), 3 * factor)
+
+class Ones:
+    """A score for each token 1."""
+
+    forbids = False
+
+    def __init__(self, score):
+        self.score = score
+
+    def bind(self, space, prompts):
+        return self
+
+    def to(self, device):
+        return self
+
+    def __call__(self, tokens, lengths, prompt_ids):
+        return self.score * (tokens == 1).double().sum(1)
+
+def kinds():
+    from rl_ebm.training import kinds
+
+    kinds.register("reward", "ones", Ones, lambda x: {"score": x.score},
+                   lambda parts, space, prompts: Ones(parts["score"]))
+
+def no_kinds():
+    raise OSError("no such thing")
 '''
 POINTS = {
     "rl_ebm.agents": {"theirs": "their_package:entry", "wrong": "their_package:TASK"},
     "rl_ebm.tasks": {"theirs": "their_package:TASK"},
     "rl_ebm.rewards": {"theirs": "their_package:kind"},
+    "rl_ebm.kinds": {"ones": "their_package:kinds", "broken": "their_package:no_kinds"},
 }
 WRONG = (
     "rl-ebm: the agent 'wrong' of the distribution their_package 1.2 cannot be loaded: TypeError: "
@@ -168,7 +195,9 @@ def test_without_their_package_a_run_says_what_is_missing(trained, tmp_path):
     lines = [f"train --resume {run} --steps 9 --device cpu" for run in ("task", "reward")]
     done = commands(tmp_path, trained, *lines, to_the_end=True)
     task, agent = done.stderr.splitlines()
-    assert task.startswith("rl-ebm: unknown task 'theirs'")
+    assert task.startswith(
+        "rl-ebm: the run's task is of no package that is installed here: unknown task 'theirs'"
+    )
     assert agent.startswith("rl-ebm: the run's agent 'theirs' is unknown")
 
 
@@ -256,3 +285,26 @@ def test_a_kind_of_reward_is_registered_once():
         rewards.register("my-own", mine)
     with pytest.raises(TypeError, match="a kind of reward is a function"):
         rewards.register("mine", None)
+
+
+def test_a_kind_of_theirs_is_made_again_by_the_command_line(site, tmp_path):
+    source = """
+import rl_ebm, their_package
+their_package.kinds()
+ebm = rl_ebm.EBM(rl_ebm.TokenSpace(3, 2), their_package.Ones(2.0))
+rl_ebm.train(ebm, out="run", steps=1, network="tabular", progress=False, solve=True)
+"""
+    done = python(site, tmp_path, source)
+    assert done.returncode == 0, done.stderr
+    done = commands(site, tmp_path, "verify run")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["log_z"] == pytest.approx(2 * math.log(2 + math.exp(2)), abs=1e-9)
+    config = (tmp_path / "run/config.json").read_text()
+    (tmp_path / "run/config.json").write_text(config.replace('"ones"', '"broken"'))
+    done = commands(site, tmp_path, "verify run")
+    assert done.returncode == 2
+    assert (
+        "'broken' in rl_ebm.kinds of the distribution their_package 1.2 fails: OSError"
+        in done.stderr
+    )

@@ -16,7 +16,7 @@ from rl_ebm.policies import Tabular, Uniform
 from rl_ebm.rewards import Automaton
 from rl_ebm.statistics.interval import Interval, affine, nonnegative
 from rl_ebm.verification.along_samples import verify_sampled
-from rl_ebm.verification.entry import NATS, REWARD, SHARE
+from rl_ebm.verification.entry import NATS, NUMBER, REWARD, SHARE
 from rl_ebm.verification.figures import FIGURES
 from rl_ebm.verification.reading import as_read
 from rl_ebm.verification.verify import verify_listed
@@ -34,7 +34,7 @@ def test_an_entry_says_all_there_is_to_say():
     for f in FIGURES:
         assert f.label, f.key
         assert f.meaning, f.key
-        assert f.unit in (NATS, REWARD, SHARE), f.key
+        assert f.unit in (NATS, REWARD, SHARE, NUMBER), f.key
         assert f.exact is not None or f.sampled is not None, f.key
         assert not f.bounds or f.bounds in keys, f.key
 
