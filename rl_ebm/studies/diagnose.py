@@ -13,6 +13,7 @@ exactly. A part can be negative: errors can undo each other.
 from __future__ import annotations
 
 import math
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from rl_ebm.divergences import kl
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import Solution, solve
 from rl_ebm.fixed_points import Problem
+from rl_ebm.messages.arguments import finite, shown, whole
 from rl_ebm.messages.numerals import as_json
 from rl_ebm.policies import Policy, Tabular, Trainable
 from rl_ebm.policies.scoring import tree_q_values
@@ -128,8 +130,16 @@ def diagnose(run: str | Path, seconds: float = 60.0, examples: int = 5) -> Diagn
         run: the run directory; its EBM must be small enough to solve.
         seconds: time for the fit that measures the capacity.
         examples: how many missing responses to list.
+
+    Raises:
+        TypeError: a run that is no path, or a number that is none.
+        ValueError: a number out of range, or an EBM that cannot be solved.
+        RunError: no run, a damaged one, or one of an agent that is not known here.
     """
+    if not isinstance(run, (str, os.PathLike)):
+        raise TypeError(f"run must be the path of a run's folder, got {shown(run)}")
     run = Path(run)
+    seconds, examples = finite("seconds", seconds, 0.0), whole("examples", examples, 0)
     config = read_config(run)
     with damage_told(run / CONFIG):
         entry, options = agent_of_run(config)
