@@ -164,16 +164,8 @@ def test_the_command_prints_the_parts(tmp_path, capsys):
     assert cli.main(["diagnose", str(tmp_path / "nothing")]) == 2
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"run": 3}, "run must be the path of a run's folder, got 3"),
-        ({"seconds": -1}, "seconds must be"),
-        ({"seconds": "soon"}, "seconds must be"),
-        ({"examples": 2.5}, "examples must be"),
-        ({"examples": -1}, "examples must be"),
-    ],
-)
-def test_wrong_arguments_are_told_before_any_work(arguments, words):
-    with pytest.raises((TypeError, ValueError), match=words):
-        diagnose(**{"run": "nowhere", **arguments})
+@pytest.mark.parametrize("arguments", [{"seconds": -1.0}, {"examples": -1}])
+def test_numbers_out_of_range_are_told_before_any_work(arguments):
+    (name,) = arguments
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        diagnose("nowhere", **arguments)

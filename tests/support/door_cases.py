@@ -182,3 +182,16 @@ def test_a_device_has_no_end(read):
 
 def corpus(path):
     return read_responses(path, SPACE, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"run": 3}, "run must be the path of a run's folder, got 3"),
+        ({"seconds": "soon"}, "seconds must be"),
+        ({"examples": 2.5}, "examples must be"),
+    ],
+)
+def test_a_diagnosis_of_nothing(arguments, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        rl_ebm.diagnose(**{"run": "nowhere", **arguments})
