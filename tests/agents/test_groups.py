@@ -53,15 +53,14 @@ def test_every_agent_that_takes_a_group_size_is_listed_here():
     assert set(WITH_SIZE) == set(COMPARES)
 
 
+OTHERS = [name for name in AGENTS if name not in COMPARES and name != "best-of-n"]
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        *((name, {}) for name in COMPARES if name != "best-of-n"),
-        *(
-            pytest.param(name, {}, marks=pytest.mark.slow)
-            for name in AGENTS
-            if name not in COMPARES
-        ),
+        *((name, {}) for name in COMPARES),
+        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in OTHERS),
         ("best-of-n", {"source": "reference", "n": 2}),
         ("trajectory-balance", {"log_z": "batch"}),
         ("sampled-teacher", {"method": "mcmc"}),
