@@ -48,9 +48,9 @@ from rl_ebm.policies import HuggingFace
 from rl_ebm.policies.base import Policy
 from rl_ebm.policies.decoding import sample
 from rl_ebm.rewards import Automaton
+from rl_ebm.statistics.expectations import bounded
 from rl_ebm.statistics.interval import Interval
 from rl_ebm.training.checkpoint import write_text
-from rl_ebm.verification.along_samples import bounded
 
 RESULTS = Path(__file__).parents[1] / "results"
 STAND_IN: dict[str, Any] = {"forbidden_log_weight": -10.0}

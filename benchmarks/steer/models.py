@@ -18,9 +18,9 @@ from rl_ebm.policies import AutomatonPolicy, HuggingFace, fit_ngram
 from rl_ebm.policies.base import Policy
 from rl_ebm.policies.scoring import log_prob, q_values
 from rl_ebm.rewards import Automaton
+from rl_ebm.statistics.expectations import ratio_interval
 from rl_ebm.statistics.interval import Interval
 from rl_ebm.tokens import Batch, TokenSpace
-from rl_ebm.verification.along_samples import ratio_interval
 
 WANTED, FORBIDDEN = "letter", "river"
 SCORE = 6.5  # nats at beta = 1

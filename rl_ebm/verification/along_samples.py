@@ -7,8 +7,6 @@ import torch
 from rl_ebm.exact import Solution
 from rl_ebm.policies.base import Policy, evaluating
 from rl_ebm.policies.detours import rows_at_once
-from rl_ebm.statistics.expectations import bounded as bounded
-from rl_ebm.statistics.expectations import ratio_interval as ratio_interval
 from rl_ebm.statistics.interval import check_confidence, check_samples
 from rl_ebm.verification.laws import draw
 from rl_ebm.verification.sampled_report import SampledReport, combine_sampled, report

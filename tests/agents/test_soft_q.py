@@ -221,7 +221,6 @@ def rows_of(values):
 
 def contents(replay, seed=0, n=4000):
     drawn = replay.sample(n, seeded(seed))
-    assert drawn.reward is not None
     x = drawn.reward * 2
     for column, shift in ((drawn.tokens[:, 0], 0), (drawn.tokens[:, 1], 0)):
         close(column.double(), x + shift, 0.0)

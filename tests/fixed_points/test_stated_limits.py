@@ -189,7 +189,6 @@ def test_a_stand_in_that_nothing_needs_changes_nothing():
     for name, options in (("vargrad", {"explore": 1.0}), ("soft-q", {}), ("ppo", {})):
         entry = AGENTS[name]
         point = entry.fixed_point(entry.config(forbidden_log_weight=-2.0, **options), problem)
-        assert point.log_law is not None
         close(point.log_law, problem.log_target, 0.0)
 
 

@@ -30,7 +30,6 @@ from rl_ebm.training import checkpoint
 from rl_ebm.training.checkpoint import load_state as read_state
 from rl_ebm.training.checkpoint import save_state
 from rl_ebm.training.metrics_csv import MetricsFile, read_rows
-from rl_ebm.training.run import resume
 
 SPACE = rl_ebm.TokenSpace(3, 3)
 NAMES = ("config.json", "state.pt", "policy.safetensors", "task.safetensors", "metrics.csv",
@@ -343,4 +342,3 @@ def test_the_predicted_parameters_are_those_that_are_made():
 
 def test_checkpoint_names_stay():
     assert checkpoint.write_text is files.write_text
-    assert resume is not None

@@ -12,8 +12,9 @@ from rl_ebm.automata import hidden
 from rl_ebm.policies import AutomatonPolicy, Uniform
 from rl_ebm.policies.checks import ROWS
 from rl_ebm.rewards import Automaton
+from rl_ebm.statistics.expectations import bounded, ratio_interval
 from rl_ebm.statistics.mean_bounds import betting_lower
-from rl_ebm.verification.along_samples import bounded, ratio_interval, verify_sampled
+from rl_ebm.verification.along_samples import verify_sampled
 from rl_ebm.verification.visits import Visits
 
 SPACE = rl_ebm.TokenSpace(3, 6, eos_id=0)
