@@ -10,6 +10,7 @@ from rl_ebm.exact.base import Solution, lists
 from rl_ebm.exact.figures import Response, Summary
 from rl_ebm.messages.arguments import whole
 from rl_ebm.soft_bellman import expectation
+from rl_ebm.tokens import TokenSpace
 
 _BLOCK = 2**18
 _LARGE = 600.0
@@ -56,12 +57,7 @@ def summarise(solution: Solution, top: int = 10, prompt: int = 0) -> Summary:
             mass += float(log_p.exp().sum())
             log_mean += float(expectation(log_p, log_p).sum())
             gain += float(expectation(log_p, score - shift).sum())
-            first = (
-                start * space.vocab_size
-                if space.eos_id is None
-                else (space.state_offset(t) + start)
-            )
-            index = torch.arange(first, first + len(log_p), device=log_p.device)
+            index = _first(space, t, start) + torch.arange(len(log_p), device=log_p.device)
             best_log_p = torch.cat([best_log_p, log_p])
             best_score, best_index = torch.cat([best_score, score]), torch.cat([best_index, index])
             # A stable sort: of equally probable responses the first in enumeration order wins.
@@ -80,6 +76,13 @@ def summarise(solution: Solution, top: int = 10, prompt: int = 0) -> Summary:
     # An entropy of 0 comes out as what rounding leaves of it, of either sign.
     entropy = max(math.log(mass) - log_mean / mass, 0.0)
     return Summary(log_z, entropy, shift + gain / mass, space.num_sequences, responses)
+
+
+def _first(space: TokenSpace, t: int, row: int) -> int:
+    """Place in the enumeration of the first response that ends at a state of depth t."""
+    if space.eos_id is None:
+        return row * space.vocab_size
+    return space.state_offset(t) + row
 
 
 def _tokens(solution: Solution, index: int) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from rl_ebm.messages.arguments import Int, Number, check_generator, finite, is_number, shown, whole
@@ -131,21 +131,31 @@ def sample(
     for t in range(space.max_length):
         if space.eos_id is not None and t and t % look == 0 and not bool(running.any()):
             break
-        logits = next_logits(t, tokens)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        logits = logits / temperature
-        if epsilon:
-            anything = torch.rand(n, 1, generator=generator, device=device) < epsilon
-            logits = logits.masked_fill(anything, 0.0)
-        logits = logits.masked_fill(~mask[t], -torch.inf)
-        # Gumbel noise is -log(Exponential); argmax of logits + noise is a draw from softmax.
-        noise = torch.empty_like(logits).exponential_(generator=generator).log_()
-        action = (logits - noise).argmax(-1)
+        action = _draw(next_logits(t, tokens), mask[t], temperature, epsilon, generator)
         tokens[:, t] = torch.where(running, action, tokens[:, t])
         ends = running & space.ends(action, torch.full_like(action, t))
         lengths = torch.where(ends, t + 1, lengths)
         running = running & ~ends
     return Batch(tokens, lengths, prompt_ids)
+
+
+def _draw(
+    logits: Float[Tensor, "n A"],
+    allowed: Bool[Tensor, "A"],
+    temperature: float,
+    epsilon: float | int,
+    generator: torch.Generator | None,
+) -> Int64[Tensor, "n"]:
+    """The next token of each row."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = logits / temperature
+    if epsilon:
+        uniform = torch.rand(len(logits), 1, generator=generator, device=logits.device)
+        logits = logits.masked_fill(uniform < epsilon, 0.0)
+    logits = logits.masked_fill(~allowed, -torch.inf)
+    # Gumbel noise is -log(Exponential); argmax of logits + noise is a draw from softmax.
+    noise = torch.empty_like(logits).exponential_(generator=generator).log_()
+    return (logits - noise).argmax(-1)
 
 
 def check_draws(n: Int, space: TokenSpace, device: torch.device) -> int:

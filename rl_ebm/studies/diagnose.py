@@ -158,18 +158,9 @@ def diagnose(run: str | Path, seconds: float = 60.0, examples: int = 5) -> Diagn
     starved = _starved(
         behaviour(agent), policy, ebm, star, cases, int(state.get("reward_calls", 0))
     )
-    objective = capacity = optimisation = None
-    steps = 0
-    known = [p.log_law for p in points if p.log_law is not None]
-    if len(known) == len(points):
-        fixed = torch.stack(known)
-        objective = max(0.0, float(kl(star, fixed).mean()))
-        if math.isfinite(objective):
-            best = fixed
-            if config["policy"]["kind"] != "tabular":  # a table can be any law
-                best, steps = _fit(config, ebm, cases, fixed, policy, seconds)
-            reached = float(kl(star, best).mean())
-            capacity, optimisation = reached - objective, total - reached
+    objective, capacity, optimisation, steps = _parts(
+        config, ebm, cases, [p.log_law for p in points], policy, seconds, total
+    )
     missing, mass = _missing(config["ebm"], ebm, star, log_pi, examples)
     return Diagnosis(
         name,
@@ -213,6 +204,31 @@ def policy_of(log_laws: Float[Tensor, "P N"], cases: list[Problem], ebm: EBM) ->
     ]
     tables = [torch.stack(tables) for tables in zip(*per_prompt, strict=True)]
     return Tabular.from_tables(tables, ebm.space, ebm.prompts)
+
+
+def _parts(
+    config: dict[str, Any],
+    ebm: EBM,
+    cases: list[Problem],
+    limits: list[Tensor | None],
+    policy: Trainable,
+    seconds: float,
+    total: float,
+) -> tuple[float | None, float | None, float | None, int]:
+    """Objective, capacity, optimisation and sampling, as far as the limits are known; steps."""
+    known = [law for law in limits if law is not None]
+    if len(known) < len(limits):
+        return None, None, None, 0
+    fixed = torch.stack(known)
+    star = torch.stack([case.log_target for case in cases])
+    objective = max(0.0, float(kl(star, fixed).mean()))
+    if not math.isfinite(objective):
+        return objective, None, None, 0
+    best, steps = fixed, 0
+    if config["policy"]["kind"] != "tabular":  # a table can be any law
+        best, steps = _fit(config, ebm, cases, fixed, policy, seconds)
+    reached = float(kl(star, best).mean())
+    return objective, reached - objective, total - reached, steps
 
 
 def _fit(

@@ -30,6 +30,7 @@ from rl_ebm.files import (
     write_text,
 )
 from rl_ebm.files.tensors import holds, load_tensors, save_tensors
+from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.packages.version import VERSION
 from rl_ebm.policies import Policy, Tabular, Trainable, Transformer
 from rl_ebm.policies.base import device_of
@@ -167,6 +168,15 @@ def make_policy(config: dict[str, Any], ebm: EBM, seed: int, values: bool) -> An
         policy = kinds.rebuild("policy", config, {}, ebm.space, ebm.prompts).to(ebm.device)
     policy.logits_are_values = values
     return policy
+
+
+def network_config(network: TransformerConfig | str) -> dict[str, Any]:
+    """What a configuration says of a new policy: its kind, and a Transformer's sizes."""
+    if network == "transformer":
+        network = TransformerConfig()
+    if isinstance(network, TransformerConfig):
+        return {"kind": "transformer"} | asdict(network)
+    return {"kind": network}
 
 
 def policy_config(policy: torch.nn.Module) -> dict[str, Any]:
@@ -335,3 +345,28 @@ def load_weights(policy: Trainable, weights: dict[str, Tensor], source: Path) ->
         policy.load_state_dict(weights)
     except (RuntimeError, AttributeError, TypeError, ValueError):
         raise RunError(another_policy(source)) from None
+
+
+def check_free(run: Path, overwrite: bool) -> None:
+    """Check that a run may be made here: nothing there, or a run that may be deleted.
+
+    Raises:
+        RunError: a run is there, or files that one would overwrite.
+    """
+    if run.exists() and not run.is_dir():
+        raise RunError(f"{run} is a file: give a folder for the run")
+    files = own_files(run)
+    if any(run / name in files for name in (CONFIG, STATE)):
+        if not overwrite:
+            raise RunError(
+                f"{run} holds a run already: go on with it (--resume {run}), delete it "
+                "(--overwrite), or choose another folder"
+            )
+    elif files:
+        raise RunError(f"{files[0]} is of no run, and would be lost: choose another folder")
+
+
+def clear(run: Path) -> None:
+    """Delete the files of a run, and no others."""
+    for path in own_files(run):
+        path.unlink()

@@ -17,7 +17,7 @@ from rl_ebm.agents.shared.trained import check_apart, check_weights
 from rl_ebm.ebm import EBM, check_ebm
 from rl_ebm.exact import Solution, TooLargeError, find_machines
 from rl_ebm.exact import solve as solve_exactly
-from rl_ebm.files import CONFIG, STATE, RunError, own_files
+from rl_ebm.files import CONFIG
 from rl_ebm.files.lock import only_one
 from rl_ebm.messages.arguments import Number, Whole, flag, shown, whole
 from rl_ebm.networks.backbone import TransformerConfig
@@ -29,9 +29,12 @@ from rl_ebm.training.defaults import options_of
 from rl_ebm.training.directory import (
     agent_of_run,
     check_asked,
+    check_free,
+    clear,
     damage_told,
     describe_ebm,
     make_policy,
+    network_config,
     own_policy,
     policy_config,
     read_config,
@@ -145,19 +148,41 @@ def train(
     """
     check_ebm(ebm)
     _check_kinds(out, config, source, policy)
-    flag("overwrite", overwrite)
-    flag("compile", compile)
-    flag("progress", progress, unset=True)
-    flag("solve", solve, unset=True)
+    flags = _check_flags(overwrite=overwrite, compile=compile, progress=progress, solve=solve)
+    description = _description(
+        ebm, agent, options, policy, network, _ends(config, steps, seconds), source, seed, **flags
+    )
+    return _begin(ebm, description, out, overwrite, progress, policy)
+
+
+def _check_flags(**flags: bool | None) -> dict[str, Any]:
+    """Raise unless these arguments of :func:`train` say yes or no; those that a run keeps."""
+    for name in ("overwrite", "compile"):
+        flag(name, flags[name])
+    for name in ("progress", "solve"):
+        flag(name, flags[name], unset=True)
+    return {"compile": flags["compile"], "solve": flags["solve"]}
+
+
+def _description(
+    ebm: EBM,
+    agent: str,
+    options: Any,
+    policy: torch.nn.Module | None,
+    network: TransformerConfig | str,
+    config: TrainConfig,
+    source: dict[str, Any] | None,
+    seed: Whole,
+    **kept: bool | None,
+) -> dict[str, Any]:
+    """The configuration of a new run, with every option that was left out."""
     seed = whole("seed", seed)
-    run = None if out is None else Path(out)
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be in [0, 2**63), got {seed}")
     entry = entry_of(agent)
     options = options_of(agent, options, policy)
     of_network = network_config(_check_network(network))
-    config = _ends(config, steps, seconds)
-    description = {
+    return {
         "ebm": describe_ebm(ebm, source),
         "policy": of_network if policy is None else policy_config(policy),
         "agent": {
@@ -165,8 +190,20 @@ def train(
             "logits_are_values": entry.agent.logits_are_values,
             "options": asdict(options),
         },
-        "train": {"seed": seed, "compile": compile, "solve": solve, **asdict(config)},
+        "train": {"seed": seed, **kept, **asdict(config)},
     }
+
+
+def _begin(
+    ebm: EBM,
+    description: dict[str, Any],
+    out: str | Path | None,
+    overwrite: bool,
+    progress: bool | None,
+    policy: torch.nn.Module | None,
+) -> tuple[Any, AnyReport | None]:
+    """Train a new run to its end; its folder is made, or emptied, once nothing can be refused."""
+    run = None if out is None else Path(out)
     with ExitStack() as held:
         if run is not None:
             check_free(run, overwrite)
@@ -298,15 +335,6 @@ def resume(
         return trainer.agent.policy, trainer.train(), True
 
 
-def network_config(network: TransformerConfig | str) -> dict[str, Any]:
-    """What a configuration says of a new policy: its kind, and a Transformer's sizes."""
-    if network == "transformer":
-        network = TransformerConfig()
-    if isinstance(network, TransformerConfig):
-        return {"kind": "transformer"} | asdict(network)
-    return {"kind": network}
-
-
 def _trainer(
     ebm: EBM,
     description: dict[str, Any],
@@ -369,28 +397,3 @@ def is_cheap(ebm: EBM) -> bool:
     theirs = is_called(ebm.reward_model)
     count = ebm.num_prompts * ebm.space.num_sequences
     return count <= (CALLED_UNASKED if theirs else SOLVED_UNASKED)
-
-
-def check_free(run: Path, overwrite: bool) -> None:
-    """Check that a run may be made here: nothing there, or a run that may be deleted.
-
-    Raises:
-        RunError: a run is there, or files that one would overwrite.
-    """
-    if run.exists() and not run.is_dir():
-        raise RunError(f"{run} is a file: give a folder for the run")
-    files = own_files(run)
-    if any(run / name in files for name in (CONFIG, STATE)):
-        if not overwrite:
-            raise RunError(
-                f"{run} holds a run already: go on with it (--resume {run}), delete it "
-                "(--overwrite), or choose another folder"
-            )
-    elif files:
-        raise RunError(f"{files[0]} is of no run, and would be lost: choose another folder")
-
-
-def clear(run: Path) -> None:
-    """Delete the files of a run, and no others."""
-    for path in own_files(run):
-        path.unlink()

@@ -1,4 +1,13 @@
-"""Policy and exact solution along sampled responses: exact divergences at every visited state."""
+"""Policy and exact solution along sampled responses: exact divergences at every visited state.
+
+A response of T tokens visits T states, and at each the two laws of the next token are known whole.
+So its divergence is a sum of T exact ones, sum_t KL(pi*(.|s_t), pi(.|s_t)): by the chain rule that
+has the same mean as the single log p*(y) - log pi(y), and as a rule a smaller variance, as what the
+next token does to the ratio is summed over and not drawn. What a reader would get wrong: only the
+law that drew the responses may weigh what is found, so one pass over responses of the target gives
+KL(target, policy) and another, over the policy's own, KL(policy, target); and a state that is
+visited twice counts twice in the means, once in the list of worst prefixes.
+"""
 
 from __future__ import annotations
 
