@@ -9,6 +9,7 @@ law of the paper's Fig. 5, where the KL vanishes and the logit distance does not
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -190,7 +191,7 @@ def violations(rows: Rows) -> int:
     return count
 
 
-def ratios(ax: Axes, rows: Rows, x: str, style: str, note: str) -> None:
+def ratios(ax: Axes, rows: Rows, x: str, style: str, note: str = "") -> None:
     """Each bound over the KL against a column, median over the policies."""
     at = sorted({r[x] for r in rows})
     for colour, name in enumerate(NAMES):
@@ -207,63 +208,70 @@ def ratios(ax: Axes, rows: Rows, x: str, style: str, note: str) -> None:
         )
 
 
-def picture(rows: Rows) -> Figure:
-    figure = Figure(figsize=(12, 8.4), layout="constrained")
-    (left, by_error), (by_length, right) = figure.subplots(2, 2)
-    runs = [*select(rows, kind="agent"), *select(rows, kind="planted")]
+def draw_all(ax: Axes, rows: Rows) -> None:
+    """Each bound against the KL, a point for each policy."""
     for colour, name in enumerate(NAMES):
-        left.scatter(
-            [max(r["kl"], 1e-14) for r in runs],
-            [r[name] for r in runs],
+        ax.scatter(
+            [max(r["kl"], 1e-14) for r in rows],
+            [r[name] for r in rows],
             s=6,
             color=f"C{colour}",
             label=NAMES[name],
         )
     ends_ = [1e-12, 1e3]
-    left.plot(ends_, ends_, color="0.4", linewidth=1, label="the KL itself")
-    left.set(
+    ax.plot(ends_, ends_, color="0.4", linewidth=1, label="the KL itself")
+    ax.set(
         xscale="log",
         yscale="log",
         xlabel="exact KL(policy, target) (nats)",
         ylabel="bound (nats)",
         title="Every checkpoint and planted error",
     )
-    left.legend(fontsize=8)
-    planted = select(rows, kind="planted")
-    lengths, errors = (sorted({r[k] for r in planted}) for k in ("max_length", "error"))
-    ratios(by_error, select(planted, max_length=lengths[1]), "error", "-", "")
-    by_error.set(
+    ax.legend(fontsize=8)
+
+
+def draw_by_error(ax: Axes, planted: Rows, length: int) -> None:
+    """Bound over KL against the size of the error, at one length."""
+    ratios(ax, select(planted, max_length=length), "error", "-")
+    ax.set(
         xscale="log",
         yscale="log",
         xlabel="standard deviation of the logit error (nats)",
         ylabel="bound over KL",
-        title=f"Looseness by logit error, T={lengths[1]}",
+        title=f"Looseness by logit error, T={length}",
     )
-    small, large = errors[0], errors[-1]
-    for error, style in ((small, "-"), (large, "--")):
-        ratios(by_length, select(planted, error=error), "max_length", style, f", error {error:g}")
-    by_length.set(
+    ax.legend(fontsize=7)
+
+
+def draw_by_length(ax: Axes, planted: Rows, lengths: list[int]) -> None:
+    """Bound over KL against the length, of the smallest and the largest error."""
+    errors = {r["error"] for r in planted}
+    for error, style in ((min(errors), "-"), (max(errors), "--")):
+        ratios(ax, select(planted, error=error), "max_length", style, f", error {error:g}")
+    ax.set(
         yscale="log",
         xlabel="T",
         ylabel="bound over KL",
         title="Looseness by length",
     )
-    by_length.set_xticks(lengths)
-    by_error.legend(fontsize=7)
-    by_length.legend(fontsize=7, ncols=2, loc="center", bbox_to_anchor=(0.5, 0.72))
+    ax.set_xticks(lengths)
+    ax.legend(fontsize=7, ncols=2, loc="center", bbox_to_anchor=(0.5, 0.72))
+
+
+def draw_fig5(ax: Axes, rows: Rows) -> None:
+    """KL, distance and bounds along the fits to the law of Fig. 5, medians."""
+    labels = {
+        "linf": "largest logit distance",
+        "prop3": "Prop. 3",
+        "occupancy_target": "occupancy of states",
+        "split_target": "of states and actions",
+        "kl_target_policy": "KL(target, ARM)",
+    }
     for n, style in ((2, "-"), (3, "--")):
-        fits = select(rows, kind="fig5", layers=n)
-        for colour, (key, label) in enumerate(
-            (
-                ("linf", "largest logit distance"),
-                ("prop3", "Prop. 3"),
-                ("occupancy_target", "occupancy of states"),
-                ("split_target", "of states and actions"),
-                ("kl_target_policy", "KL(target, ARM)"),
-            )
-        ):
+        fits = select(rows, layers=n)
+        for colour, (key, label) in enumerate(labels.items()):
             steps = sorted({r["step"] for r in fits})
-            right.plot(
+            ax.plot(
                 steps,
                 [statistics.median(r[key] for r in select(fits, step=s)) for s in steps],
                 linestyle=style,
@@ -271,14 +279,41 @@ def picture(rows: Rows) -> Figure:
                 label=f"{label}, N={n}",
                 linewidth=1.2,
             )
-    right.set(
+    ax.set(
         yscale="log",
         xlabel="steps",
         ylabel="nats",
         title="The law of Fig. 5, softmax(N(0, I) / 0.1)",
     )
-    right.legend(fontsize=7, ncols=2, loc="center", bbox_to_anchor=(0.6, 0.6))
+    ax.legend(fontsize=7, ncols=2, loc="center", bbox_to_anchor=(0.6, 0.6))
+
+
+def picture(rows: Rows) -> Figure:
+    figure = Figure(figsize=(12, 8.4), layout="constrained")
+    (left, by_error), (by_length, right) = figure.subplots(2, 2)
+    agents, planted, fits = (select(rows, kind=k) for k in ("agent", "planted", "fig5"))
+    lengths = sorted({r["max_length"] for r in planted})
+    draw_all(left, [*agents, *planted])
+    draw_by_error(by_error, planted, lengths[1])
+    draw_by_length(by_length, planted, lengths)
+    draw_fig5(right, fits)
     return figure
+
+
+def loosenesses(groups: dict[str, Rows]) -> list[tuple[str, ...]]:
+    """Lines of a table: each bound over the KL, for groups of rows."""
+    return [(name, *(looseness(rows, b) for b in NAMES)) for name, rows in groups.items()]
+
+
+def distances(fits: Rows, layers: Sequence[int]) -> list[tuple[str, ...]]:
+    """Lines of a table: KL, distance and bounds at the end of the fits to the law of Fig. 5."""
+    keys = ("kl_target_policy", "linf", "prop3", "span", "occupancy_target", "split_target")
+    lines = []
+    for n in layers:
+        mine = select(fits, layers=n)
+        figures = [geometric_interval(ends(mine, key)) for key in keys]
+        lines.append((f"{n}", *figures, interval(ends(mine, "far"))))
+    return lines
 
 
 def main(options: Options) -> None:
@@ -293,49 +328,22 @@ def main(options: Options) -> None:
     jobs += [Planted(4, t, e, seed) for t in lengths for e in errors for seed in seeds]
     jobs += [Fig5(n, 0.1, fig5_steps, seed) for n in layers for seed in seeds]
     rows = collect("bounds", jobs, measure, options)
-    broken = violations(rows)
-    groups = {f"`{a}`, along training": select(rows, kind="agent", agent=a) for a in names}
-    for e in errors:
-        groups[f"planted, error {e:g}"] = select(rows, kind="planted", error=e)
-    lines = [
-        (name, *(looseness(mine, b) for b in NAMES), geometric_interval(ends(mine, "kl")))
-        for name, mine in groups.items()
-    ]
-    by_length = [
-        (
-            f"{t}",
-            *(
-                looseness(select(rows, kind="planted", max_length=t, error=errors[0]), b)
-                for b in NAMES
-            ),
-        )
-        for t in lengths
-    ]
-    keys = (
-        "kl_target_policy", "linf", "prop3", "span", "occupancy_target", "split_target"
-    )  # fmt: skip
-    fig5 = [
-        (
-            f"{n}",
-            *(geometric_interval(ends(select(rows, kind="fig5", layers=n), key)) for key in keys),
-            interval(ends(select(rows, kind="fig5", layers=n), "far")),
-        )
-        for n in layers
-    ]
-    fits = select(rows, kind="fig5")
-    looser = [
-        bound / kl
-        for bound, kl in zip(
-            ends(fits, "split_target"), ends(fits, "kl_target_policy"), strict=True
-        )
-    ]
+    agents, planted, fits = (select(rows, kind=k) for k in ("agent", "planted", "fig5"))
+    groups = {f"`{a}`, along training": select(agents, agent=a) for a in names}
+    groups |= {f"planted, error {e:g}": select(planted, error=e) for e in errors}
+    kls = [geometric_interval(ends(mine, "kl")) for mine in groups.values()]
+    lines = [(*line, kl) for line, kl in zip(loosenesses(groups), kls, strict=True)]
+    small = select(planted, error=errors[0])
+    by_length = loosenesses({f"{t}": select(small, max_length=t) for t in lengths})
+    bound, kl = (ends(fits, key) for key in ("split_target", "kl_target_policy"))
+    looser = [b / k for b, k in zip(bound, kl, strict=True)]
     fig5_head = [
         "N", "KL(p*, ARM)", "largest distance", "Prop. 3", "span", "occupancy of states",
         "of states and actions", "p*'s visits to states with L > 1",
     ]  # fmt: skip
     text = f"""
 Checked at {len(rows):,} policies: KL <= occupancy of states and actions <= occupancy of states <= span <= Prop. 3, and the
-first two for KL(p*, pi), fail **{broken} times**. Looseness is bound over KL(policy, target): median (smallest to largest), V=8, T=4 and {steps:,} steps
+first two for KL(p*, pi), fail **{violations(rows)} times**. Looseness is bound over KL(policy, target): median (smallest to largest), V=8, T=4 and {steps:,} steps
 at default settings for agents, V=4 and T={lengths} for planted errors; last the KL itself at the end, geometric mean (95% interval).
 
 {table(["policies", *NAMES.values(), "KL at the end"], lines)}
@@ -352,7 +360,7 @@ unlikely ones (`rl_ebm.bounds.split_kl`): an error among actions that are hardly
 **The paper's Fig. 5**, softmax(N(0, I) / 0.1), exact risk, {fig5_steps:,} steps: the KL goes to 0 and the logit distance
 does not (geometric mean over seeds and its 95% interval; of the last column the mean).
 
-{table(fig5_head, fig5)}
+{table(fig5_head, distances(fits, layers))}
 
 Weighing the states does not explain it: most of p*'s own visits are to states whose logits span more than a nat, so that the
 occupancy bound stays as large as the distance. The distance sits at *actions* that p* hardly ever takes, in states that it does

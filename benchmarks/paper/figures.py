@@ -8,7 +8,6 @@ tree, nearly two hours even at N = 2: they run only with ``--large``, and stay i
 
 from __future__ import annotations
 
-import statistics
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +30,7 @@ from benchmarks.paper.common import (
     select,
     table,
 )
+from benchmarks.paper.cost import Cost, cost_lines, measure_cost
 from benchmarks.paper.fit import (
     SIZES,
     Schedule,
@@ -46,9 +46,12 @@ from benchmarks.paper.fit import (
     scores,
 )
 from rl_ebm import EBM, TokenSpace, solve
-from rl_ebm.policies.scoring import q_values, tree_q_values
+from rl_ebm.policies.scoring import tree_q_values
 from rl_ebm.soft_bellman import log_policy, sequence_log_probs
 from rl_ebm.studies.seeds import geometric, geometric_interval
+
+Setting = tuple[int, int, int]
+"""V, T and N"""
 
 RATES = (3e-3, 1e-3, 1e-4)
 """the paper's grid; it takes the one with the smallest area under the EBM's curve"""
@@ -60,6 +63,9 @@ PAPER = {
     (4, 8, 3): (3.1e-7, 1.1e-6, 3.7, 0.017),
 }
 """read off its figures at step 5,000: ARM gap, EBM gap, logit distance before and after the map"""
+
+READ = {"500": 4.9e-4, "1,000": 1.9e-4, "4,900": 8e-5, "5,000": PAPER[8, 4, 2][0]}
+"""its ARM's gap at some steps, for V = 8, T = 4 and N = 2"""
 
 LONG = 10_000
 """sequences beyond which a fit is compiled, and an EBM's keeps checkpoints"""
@@ -112,17 +118,6 @@ class Choice:
     vocab_size: int = 8
     max_length: int = 4
     layers: int = 2
-
-
-@dataclass(frozen=True)
-class Cost:
-    """The ARM's pass through the prefix tree against one over all sequences."""
-
-    vocab_size: int
-    max_length: int
-    layers: int
-    repeat: int
-    seed: int = 0
 
 
 def fit_ebm(job: Any, rows: Rows) -> Tensor:
@@ -188,43 +183,6 @@ def fit_arm(job: Pair, r_star: Tensor, rows: Rows) -> None:
         )
 
 
-def measure_cost(job: Cost) -> Rows:
-    """Seconds of a pass with its gradient, both ways, in turn."""
-    space = TokenSpace(job.vocab_size, job.max_length)
-    policy = make_arm(space, SIZES[job.layers], job.seed)
-    tokens, _ = space.sequences()
-
-    def by_tree() -> Tensor:
-        return tree_q_values(policy, space).square().sum()
-
-    class Sequences:
-        """The same policy without its tree pass."""
-
-        prompts, logits = None, staticmethod(policy.logits)
-
-    sequences = Sequences()
-
-    def by_sequence() -> Tensor:
-        total = torch.zeros(())
-        for part in tokens.split(8192):
-            loss = q_values(sequences, space, part).square().sum()
-            loss.backward()
-            total += loss.detach()
-        return total.requires_grad_()
-
-    pairs = []
-    for i in range(job.repeat + 1):
-        times = []
-        for f in (by_tree, by_sequence):
-            start = time.perf_counter()
-            f().backward()
-            times.append(time.perf_counter() - start)
-        if i:  # the first pair warms up
-            pairs.append(times)
-    tree, sequence = (statistics.median(x) for x in zip(*pairs, strict=True))
-    return [{"model": "cost", "seconds": tree, "seconds_sequences": sequence}]
-
-
 def measure_choice(job: Choice) -> Rows:
     """The ARM's gap at the steps that the paper's curves are read at."""
     space = TokenSpace(job.vocab_size, job.max_length)
@@ -263,7 +221,7 @@ def chosen_rate(rows: Rows, layers: int) -> float:
     return min(area, key=lambda lr: area[lr])
 
 
-def picture(rows: Rows, settings: list[tuple[int, int, int]]) -> Figure:
+def picture(rows: Rows, settings: list[Setting]) -> Figure:
     figure = Figure(figsize=(10, 3 * len(settings)), layout="constrained")
     axes = figure.subplots(len(settings), 2, squeeze=False)
     for (v, t, n), (left, right) in zip(settings, axes, strict=True):
@@ -295,32 +253,25 @@ def compared(values: list[float], paper: float) -> str:
     return f"{geometric_interval(values)} / {paper:.2g} ({geometric(values)[0] / paper:.2g} x)"
 
 
-def main(options: Flags) -> None:
-    settings = [(8, 4, 2), (8, 4, 3), (4, 8, 2), (4, 8, 3)]
-    steps, trial, seeds = 5000, 500, range(options.seeds)
-    if options.quick:
-        settings, steps, trial = [(8, 4, 2)], 120, 40
-    sizes = sorted({n for *_, n in settings})
-    trials = [Rate(8, 4, n, trial, lr, 0) for n in sizes for lr in RATES]
-    rates = collect("figures_rates", trials, measure, options, partial=True)
-    jobs: list[Pair | Cost | Choice] = [Cost(v, t, n, 5) for v, t, n in settings]
-    choices = [(init, beta2) for init in ("flax", "torch") for beta2 in (0.999, 0.99, 0.95, 0.9)]
-    if options.quick:
-        choices = [("flax", 0.999), ("flax", 0.95)]
-    jobs += [Choice(*choice, steps, RATES[0], seed) for choice in choices for seed in seeds]
-    # First what takes longest: it is one run, and the others fill the second process.
+def planned(
+    settings: list[Setting], steps: int, rates: Rows, options: Flags
+) -> tuple[list[Pair], list[Pair]]:
+    """Pairs that take hours, those of them that are wanted or known, and the others."""
+    seeds = range(options.seeds)
     hours = [Pair(4, 8, 2, steps, chosen_rate(rates, 2), 0)]
     hours += [Pair(4, 8, 3, steps, chosen_rate(rates, 3), seed, ebm=False) for seed in seeds]
     hours = hours if options.large else measured("figures", hours, options)
-    jobs = [*hours, *jobs]
     rest = [
         Pair(v, t, n, steps, chosen_rate(rates, n), seed, ebm=(v, t) == (8, 4))
         for v, t, n in settings
         if (v, t, n) != (4, 8, 3)
         for seed in seeds
     ]
-    jobs += [job for job in rest if replace(job, ebm=True) not in hours]
-    rows = collect("figures", jobs, measure, options, partial=True)
+    return hours, [job for job in rest if replace(job, ebm=True) not in hours]
+
+
+def gap_lines(rows: Rows, rates: Rows, settings: list[Setting]) -> list[tuple[str, ...]]:
+    """Lines of a table: gaps and distances at the end, against the paper's."""
     lines = []
     for v, t, n in settings:
         mine = select(rows, vocab_size=v, max_length=t, layers=n)
@@ -331,29 +282,50 @@ def main(options: Flags) -> None:
         paper = zip(values, PAPER[v, t, n], strict=True)
         rate = f"{chosen_rate(rates, n):g}" if mine and select(rates, layers=n) else "not run"
         lines.append((f"{v}, {t}, {n}", rate, *(compared(*x) for x in paper)))
-    head = ["V, T, N", "rate", "ARM gap", "EBM gap", "before", "after"]
-    costs = [
-        (
-            f"{r['vocab_size']}, {r['max_length']}, {r['layers']}",
-            f"{float(r['seconds']) * 1e3:.3g} ms",
-            f"{float(r['seconds_sequences']) * 1e3:.3g} ms",
-            f"{float(r['seconds_sequences']) / float(r['seconds']):.1f} x",
-        )
-        for r in select(rows, model="cost")
-    ]
-    read = {"500": 4.9e-4, "1,000": 1.9e-4, "4,900": 8e-5, "5,000": PAPER[8, 4, 2][0]}
-    chosen = [("the paper's curve", "not stated", *(f"{x:.1e}" for x in read.values()))]
+    return lines
+
+
+def choice_lines(rows: Rows, choices: list[tuple[str, float]]) -> list[tuple[str, ...]]:
+    """Lines of a table: the ARM's gap at some steps, the paper's first, then by choice."""
+    lines = [("the paper's curve", "not stated", *(f"{x:.1e}" for x in READ.values()))]
     for init, beta2 in choices:
         mine = select(rows, model="choice", init=init, beta2=beta2)
         at = sorted({r["step"] for r in mine})
         values = [geometric_interval([r["gap"] for r in mine if r["step"] == k]) for k in at]
-        chosen.append((f"{init}'s", f"{beta2:g}", *(values or ["not run"] * 4)))
+        lines.append((f"{init}'s", f"{beta2:g}", *(values or ["not run"] * len(READ))))
+    return lines
+
+
+def invariants(rows: Rows, settings: list[Setting]) -> str:
+    """The invariant distance at the end, in each setting."""
+    found = []
+    for v, t, n in settings:
+        mine = select(rows, model="ARM", vocab_size=v, max_length=t, layers=n)
+        found.append(f"{geometric_interval(ends(mine, 'invariant'))} (V={v}, T={t}, N={n})")
+    return "; ".join(found)
+
+
+def main(options: Flags) -> None:
+    settings = [(8, 4, 2), (8, 4, 3), (4, 8, 2), (4, 8, 3)]
+    choices = [(init, beta2) for init in ("flax", "torch") for beta2 in (0.999, 0.99, 0.95, 0.9)]
+    steps, trial, seeds = 5000, 500, range(options.seeds)
+    if options.quick:
+        settings, choices, steps, trial = [(8, 4, 2)], [("flax", 0.999), ("flax", 0.95)], 120, 40
+    sizes = sorted({n for *_, n in settings})
+    trials = [Rate(8, 4, n, trial, lr, 0) for n in sizes for lr in RATES]
+    rates = collect("figures_rates", trials, measure, options, partial=True)
+    hours, rest = planned(settings, steps, rates, options)
+    # First what takes longest: it is one run, and the others fill the second process.
+    jobs: list[Pair | Cost | Choice] = [*hours, *(Cost(v, t, n, 5) for v, t, n in settings)]
+    jobs += [Choice(*choice, steps, RATES[0], seed) for choice in choices for seed in seeds]
+    rows = collect("figures", [*jobs, *rest], measure, options, partial=True)
+    head = ["V, T, N", "rate", "ARM gap", "EBM gap", "before", "after"]
     cost_head = ["V, T, N", "through the prefix tree", "over all sequences", "cheaper by"]
     text = f"""
 Zipf data (exponent 1, ranks in lexicographic order), exact risk over all sequences, {steps:,} steps of Adam
 (beta2 = {Schedule.beta2:g}) with a trapezoid schedule, Flax's default initial weights. Ours, geometric mean over seeds (95% interval) / the paper's, read off its figures (their ratio):
 
-{table(head, lines)}
+{table(head, gap_lines(rows, rates, settings))}
 
 Gaps in nats. *Before* is the largest distance between the ARM's summed logits and the EBM's rewards, centred over
 sequences; *after* is that between the ARM's logits and M of the EBM's rewards, centred over actions. At V=4, T=8
@@ -364,18 +336,18 @@ the EBM scores all 65,536 sequences at each step (the ARM 21,845 prefixes): with
 **Which unstated choice matters?** The paper states neither the initial weights nor Adam's betas. The ARM's gap at V=8, T=4, N=2, rate
 {RATES[0]:g}, after a tenth, a fifth, all but the last 100, and all of the steps:
 
-{table(["initial weights", "beta2", *read], chosen)}
+{table(["initial weights", "beta2", *READ], choice_lines(rows, choices))}
 
 With Adam's default beta2 = 0.999 the last 100 steps, in which the rate falls, gain little, whatever the initial weights; with a smaller
 one they gain an order of magnitude or more, as in the paper.
 
 *Before* is not invariant: shifting the logits of a state changes it and leaves the policy as it is. The invariant
 distance, between centred log p and centred R, ends at
-{"; ".join(f"{geometric_interval(ends(select(rows, model='ARM', vocab_size=v, max_length=t, layers=n), 'invariant'))} (V={v}, T={t}, N={n})" for v, t, n in settings)}.
+{invariants(rows, settings)}.
 
 The ARM's gradient through the prefix tree, each prefix evaluated once, against all sequences (one thread):
 
-{table(cost_head, costs)}
+{table(cost_head, cost_lines(rows))}
 """
     arms = select(rows, model="ARM")
     drawn = [

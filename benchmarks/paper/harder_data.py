@@ -146,84 +146,96 @@ def verdict(ratios: dict[str, list[float]]) -> str:
     )
 
 
-def main(options: Options) -> None:
-    space, steps, trial, names = TokenSpace(8, 4), 1000, 300, list(LAWS)
-    if options.quick:
-        space, steps, trial, names = TokenSpace(3, 3), 40, 20, ["permuted", "lookahead"]
-    seeds, shape = range(options.seeds), (space.vocab_size, space.max_length)
-    trials = collect(
-        "harder_data_rates",
-        [
-            Fit(model, name, *shape, trial, lr, 0)
-            for name in names
-            for model in MAKE
-            for lr in RATES
-        ],
-        measure,
-        options,
-    )
-    rates = {(m, name): best_rate(trials, m, name) for m in MAKE for name in names}
-    kinds = {
+def kinds_of(steps: int) -> dict[str, tuple[str, int]]:
+    """Model and steps of each kind of run."""
+    return {
         "ARM": ("ARM", steps),
         "EBM": ("EBM", steps),
         "long": ("ARM", TIMES * steps),
         "short": ("EBM", max(2, steps // TIMES)),
     }
-    jobs = [
-        Fit(model, name, *shape, length, rates[model, name], seed)
-        for name in names
-        for model, length in kinds.values()
-        for seed in seeds
-    ]
-    rows = collect("harder_data", jobs, measure, options)
-    gaps = {
-        (kind, name): ends(select(rows, law=name, model=model, steps=length), "gap")
+
+
+def at_end(rows: Rows, key: str, kinds: dict[str, tuple[str, int]]) -> dict[str, list[float]]:
+    """A column at the end of the runs of each kind."""
+    return {
+        kind: ends(select(rows, model=model, steps=length), key)
         for kind, (model, length) in kinds.items()
-        for name in names
     }
-    ratios = {
-        against: {
-            name: [a / e for a, e in zip(gaps[a, name], gaps[e, name], strict=True)]
-            for name in names
-        }
-        for against, (a, e) in {"steps": ("ARM", "EBM"), "time": ("long", "EBM")}.items()
+
+
+def compared(gaps: dict[str, list[float]]) -> dict[str, list[float]]:
+    """ARM over EBM by seed, at equal steps and at equal time."""
+    return {
+        by: [a / e for a, e in zip(gaps[arm], gaps["EBM"], strict=True)]
+        for by, arm in (("steps", "ARM"), ("time", "long"))
     }
+
+
+def chosen(rates: dict[tuple[str, str], float]) -> str:
+    """Which learning rates were taken, of models on laws."""
+    smaller = [
+        f"{m} on {LAWS[name]} {rate:g}" for (m, name), rate in rates.items() if rate < max(RATES)
+    ]
+    return f"{max(RATES):g}, the largest, for all but {', '.join(smaller) or 'none'}"
+
+
+def report(rows: Rows, names: list[str], space: TokenSpace, steps: int, seeds: range) -> str:
+    """All that the runs say; how their rates were chosen stands below it."""
+    kinds = kinds_of(steps)
+    gaps = {name: at_end(select(rows, law=name), "gap", kinds) for name in names}
+    ratios = {name: compared(gaps[name]) for name in names}
     lines = [
         (
             LAWS[name],
             f"{floor(space, name, seeds):.2f}",
-            *(geometric_interval(gaps[kind, name]) for kind in kinds),
-            *(geometric_interval(ratios[by][name]) for by in ratios),
+            *map(geometric_interval, gaps[name].values()),
+            *map(geometric_interval, ratios[name].values()),
         )
         for name in names
     ]
-    head = [
-        "law",
-        "KL(law, uniform)",
-        *(f"{model}, {length:,} steps" for model, length in kinds.values()),
-        "ARM over EBM, equal steps",
-        "ARM over EBM, equal time",
-    ]
-    times = [
-        statistics.median(ends(select(rows, model=model, steps=length), "seconds"))
-        for model, length in kinds.values()
-    ]
-    smaller = [
-        f"{m} on {LAWS[name]} {rate:g}" for (m, name), rate in rates.items() if rate < max(RATES)
-    ]
-    chosen = f"{max(RATES):g}, the largest, for all but {', '.join(smaller) or 'none'}"
+    runs = [f"{model}, {length:,} steps" for model, length in kinds.values()]
+    of_arm = ("ARM over EBM, equal steps", "ARM over EBM, equal time")
+    head = ["law", "KL(law, uniform)", *runs, *of_arm]
+    verdicts = {
+        by: verdict({x: found[by] for x, found in ratios.items()}) for by in ("steps", "time")
+    }
+    seconds = at_end(rows, "seconds", kinds)
+    times = ", ".join(
+        f"{m} {n:,} steps {statistics.median(seconds[kind]):.0f}" for kind, (m, n) in kinds.items()
+    )
     tokens = space.num_sequences * (space.max_length + 1)
-    text = f"""
+    return f"""
 V={space.vocab_size}, T={space.max_length}, N=2 (ARM and EBM of the same Transformer), exact risk. KL(law, model) in nats at the end,
 geometric mean over seeds (its 95% interval, Student's t on the logarithms); laws drawn at random differ from seed to seed:
 
 {table(head, lines)}
 
-Judged by whether a ratio's interval holds 1 (95% for each law, not for all together): **at equal size and steps** the ARM is {verdict(ratios["steps"])}. **At equal size and time**
-(EBM of {steps:,} steps, ARM of {TIMES * steps:,}): {verdict(ratios["time"])}. Seconds of one core, median: {", ".join(f"{m} {n:,} steps {s:.0f}" for (m, n), s in zip(kinds.values(), times, strict=True))}.
+Judged by whether a ratio's interval holds 1 (95% for each law, not for all together): **at equal size and steps** the ARM is {verdicts["steps"]}. **At equal size and time**
+(EBM of {steps:,} steps, ARM of {TIMES * steps:,}): {verdicts["time"]}. Seconds of one core, median: {times}.
 A step of the EBM evaluates {tokens:,} tokens, one of the ARM {space.num_states:,}.
+"""
 
-Learning rates: of {", ".join(f"{lr:g}" for lr in RATES)} that with the smallest KL after {trial:,} steps, by law and model, seed 0 alone: {chosen}.
+
+def main(options: Options) -> None:
+    space, steps, trial, names = TokenSpace(8, 4), 1000, 300, list(LAWS)
+    if options.quick:
+        space, steps, trial, names = TokenSpace(3, 3), 40, 20, ["permuted", "lookahead"]
+    seeds, shape = range(options.seeds), (space.vocab_size, space.max_length)
+    tried = [
+        Fit(model, name, *shape, trial, lr, 0) for name in names for model in MAKE for lr in RATES
+    ]
+    trials = collect("harder_data_rates", tried, measure, options)
+    rates = {(m, name): best_rate(trials, m, name) for m in MAKE for name in names}
+    jobs = [
+        Fit(model, name, *shape, length, rates[model, name], seed)
+        for name in names
+        for model, length in kinds_of(steps).values()
+        for seed in seeds
+    ]
+    rows = collect("harder_data", jobs, measure, options)
+    text = f"""{report(rows, names, space, steps, seeds)}
+Learning rates: of {", ".join(f"{lr:g}" for lr in RATES)} that with the smallest KL after {trial:,} steps, by law and model, seed 0 alone: {chosen(rates)}.
 """
     figure = picture(rows, names, steps)
     publish("harder_data", "What easy data hides", text, figure, trials + rows, options)

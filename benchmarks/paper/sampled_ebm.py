@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -258,6 +259,41 @@ def beyond(rows: Rows) -> list[tuple[str, ...]]:
     return lines
 
 
+def runs_of(
+    name: str,
+    size: tuple[int, int, float, int],
+    rates: Mapping[str, Sequence[float]],
+    seeds: Sequence[int],
+) -> list[Sampled]:
+    """Runs on a law, of every method that has rates and can be had there."""
+    v, t, seconds, samples = size
+    return [
+        Sampled(method, name, v, t, seconds, lr, seed, samples)
+        for method in METHODS
+        if name != "chain" or method not in ("risk", "exact")
+        for lr in rates.get(method, [])
+        for seed in seeds
+    ]
+
+
+def best_rates(tried: Rows, name: str) -> dict[str, list[float]]:
+    """The best rate of each method that was tried on a law."""
+    found = {method: select(tried, law=name, method=method) for method in METHODS}
+    return {method: [best_rate(rows)] for method, rows in found.items() if rows}
+
+
+def closer(rows: Rows, names: list[str]) -> list[str]:
+    """Where the ARM beside the EBM ends closer to the law than the EBM, with every seed."""
+    found = []
+    for name in names:
+        for method in ("metropolis", "nce"):
+            mine = select(rows, law=name, method=method)
+            policy = ends([r for r in mine if r["policy_kl"] != ""], "policy_kl")
+            if all(a < b for a, b in zip(policy, ends(mine, "kl"), strict=True)):
+                found.append(f"`{method}` on {LAWS[name]}")
+    return found
+
+
 def main(options: Options) -> None:
     sizes = {"zipf": (8, 4, 20.0, 0), "normal": (8, 4, 20.0, 0), "chain": (32, 8, 60.0, 20_480)}
     rates, share = RATES, 0.3
@@ -265,57 +301,19 @@ def main(options: Options) -> None:
         sizes = {"zipf": (3, 3, 1.0, 0), "chain": (4, 3, 1.0, 512)}
         rates = RATES[1:2]
     names = list(sizes)
-
-    def jobs(
-        name: str, lrs: dict[str, list[float]], seeds: list[int], part: float
-    ) -> list[Sampled]:
-        v, t, seconds, samples = sizes[name]
-        return [
-            Sampled(method, name, v, t, part * seconds, lr, seed, samples)
-            for method in METHODS
-            if name != "chain" or method not in ("risk", "exact")
-            for lr in lrs[method]
-            for seed in seeds
-        ]
-
-    every = {method: list(rates) for method in METHODS}
-    trials = [job for name in names for job in jobs(name, every, [TRIAL_SEED], share)]
+    trials, runs = [], []
+    for name, (v, t, seconds, samples) in sizes.items():
+        short = (v, t, share * seconds, samples)
+        trials += runs_of(name, short, dict.fromkeys(METHODS, rates), [TRIAL_SEED])
     tried = collect("sampled_ebm_rates", trials, measure, options)
-    runs = []
-    for name in names:
-        chosen = {m: select(tried, law=name, method=m) for m in METHODS}
-        best = {m: [best_rate(rows)] for m, rows in chosen.items() if rows}
-        runs += jobs(name, {m: best.get(m, []) for m in METHODS}, list(range(options.seeds)), 1.0)
+    for name, size in sizes.items():
+        runs += runs_of(name, size, best_rates(tried, name), range(options.seeds))
     rows = collect("sampled_ebm", runs, measure, options)
-    laws_checked = [name for name in names if name != "chain"]
-    lines = [line for name in laws_checked for line in checked(rows, name)]
-    closer = [
-        f"`{method}` on {LAWS[name]}"
-        for name in names
-        for method in ("metropolis", "nce")
-        if all(
-            a < b
-            for a, b in zip(
-                ends(
-                    [r for r in select(rows, law=name, method=method) if r["policy_kl"] != ""],
-                    "policy_kl",
-                ),
-                ends(select(rows, law=name, method=method), "kl"),
-                strict=True,
-            )
-        )
-    ]
+    lines = [line for name in names if name != "chain" for line in checked(rows, name)]
     head = [
-        "law",
-        "method",
-        "rate",
-        "R evaluations a step",
-        "steps",
-        "KL(law, EBM)",
-        "ends above its start",
-        "bias",
-        "KL(law, its policy)",
-    ]
+        "law", "method", "rate", "R evaluations a step", "steps", "KL(law, EBM)",
+        "ends above its start", "bias", "KL(law, its policy)",
+    ]  # fmt: skip
     far = [*head[1:6], "smallest ESS", head[-1]]
     v, t, seconds, _ = sizes["zipf"]
     v2, t2, seconds2, samples = sizes["chain"]
@@ -341,7 +339,7 @@ ARM's KL needs no log Z):
 
 {table(far, beyond(select(rows, law="chain")))}
 
-On every seed the ARM is closer to the law than the EBM it serves for: {", ".join(closer) or "none"}.
+On every seed the ARM is closer to the law than the EBM it serves for: {", ".join(closer(rows, names)) or "none"}.
 """
     publish("sampled_ebm", "The EBM beyond enumeration", text, picture(rows, names), rows, options)
 

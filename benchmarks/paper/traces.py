@@ -18,6 +18,7 @@ with log pi(y) the exact marginal (without gradient in G).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -145,71 +146,76 @@ def picture(rows: Rows, names: list[str]) -> Figure:
     return figure
 
 
+def at_end(
+    rows: Rows,
+    names: Sequence[str],
+    traces: Sequence[int],
+    key: str,
+    show: Callable[[Sequence[float]], str] = spread,
+) -> list[tuple[str, ...]]:
+    """Lines of a table: a column at the end of the runs, by law, loss and trace tokens."""
+    return [
+        (LAWS[name], kind, *(
+            show(ends(select(rows, law=name, loss=kind, trace=k), key)) for k in traces
+        ))
+        for name in names
+        for kind in LOSSES
+    ]  # fmt: skip
+
+
+def helped(rows: Rows, names: Sequence[str], none: int, most: int) -> list[tuple[str, ...]]:
+    """Lines of a table: KL(answer, p*) of the shortest trace over that of the longest."""
+    lines: list[tuple[str, ...]] = []
+    for name in names:
+        for kind in LOSSES:
+            mine = select(rows, law=name, loss=kind)
+            plain, traced = (ends(select(mine, trace=k), "kl_policy_target") for k in (none, most))
+            ratio = [a / b for a, b in zip(plain, traced, strict=True)]
+            better = f"{sum(r > 1 for r in ratio)} of {len(ratio)}"
+            lines.append((LAWS[name], kind, spread(ratio), better))
+    return lines
+
+
+def floor(name: str, space: TokenSpace, seeds: Sequence[int]) -> str:
+    """KL(p*, uniform), over the seeds of a law."""
+    uniform = torch.full((space.num_sequences,), -math.log(space.num_sequences)).double()
+    return interval([gap(law(name, space, seed), uniform) for seed in seeds])
+
+
 def main(options: Options) -> None:
     space, steps, names, traces = TokenSpace(4, 4), 2000, list(LAWS), (0, 1, 2, 4)
     if options.quick:
         space, steps, names, traces = TokenSpace(3, 2), 60, ["normal"], (0, 1)
-    rate = 1e-2
+    rate, seeds = 1e-2, range(options.seeds)
     jobs = [
         Trace(name, kind, k, space.vocab_size, space.max_length, steps, rate, seed)
         for name in names
         for kind in LOSSES
         for k in traces
-        for seed in range(options.seeds)
+        for seed in seeds
     ]
     rows = collect("traces", jobs, measure, options)
-    lines = {
-        key: [
-            (LAWS[name], kind, *(
-                spread(ends(select(rows, law=name, loss=kind, trace=k), key)) for k in traces
-            ))
-            for name in names
-            for kind in LOSSES
-        ]
-        for key in ("kl_policy_target", "kl")
-    }  # fmt: skip
-    helped = []
-    for name in names:
-        for kind in LOSSES:
-            mine = select(rows, law=name, loss=kind)
-            plain, most = (
-                ends(select(mine, trace=k), "kl_policy_target") for k in (traces[0], traces[-1])
-            )
-            ratio = [a / b for a, b in zip(plain, most, strict=True)]
-            helped.append(
-                (LAWS[name], kind, spread(ratio), f"{sum(r > 1 for r in ratio)} of {len(ratio)}")
-            )
-    entropies = [
-        (LAWS[name], kind, *(
-            interval(ends(select(rows, law=name, loss=kind, trace=k), "trace_entropy"))
-            for k in traces[1:]
-        ))
-        for name in names
-        for kind in LOSSES
-    ]  # fmt: skip
-    uniform = torch.full((space.num_sequences,), -math.log(space.num_sequences)).double()
-    floors = "; ".join(
-        f"{LAWS[n]}: {interval([gap(law(n, space, s), uniform) for s in range(options.seeds)])}"
-        for n in names
-    )
+    head = ["target", "trained by", *(f"{k} trace tokens" for k in traces)]
+    floors = "; ".join(f"{LAWS[name]}: {floor(name, space, seeds)}" for name in names)
+    entropies = at_end(rows, names, traces[1:], "trace_entropy", interval)
     text = f"""
 V={space.vocab_size}, answers of T={space.max_length} tokens ({space.num_sequences:,} of them), a Transformer of one block of width {TINY.dim}, {steps:,} steps of
 {BATCH:,} responses from the policy itself, learning rate {rate:g}. The trace is not scored; the answer's law is the sum over all traces,
 exactly. Training on the policy's own responses lowers KL(answer, p*); in nats at the end, median of {options.seeds} seeds (smallest to largest):
 
-{table(["target", "trained by", *(f"{k} trace tokens" for k in traces)], lines["kl_policy_target"])}
+{table(head, at_end(rows, names, traces, "kl_policy_target"))}
 
 The other direction, KL(p*, answer), is where dropped answers show (uniform policy: {floors}):
 
-{table(["target", "trained by", *(f"{k} trace tokens" for k in traces)], lines["kl"])}
+{table(head, at_end(rows, names, traces, "kl"))}
 
 KL(answer, p*) without a trace over that with {traces[-1]} tokens, by seed, and in how many seeds the trace helped:
 
-{table(["target", "trained by", "ratio", "helped"], helped)}
+{table(["target", "trained by", "ratio", "helped"], helped(rows, names, traces[0], traces[-1]))}
 
 Entropy of the trace in nats (at most k log V); 0 would be a trace that says nothing:
 
-{table(["target", "trained by", *(f"{k} trace tokens" for k in traces[1:])], entropies)}
+{table([*head[:2], *head[3:]], entropies)}
 """
     publish("traces", "Thinking traces", text, picture(rows, names), rows, options)
 

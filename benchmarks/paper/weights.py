@@ -228,13 +228,16 @@ def at_end(rows: Rows, key: str, **fields: object) -> list[float]:
     return [float(r[key]) for r in found if r["step"] == r["steps"] and r.get(key, "") != ""]
 
 
+def by_layer(rows: Rows, key: str, layers: int, **fields: object) -> list[list[float]]:
+    """A column at the last step, for each layer."""
+    return [at_end(rows, key, layer=k, **fields) for k in range(layers)]
+
+
 def picture(rows: Rows, names: list[str], layers: int, depth: int) -> Figure:
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for colour, name in enumerate(names):
-        probes = [
-            at_end(rows, f"probe_{depth}", law=name, model="ARM", layer=k) for k in range(layers)
-        ]
+        probes = by_layer(rows, f"probe_{depth}", layers, law=name, model="ARM")
         left.plot(
             range(layers),
             [statistics.median(p) for p in probes],
@@ -281,6 +284,51 @@ def picture(rows: Rows, names: list[str], layers: int, depth: int) -> Figure:
     return figure
 
 
+def mask_costs(rows: Rows, names: list[str]) -> list[tuple[str, ...]]:
+    """Lines of a table: KL of each model, and that of the causal EBM over that of the EBM."""
+    lines = []
+    for name in names:
+        found = [at_end(rows, "gap", law=name, model=m, layer=0) for m in MODELS]
+        cost = [c / e for c, e in zip(found[1], found[0], strict=True)]
+        lines.append((LAWS[name], *map(geometric_interval, [*found, cost])))
+    return lines
+
+
+def probed(rows: Rows, names: list[str], layers: int, t: int) -> list[tuple[str, ...]]:
+    """Lines of a table: what V of depth t has unexplained, by tokens, layers, and untrained."""
+    key, lines = f"probe_{t}", []
+    for name in names:
+        arm = select(rows, law=name, model="ARM")
+        trained = by_layer(arm, key, layers)
+        untrained = [float(r[key]) for r in select(arm, layer=layers - 1, step=0)]
+        tokens = at_end(arm, f"tokens_{t}", layer=0)
+        lines.append((LAWS[name], *map(geometric_interval, [tokens, *trained, untrained])))
+    return lines
+
+
+def similarities(rows: Rows, names: list[str], layers: int) -> list[tuple[str, ...]]:
+    """Lines of a table: CKA of each layer of the ARM with that of others."""
+    keys = ("cka", "cka_arm", "cka_untrained")
+    return [
+        (
+            LAWS[name],
+            str(k),
+            *(interval(at_end(rows, key, law=name, layer=k, other=k)) for key in keys),
+        )
+        for name in names
+        for k in range(layers)
+    ]
+
+
+def correlation(rows: Rows, key: str) -> list[float]:
+    """Rank correlation of a column with the KL along each run."""
+    found = []
+    for run in dict.fromkeys(row["run"] for row in rows):
+        mine = [r for r in select(rows, run=run) if r["step"] > 0]
+        found.append(spearman(*([float(r[name]) for r in mine] for name in ("gap", key))))
+    return found
+
+
 def main(options: Options) -> None:
     space, steps, names = TokenSpace(8, 4), 1000, list(LAWS)
     if options.quick:
@@ -293,50 +341,27 @@ def main(options: Options) -> None:
     ]
     rows = collect("weights", jobs, measure, options)
     layers, depth = SMALL.layers + 1, space.max_length - 1
-    gaps, ranks, similar, correlations = [], [], [], []
-    probes: dict[int, list[tuple[str, ...]]] = {t: [] for t in range(2, depth + 1)}
-    for name in names:
-        found = [at_end(rows, "gap", law=name, model=m, layer=0) for m in MODELS]
-        cost = [c / e for c, e in zip(found[1], found[0], strict=True)]
-        gaps.append((LAWS[name], *map(geometric_interval, found), geometric_interval(cost)))
-        for m in MODELS:
-            mine = [at_end(rows, "rank", law=name, model=m, layer=k) for k in range(layers)]
-            ranks.append((LAWS[name], MODELS[m], *map(interval, mine)))
-        for t, lines in probes.items():
-            at_first = [x for x in select(rows, law=name, model="ARM") if x["step"] == 0]
-            untrained = [
-                [float(r[f"probe_{t}"]) for r in select(at_first, layer=k)] for k in range(layers)
-            ]
-            trained = [
-                at_end(rows, f"probe_{t}", law=name, model="ARM", layer=k) for k in range(layers)
-            ]
-            tokens = at_end(rows, f"tokens_{t}", law=name, model="ARM", layer=0)
-            lines.append((LAWS[name], *map(geometric_interval, [tokens, *trained, untrained[-1]])))
-        for k in range(layers):
-            both = [
-                at_end(rows, key, law=name, layer=k, other=k)
-                for key in ("cka", "cka_arm", "cka_untrained")
-            ]
-            similar.append((LAWS[name], str(k), *map(interval, both)))
-        ranked = []
-        for seed in range(options.seeds):
-            last = select(rows, law=name, model="ARM", layer=layers - 1, seed=seed)
-            xs, ys = (
-                [float(r[key]) for r in last if r["step"] > 0] for key in ("gap", f"probe_{depth}")
-            )
-            ranked.append(spearman(xs, ys))
-        correlations.append((LAWS[name], interval(ranked)))
+    ranks = [
+        (LAWS[x], MODELS[m], *map(interval, by_layer(rows, "rank", layers, law=x, model=m)))
+        for x in names
+        for m in MODELS
+    ]
+    last = {x: select(rows, law=x, model="ARM", layer=layers - 1) for x in names}
+    correlations = [
+        (LAWS[x], interval(correlation(found, f"probe_{depth}"))) for x, found in last.items()
+    ]
     names_of_layers = ["embedding", *(f"block {k}" for k in range(1, layers))]
+    probe_head = ["law", "tokens", *names_of_layers, f"{names_of_layers[-1]}, untrained"]
     probe_tables = "\n\n".join(
         f"Depth {t} ({space.vocab_size**t} prefixes):\n\n"
-        + table(["law", "tokens", *names_of_layers, f"{names_of_layers[-1]}, untrained"], lines)
-        for t, lines in probes.items()
+        + table(probe_head, probed(rows, names, layers, t))
+        for t in range(2, depth + 1)
     )
     text = f"""
 V={space.vocab_size}, T={space.max_length}, N=2 (3,600 to 3,800 parameters at V=8), exact risk, {steps:,} steps at rate {Schedule.lr:g}. **What the mask costs**: KL(law,
 model) in nats with the same Transformer, geometric mean over seeds (95% interval); the causal EBM scores whole sequences too, but no position sees later ones:
 
-{table(["law", *MODELS.values(), "causal EBM over EBM"], gaps)}
+{table(["law", *MODELS.values(), "causal EBM over EBM"], mask_costs(rows, names))}
 
 **Effective rank** (exp of the entropy of the singular values; at most {SMALL.dim}) of the features at BOS and all tokens but the last:
 
@@ -358,7 +383,7 @@ along training ({CHECKPOINTS - 2} checkpoints of a run, last layer, depth {depth
 **CKA** (linear; features less their mean at each position) of a layer of the ARM with the same layer of the EBM, of an ARM from other initial weights,
 and of an EBM before training, the level to compare with:
 
-{table(["law", "layer", "EBM", "another ARM", "untrained EBM"], similar)}
+{table(["law", "layer", "EBM", "another ARM", "untrained EBM"], similarities(rows, names, layers))}
 """
     figure = picture(rows, names, layers, depth)
     publish("weights", "Weights, not functions", text, figure, rows, options)

@@ -47,16 +47,92 @@ class Settings:
         )
 
 
+def make_optimizer(settings: Settings) -> Any:
+    """AdamW of the network, and Adam of log Z."""
+    import optax
+
+    network = optax.adamw(settings.lr, weight_decay=settings.weight_decay)
+    return optax.multi_transform(
+        {"weights": network, "log_z": optax.adam(settings.lr_log_z)},
+        {"weights": "weights", "log_z": "log_z"},
+    )
+
+
+def make_steps(
+    settings: Settings, env: Any, env_params: Any, static: Any, optimizer: Any
+) -> Callable[[Any, Any], Any]:
+    """STEPS updates of (weights and log Z, the optimizer's state, key), compiled.
+
+    Args:
+        static: the network without its weights.
+    """
+    import equinox as eqx
+    import gfnx
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from benchmarks.peers.gfnx_parts import LOSSES
+
+    exploring = optax.linear_schedule(*settings.explore, settings.explore_steps)
+
+    def step(carry: Any, i: Any) -> tuple[Any, None]:
+        learned, state, key = carry
+        key, rollout_key = jax.random.split(key)
+        chance = exploring(i)
+
+        def draw(draw_key: Any, obs: Any, weights: Any) -> tuple[Any, dict[str, Any]]:
+            logits, _ = jax.vmap(eqx.combine(weights, static))(obs)
+            uniform = jax.random.bernoulli(draw_key, chance, (settings.batch, 1))
+            return jnp.where(uniform, 0.0, logits), {}
+
+        batch, _ = gfnx.utils.forward_rollout(
+            rollout_key, settings.batch, draw, learned["weights"], env, env_params
+        )
+
+        def loss(learned: Any) -> Any:
+            model = eqx.combine(learned["weights"], static)
+            return LOSSES[settings.loss](model, learned["log_z"], batch)
+
+        updates, state = optimizer.update(jax.grad(loss)(learned), state, learned)
+        return (optax.apply_updates(learned, updates), state, key), None
+
+    @jax.jit
+    def steps(carry: Any, first: Any) -> Any:
+        return jax.lax.scan(step, carry, first + jnp.arange(STEPS))[0]
+
+    return steps
+
+
+def make_rows(static: Any, vocab_size: int) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    """Logits of prefixes padded with -1, of the weights of a network."""
+    import equinox as eqx
+    import jax
+    import numpy as np
+
+    from benchmarks.peers.gfnx_parts import observations
+
+    @jax.jit
+    def evaluate(weights: Any, obs: Any) -> Any:
+        return jax.vmap(eqx.combine(weights, static))(obs)[0]
+
+    def rows(weights: Any, prefixes: torch.Tensor) -> torch.Tensor:
+        obs = observations(prefixes, vocab_size)
+        # Two shapes in all, so that few are compiled.
+        room = (256 if len(obs) <= 256 else CHUNK) - len(obs)
+        padded = np.pad(obs, ((0, room), (0, 0)), mode="edge")
+        return torch.from_numpy(np.array(evaluate(weights, padded)[: len(obs)]))
+
+    return rows
+
+
 def trainer(settings: Settings) -> Callable[[EBM, int, Watch], None]:
     """What trains a GFlowNet by one of its baselines' settings."""
 
     def train(ebm: EBM, seed: int, watch: Watch) -> None:
         import equinox as eqx
-        import gfnx
         import jax
         import jax.numpy as jnp
-        import numpy as np
-        import optax
 
         from benchmarks.peers import gfnx_parts as parts
 
@@ -72,51 +148,11 @@ def trainer(settings: Settings) -> Callable[[EBM, int, Watch], None]:
         weights, static = eqx.partition(model, eqx.is_inexact_array)
         # A typed zero: of a bare one, the first calls would each be compiled anew.
         learned = {"weights": weights, "log_z": jnp.zeros((), jnp.float32)}
-        network = optax.adamw(settings.lr, weight_decay=settings.weight_decay)
-        optimizer = optax.multi_transform(
-            {"weights": network, "log_z": optax.adam(settings.lr_log_z)},
-            {"weights": "weights", "log_z": "log_z"},
-        )
-        exploring = optax.linear_schedule(*settings.explore, settings.explore_steps)
-
-        def step(carry: Any, i: Any) -> tuple[Any, None]:
-            learned, state, key = carry
-            key, rollout_key = jax.random.split(key)
-            chance = exploring(i)
-
-            def draw(draw_key: Any, obs: Any, weights: Any) -> tuple[Any, dict[str, Any]]:
-                logits, _ = jax.vmap(eqx.combine(weights, static))(obs)
-                uniform = jax.random.bernoulli(draw_key, chance, (settings.batch, 1))
-                return jnp.where(uniform, 0.0, logits), {}
-
-            batch, _ = gfnx.utils.forward_rollout(
-                rollout_key, settings.batch, draw, learned["weights"], env, env_params
-            )
-
-            def loss(learned: Any) -> Any:
-                model = eqx.combine(learned["weights"], static)
-                return parts.LOSSES[settings.loss](model, learned["log_z"], batch)
-
-            updates, state = optimizer.update(jax.grad(loss)(learned), state, learned)
-            return (optax.apply_updates(learned, updates), state, key), None
-
-        @jax.jit
-        def steps(carry: Any, first: Any) -> Any:
-            return jax.lax.scan(step, carry, first + jnp.arange(STEPS))[0]
-
-        @jax.jit
-        def evaluate(weights: Any, obs: Any) -> Any:
-            return jax.vmap(eqx.combine(weights, static))(obs)[0]
-
-        def rows(prefixes: torch.Tensor) -> torch.Tensor:
-            obs = parts.observations(prefixes, space.vocab_size)
-            # Two shapes in all, so that few are compiled.
-            room = (256 if len(obs) <= 256 else CHUNK) - len(obs)
-            padded = np.pad(obs, ((0, room), (0, 0)), mode="edge")
-            return torch.from_numpy(np.array(evaluate(carry[0]["weights"], padded)[: len(obs)]))
-
-        policy = PrefixPolicy(space, rows)
-        carry: Any = (learned, optimizer.init(learned), key)
+        optimizer = make_optimizer(settings)
+        steps = make_steps(settings, env, env_params, static, optimizer)
+        rows = make_rows(static, space.vocab_size)
+        carry = (learned, optimizer.init(learned), key)
+        policy = PrefixPolicy(space, lambda prefixes: rows(carry[0]["weights"], prefixes))
         updates = 0
         watch.start(sum(leaf.size for leaf in jax.tree.leaves(weights)))
         while True:

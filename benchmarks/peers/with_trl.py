@@ -93,6 +93,32 @@ def make_model(ebm: EBM) -> Any:
     return model
 
 
+def options(ebm: EBM, seed: int, folder: str, own: bool) -> dict[str, Any]:
+    """Of its config: on the CPU, for ever, nothing written; our learning rate and batch or its."""
+    ours = {
+        "learning_rate": LR,
+        "per_device_train_batch_size": BATCH,
+        "num_generations": GROUP,
+    }
+    return {
+        "output_dir": folder,
+        "beta": ebm.beta,
+        "max_completion_length": ebm.space.max_length,
+        "max_steps": 10**7,
+        "seed": seed,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "pad_to_multiple_of": None,
+        "report_to": "none",
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        **(ours if own else {}),
+    }
+
+
 def trainer(method: Method, own: bool) -> Callable[[EBM, int, Watch], None]:
     """What trains a model by TRL's own loop, looked at between two of its steps.
 
@@ -127,31 +153,10 @@ def trainer(method: Method, own: bool) -> Callable[[EBM, int, Watch], None]:
             # TRL loads the reference from where the model is from.
             make_model(ebm).save_pretrained(folder)
             model = PhiForCausalLM.from_pretrained(folder)
-            ours = {
-                "learning_rate": LR,
-                "per_device_train_batch_size": BATCH,
-                "num_generations": GROUP,
-            }
             loop = kind(
                 model=model,
                 reward_funcs=reward,
-                args=config(
-                    output_dir=folder,
-                    beta=ebm.beta,
-                    max_completion_length=ebm.space.max_length,
-                    max_steps=10**7,
-                    seed=seed,
-                    use_cpu=True,
-                    bf16=False,
-                    gradient_checkpointing=False,
-                    pad_to_multiple_of=None,
-                    report_to="none",
-                    logging_strategy="no",
-                    save_strategy="no",
-                    disable_tqdm=True,
-                    dataloader_pin_memory=False,
-                    **(ours if own else {}),
-                ),
+                args=config(**options(ebm, seed, folder, own)),
                 train_dataset=Dataset.from_dict({"prompt": [START] * 4096}),
                 processing_class=make_tokenizer(ebm.space.vocab_size),
                 callbacks=[Look()],

@@ -159,8 +159,7 @@ def check_solution(solution, truths, tolerance=1e-10):
 
 def slow_reports(policy, case):
     """One dictionary for each prompt, with the keys of a report."""
-    space = case.ebm.space
-    rows = logits_by_prefix(policy, space, len(case.truths))
+    rows = logits_by_prefix(policy, case.ebm.space, len(case.truths))
     values = bool(getattr(policy, "logits_are_values", False))
     return [
         slow_report({s: q for (j, s), q in rows.items() if j == i}, values, *each)
@@ -176,48 +175,59 @@ def slow_report(q, values, truth, scores):
     """
     log_pi = {s: log_softmax(row) for s, row in q.items()}
     p = truth.log_probs
-    pi = [sum(log_pi[y[:t]][a] for t, a in enumerate(y)) for y in truth.sequences]
-    reached = {s: sum(log_pi[s[:t]][a] for t, a in enumerate(s)) for s in q}
+    pi = [path_sum(log_pi, y) for y in truth.sequences]
+    reached = {s: path_sum(log_pi, s) for s in q}
     states = [(s, truth.prefix_log_prob(s)) for depth in truth.states for s in depth]
-    states = [(s, log_s) for s, log_s in states if log_s > -INF]
-    errors, residuals, worst = {}, [], []
-    for s, log_s in states:
-        q_star = truth.q(s)
-        allowed = [a for a, x in enumerate(q_star) if x > -INF]
-        delta = [q[s][a] - q_star[a] for a in allowed]
-        lost = -INF in delta
-        mean = sum(delta) / len(delta)
-        row = [0.0] * truth.vocab_size
-        for a, d in zip(allowed, delta, strict=True):
-            row[a] = INF if lost else d - mean
-        here = kl(log_softmax(q_star), log_pi[s])
-        errors[s] = (max(map(abs, row)), INF if lost else max(delta) - min(delta), here)
-        worst.append((s, math.exp(log_s), math.exp(reached[s]), row, here))
-        sizes = []
-        for a in allowed:
-            v_next = log_sum_exp(q[(*s, a)]) if (*s, a) in q else 0.0
-            parts = (q[s][a], truth.r[s][a], v_next)
-            sizes.append(INF if -INF in parts else abs(parts[0] - parts[1] - parts[2]))
-        residuals.append((math.exp(log_s), max(sizes), sum(sizes) / len(sizes)))
-    ratios = [b - a if a > -INF else INF for a, b in zip(p, pi, strict=True) if max(a, b) > -INF]
+    visits = {s: log_s for s, log_s in states if log_s > -INF}
+    q_star = {s: truth.q(s) for s in visits}
+    errors = {s: logit_error(q[s], q_star[s], log_pi[s]) for s in visits}
+    largest, mean = residuals(q, q_star, truth.r, visits) if values else (None, None)
     impossible = math.fsum(math.exp(b) for a, b in zip(p, pi, strict=True) if a == -INF)
-    top = INF if impossible > 0 else max(e[1] for e in errors.values())
-    n = truth.max_length - (truth.eos_id is not None)
-    occupancy = math.fsum(
-        math.exp(reached[s]) * k(errors[s][1]) for s in errors if reached[s] > -INF
-    )
-    rewards = [
-        (math.exp(b) * x if x > -INF else -INF) for b, x in zip(pi, scores, strict=True) if b > -INF
-    ]
-    weight = math.fsum(w for w, _, _ in residuals)
-    worst = [w for w in worst if errors[w[0]][0] > 1e-9]
-    worst.sort(key=lambda w: -errors[w[0]][0])  # stable: of equals the first state
-    depths = [[(s, log_s) for s, log_s in states if len(s) == t] for t in range(truth.max_length)]
     return {
         "mode": "exact-tree",
         "num_sequences": len(p),
         "log_z": truth.log_z,
         "log_z_policy": log_sum_exp(q[()]) if values else None,
+        "mass_impossible": impossible,
+        **distances(p, pi, truth.log_refs),
+        "expected_reward_target": truth.expectation(scores),
+        "expected_reward_policy": expected(pi, scores),
+        "logits_linf": max(e.linf for e in errors.values()),
+        "logits_span": max(e.span for e in errors.values()),
+        "bellman_residual_max": largest,
+        "bellman_residual_mean": mean,
+        "bounds": slow_bounds(truth, errors, reached, impossible),
+        "per_depth": by_depth(truth, visits, errors),
+        "worst_prefixes": worst_prefixes(visits, reached, errors),
+    }
+
+
+class LogitError(NamedTuple):
+    """Of one state: logits less q* over the actions that q* allows."""
+
+    delta: list[float]  # less its mean; 0 at other actions
+    linf: float
+    span: float
+    kl: float
+
+
+def path_sum(log_pi, y):
+    """Log-probability of the tokens of y."""
+    return sum(log_pi[y[:t]][a] for t, a in enumerate(y))
+
+
+def logit_error(q, q_star, log_pi):
+    delta = {a: q[a] - x for a, x in enumerate(q_star) if x > -INF}
+    mean, lost = sum(delta.values()) / len(delta), -INF in delta.values()
+    row = [0.0 if a not in delta else INF if lost else delta[a] - mean for a in range(len(q_star))]
+    span = INF if lost else max(delta.values()) - min(delta.values())
+    return LogitError(row, max(map(abs, row)), span, kl(log_softmax(q_star), log_pi))
+
+
+def distances(p, pi, ref):
+    """What two laws of responses, and that of the reference, say of each other."""
+    ratios = [b - a if a > -INF else INF for a, b in zip(p, pi, strict=True) if max(a, b) > -INF]
+    return {
         "kl_target_policy": kl(p, pi),
         "kl_policy_target": kl(pi, p),
         "tv": tv(p, pi),
@@ -225,43 +235,74 @@ def slow_report(q, values, truth, scores):
         "hellinger2": 1 - math.fsum(math.exp((a + b) / 2) for a, b in zip(p, pi, strict=True)),
         "entropy_target": entropy(p),
         "entropy_policy": entropy(pi),
-        "expected_reward_target": truth.expectation(scores),
-        "expected_reward_policy": sum(rewards),
-        "kl_target_reference": kl(p, truth.log_refs),
-        "kl_policy_reference": kl(pi, truth.log_refs),
-        "mass_impossible": impossible,
-        "logits_linf": max(e[0] for e in errors.values()),
-        "logits_span": max(e[1] for e in errors.values()),
+        "kl_target_reference": kl(p, ref),
+        "kl_policy_reference": kl(pi, ref),
         "log_ratio_span": INF if -INF in ratios or INF in ratios else max(ratios) - min(ratios),
-        "bellman_residual_max": max(m for _, m, _ in residuals) if values else None,
-        "bellman_residual_mean": math.fsum(w * m for w, _, m in residuals) / weight
-        if values
-        else None,
-        "bounds": {
-            "prop3": truth.max_length * top,
-            "span": n * k(top) if n else 0.0,
-            "occupancy": INF if impossible > 0 else occupancy,
-        },
-        "per_depth": [
-            {
-                "depth": t,
-                "states": len(here),
-                "linf": max((errors[s][0] for s, _ in here), default=0.0),
-                "mean_kl": math.fsum(math.exp(log_s) * errors[s][2] for s, log_s in here),
-            }
-            for t, here in enumerate(depths)
-        ],
-        "worst_prefixes": [
-            {
-                "prefix": list(s),
-                "probability_target": p_s,
-                "probability_policy": pi_s,
-                "delta": row,
-                "kl": here,
-            }
-            for s, p_s, pi_s, row, here in worst[:10]
-        ],
     }
+
+
+def expected(log_p, scores):
+    """-inf where an impossible response has probability."""
+    pairs = [(b, x) for b, x in zip(log_p, scores, strict=True) if b > -INF]
+    return sum(math.exp(b) * x if x > -INF else -INF for b, x in pairs)
+
+
+def residuals(q, q_star, r, visits):
+    """Soft Bellman residuals, where q* allows the action: the largest, and the mean by visits."""
+    worst, means = [], []
+    for s, log_s in visits.items():
+        sizes = []
+        for a in [a for a, x in enumerate(q_star[s]) if x > -INF]:
+            v_next = log_sum_exp(q[(*s, a)]) if (*s, a) in q else 0.0
+            parts = (q[s][a], r[s][a], v_next)
+            sizes.append(INF if -INF in parts else abs(parts[0] - parts[1] - parts[2]))
+        worst.append(max(sizes))
+        means.append(math.exp(log_s) * (sum(sizes) / len(sizes)))
+    weight = math.fsum(map(math.exp, visits.values()))
+    return max(worst), math.fsum(means) / weight
+
+
+def slow_bounds(truth, errors, reached, impossible):
+    """Of KL(policy, target); infinite where the policy leaves the support of the target."""
+    top = INF if impossible > 0 else max(e.span for e in errors.values())
+    n = truth.max_length - (truth.eos_id is not None)
+    here = [math.exp(reached[s]) * k(e.span) for s, e in errors.items() if reached[s] > -INF]
+    return {
+        "prop3": truth.max_length * top,
+        "span": n * k(top) if n else 0.0,
+        "occupancy": INF if impossible > 0 else math.fsum(here),
+    }
+
+
+def by_depth(truth, visits, errors):
+    """One dictionary for each depth."""
+    depths = [[s for s in visits if len(s) == t] for t in range(truth.max_length)]
+    return [
+        {
+            "depth": t,
+            "states": len(here),
+            "linf": max((errors[s].linf for s in here), default=0.0),
+            "mean_kl": math.fsum(math.exp(visits[s]) * errors[s].kl for s in here),
+        }
+        for t, here in enumerate(depths)
+    ]
+
+
+def worst_prefixes(visits, reached, errors):
+    """The ten of the largest error; those of rounding are left out."""
+    # Stable: of equals the first state.
+    worst = sorted(visits, key=lambda s: -errors[s].linf)
+    return [
+        {
+            "prefix": list(s),
+            "probability_target": math.exp(visits[s]),
+            "probability_policy": math.exp(reached[s]),
+            "delta": errors[s].delta,
+            "kl": errors[s].kl,
+        }
+        for s in worst[:10]
+        if errors[s].linf > 1e-9
+    ]
 
 
 def k(span):
