@@ -1,0 +1,176 @@
+"""A loss beside an EBM, once for each prompt: what :func:`rl_ebm.audit_loss` was asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rl_ebm.exact import Solution
+from rl_ebm.messages.arguments import finite, is_number, shown, whole
+from rl_ebm.policies import Policy
+from rl_ebm.policies.scoring import tree_q_values
+from rl_ebm.soft_bellman import q_from_r
+from rl_ebm.studies.losses.advantages import Advantages, advantages_of
+from rl_ebm.studies.losses.kinds import (
+    AnyFlow,
+    distillation_flow,
+    policy_gradient_flow,
+    preference_flow,
+)
+from rl_ebm.studies.losses.limit import Limit, limit_from
+from rl_ebm.studies.losses.responses import Responses, normalised, responses_of
+from rl_ebm.studies.problems import problems
+
+Kind = Literal["policy-gradient", "distillation", "preference"]
+SAMPLERS = ("policy", "student", "reference", "teacher")
+SLOW = 0.1
+"""most that a logit moves in an update whose length is not given"""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The arguments of :func:`rl_ebm.audit_loss` that make the limit, checked."""
+
+    loss: Callable[..., Any]
+    kind: Kind
+    advantages: Advantages
+    sampler: str | float | Policy | None
+    start: Policy | None
+    inner_steps: int
+    lr: float | None
+
+
+def asked(
+    loss: Any,
+    kind: Any,
+    advantages: Any,
+    sampler: Any,
+    start: Any,
+    inner_steps: Any,
+    lr: Any,
+) -> Asked:
+    """The same, each of its kind and in its range; TypeError or ValueError where it is not."""
+    if kind not in get_args(Kind):
+        known = ", ".join(repr(k) for k in get_args(Kind))
+        raise ValueError(f"kind must be one of {known}, got {shown(kind)}")
+    if kind != "policy-gradient" and (advantages != "centred" or inner_steps != 1):
+        raise ValueError(
+            f"advantages and inner_steps are of policy gradients, and kind is {kind!r}"
+        )
+    if is_number(sampler):
+        if kind != "distillation":
+            raise ValueError(
+                f"a share of the draws is for kind='distillation', and kind is {kind!r}"
+            )
+        sampler = finite("sampler", sampler, 0.0, 1.0)
+    elif isinstance(sampler, str) and sampler not in SAMPLERS:
+        known = ", ".join(repr(s) for s in SAMPLERS)
+        raise ValueError(f"sampler must be one of {known}, or a policy, got {sampler!r}")
+    steps = whole("inner_steps", inner_steps, 1)
+    rate = None if lr is None else finite("lr", lr, 0.0, above=True)
+    return Asked(loss, kind, advantages_of(advantages), sampler, start, steps, rate)
+
+
+@dataclass(frozen=True)
+class Case:
+    """The loss at one prompt.
+
+    Attributes:
+        teacher: q* of the EBM, (S, A): its log pi, and V at each state.
+        start: logits where the flow begins.
+        rate: length of an update.
+    """
+
+    responses: Responses
+    flow: AnyFlow
+    teacher: Float[Tensor, "S A"]
+    start: Float[Tensor, "S A"]
+    rate: float
+
+    @property
+    def target(self) -> Float[Tensor, "S A"]:
+        """log pi of the EBM."""
+        return normalised(self.teacher, self.responses.start)
+
+
+def cases_of(what: Asked, solution: Solution) -> list[Case]:
+    """One for each prompt."""
+    found = []
+    for prompt, problem in enumerate(problems(solution)):
+        r = responses_of(problem)
+        terms = [a + b for a, b in zip(problem.log_ref, problem.g, strict=True)]
+        teacher = torch.cat(q_from_r(terms, r.space)).masked_fill(
+            torch.isneginf(r.start), -torch.inf
+        )
+        start = r.start
+        if what.start is not None:
+            start = _logits(what.start, r, prompt, solution.ebm.num_prompts)
+        flow = _flow(what, r, teacher, prompt, solution.ebm.num_prompts)
+        first = flow.field(start.masked_fill(torch.isneginf(start), 0.0))[0]
+        rate = what.lr or SLOW / max(float(first.abs().max()), 1e-300)
+        if what.inner_steps > 1:
+            flow = policy_gradient_flow(
+                what.loss,
+                r,
+                what.advantages,
+                **_who(what, r, teacher, prompt, solution.ebm.num_prompts),
+                inner=what.inner_steps,
+                rate=rate,
+            )
+        found.append(Case(r, flow, teacher, start, rate))
+    return found
+
+
+def _flow(what: Asked, r: Responses, teacher: Tensor, prompt: int, prompts: int) -> AnyFlow:
+    if what.kind == "policy-gradient":
+        who = _who(what, r, teacher, prompt, prompts)
+        return policy_gradient_flow(what.loss, r, what.advantages, **who)
+    if what.kind == "preference":
+        sampler = "reference" if what.sampler is None else what.sampler
+        return preference_flow(what.loss, r, drawn=_drawn(sampler, r, teacher, prompt, prompts))
+    shares = {None: 1.0, "policy": 1.0, "student": 1.0, "teacher": 0.0}
+    if is_number(what.sampler):
+        return distillation_flow(what.loss, r, teacher, what.sampler)
+    if what.sampler is None or (isinstance(what.sampler, str) and what.sampler in shares):
+        return distillation_flow(what.loss, r, teacher, shares[what.sampler])
+    drawn = _drawn(what.sampler, r, teacher, prompt, prompts)
+    return distillation_flow(what.loss, r, teacher, drawn=drawn)
+
+
+def _who(what: Asked, r: Responses, teacher: Tensor, prompt: int, prompts: int) -> dict[str, Any]:
+    return {"drawn": _drawn(what.sampler, r, teacher, prompt, prompts)}
+
+
+def _drawn(
+    sampler: str | float | Policy | None, r: Responses, teacher: Tensor, prompt: int, prompts: int
+) -> Tensor | None:
+    """log pi of who draws; None for the policy itself."""
+    if sampler in (None, "policy", "student"):
+        return None
+    if sampler == "reference":
+        return r.start
+    if sampler == "teacher":
+        return normalised(teacher, r.start)
+    return normalised(_logits(sampler, r, prompt, prompts), r.start)
+
+
+def _logits(policy: Any, r: Responses, prompt: int, prompts: int) -> Float[Tensor, "S A"]:
+    """Of a policy at every state; what the reference forbids is forbidden."""
+    found = tree_q_values(policy, r.space, prompts)[prompt].detach().double().cpu()
+    if bool((torch.isneginf(found) & ~torch.isneginf(r.start)).any()):
+        raise ValueError(
+            "the policy that draws, or that the flow starts from, forbids tokens that the "
+            "reference allows: it must give each a probability"
+        )
+    return found.masked_fill(torch.isneginf(r.start), -torch.inf)
+
+
+def ended(case: Case, start: Tensor | None = None, flow: AnyFlow | None = None) -> Limit:
+    """Where the flow leads."""
+    flow = case.flow if flow is None else flow
+    return limit_from(flow, case.start if start is None else start, flow.rows.rough)

@@ -1,0 +1,294 @@
+r"""Where an expected gradient leads: the flow in the space of one logit for each state and action.
+
+First the flow itself, d theta / dt = -F(theta), from where it starts (Bogacki and Shampine 1989,
+steps by their error). It decides what the limit is where there are several, and who survives; but
+what is rarely visited moves as rarely, and it would take forever to come to rest. So it is
+followed until its direction is plain, and then what moves is each logit in units of how often its
+action is drawn,
+
+    d theta(s, a) / dt = D(s, a) = -F(s, a) / (mass of (s, a)),
+
+which is at rest where F is, turns no logit's sign, and gets there exponentially: a rest is reached
+to the last digits, and an action that dies does so in a few steps. An action is dead where it has
+become rarer than exp(-40) of its state and D goes on to push it down. Where neither has a step
+short enough, the flow slides along a kink of the loss: small steps of one length do so as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rl_ebm.divergences import tv
+from rl_ebm.soft_bellman import log_policy
+from rl_ebm.studies.losses.contract import LossError
+from rl_ebm.studies.losses.responses import Responses, normalised
+
+FLOW_STEPS = 150
+"""steps of the flow itself, at most, and"""
+LEAST = 1
+"""at least, where a step costs much:"""
+WORK = 30_000_000
+"""rows that a loss is given in them"""
+STEPS = 1500
+"""steps to a rest"""
+HELPED = 8
+"""of these between two attempts to get there at once, with"""
+MIXED = 60
+"""evaluations and"""
+MEMORY = 8
+"""of them mixed"""
+FAR = 2.0
+"""most that a logit moves in a step"""
+GONE = -40.0
+"""log pi below which an action that is pushed down is dead, and a state is not visited"""
+REST = 1e-12
+"""of the size of D at the start, what rounding leaves of it"""
+PLAIN = 1e-3
+"""the same, where the flow is near its rest"""
+ROUGH_REST = 1e-5
+"""in a loss that leaves float64"""
+
+
+class Field(Protocol):
+    """An expected gradient, and how often each action is drawn."""
+
+    @property
+    def responses(self) -> Responses: ...
+
+    @property
+    def cost(self) -> int:
+        """Rows that the loss is given for one field."""
+
+    def rest_near(self, theta: Tensor, rest: float) -> Tensor | None:
+        """Logits at rest, by a method of the kind's own; None where it has none, or it fails."""
+
+    def field(self, theta: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Where a flow ends.
+
+    Attributes:
+        theta: the logits there, -inf of what is dead.
+        log_law: of every response that the reference allows.
+        dead: actions that states which are visited have lost.
+        accuracy: in total variation; inf where it did not settle.
+        kink: whether it slides along one.
+    """
+
+    theta: Float[Tensor, "S A"]
+    log_law: Float[Tensor, "N"]
+    dead: Bool[Tensor, "S A"]
+    accuracy: float
+    kink: bool = False
+
+    @property
+    def settled(self) -> bool:
+        return math.isfinite(self.accuracy)
+
+
+@dataclass(frozen=True)
+class Direction:
+    """D, and what counts of it, at one point."""
+
+    value: Float[Tensor, "S A"]
+    alive: Bool[Tensor, "S A"]
+    """actions that a rest needs at rest: of states that are visited, and not dead"""
+    lost: Bool[Tensor, "S A"]
+    """dead actions of states that are visited"""
+
+    @property
+    def size(self) -> float:
+        rest = self.value.abs()[self.alive]
+        return float(rest.max()) if len(rest) else 0.0
+
+
+def direction(flow: Field, theta: Tensor) -> Direction:
+    """D at a point: the mass is the mean of what is drawn and what the policy would draw there."""
+    r = flow.responses
+    allowed = ~torch.isneginf(r.start)
+    gradient, mass = flow.field(theta)
+    log_pi = normalised(theta, r.start)
+    units = (mass + mass.sum(1, keepdim=True) * log_pi.exp()) / 2
+    value = (-gradient / units.clamp(min=1e-290)).masked_fill(~allowed | (units <= 1e-290), 0.0)
+    visited = mass.sum(1, keepdim=True).log() > GONE
+    mean = (log_pi.exp() * value).sum(1, keepdim=True)
+    lost = allowed & visited & (log_pi < GONE) & (value < mean)
+    alive = allowed & visited & ~lost
+    # A common number at each state moves no law. Only a loss that reads logits has a say in it.
+    law = log_pi.masked_fill(~alive, -torch.inf)
+    level = (log_policy(law).exp() * value).sum(1, keepdim=True)
+    free = gradient.sum(1, keepdim=True).abs() <= 1e-9 * gradient.abs().sum(1, keepdim=True)
+    value = torch.where(free & allowed, value - level, value)
+    return Direction(value, alive, lost)
+
+
+def _step(
+    f: Callable[[Tensor], Tensor], theta: Tensor, first: Tensor, h: float
+) -> tuple[Tensor, Tensor]:
+    """One step of order 3, no logit by more than :data:`FAR`, and its error.
+
+    A trial that leaves float64, or what the loss can take, has an infinite error.
+    """
+
+    def moved(slope: Tensor) -> Tensor:
+        return theta + slope.clamp(-FAR, FAR)
+
+    try:
+        second = f(moved(h / 2 * first))
+        third = f(moved(h * 3 / 4 * second))
+        new = moved(h / 9 * (2 * first + 3 * second + 4 * third))
+        last = f(new)
+    except LossError:
+        return theta, torch.full_like(theta, torch.inf)
+    return new, h / 72 * (-5 * first + 6 * second + 8 * third - 9 * last)
+
+
+def _plain_flow(flow: Field, theta: Tensor, unit: float) -> Tensor:
+    """The flow itself, until its direction is plain or its steps are used up."""
+
+    def f(x: Tensor) -> Tensor:
+        return -flow.field(x)[0]
+
+    first = f(theta)
+    h = 1e-2 / max(float(first.abs().max()), 1e-300)
+    for i in range(max(LEAST, min(FLOW_STEPS, WORK // (3 * flow.cost)))):
+        for _ in range(40):
+            new, errors = _step(f, theta, first, h)
+            error = float(errors.abs().max())
+            if error <= 1e-3:
+                break
+            h *= max(0.2, 0.9 * (1e-3 / error) ** (1 / 3)) if math.isfinite(error) else 0.2
+        else:
+            break
+        theta, first = new, f(new)
+        h *= min(4.0, 0.9 * (1e-3 / max(error, 1e-300)) ** (1 / 3))
+        if i % 10 == 9 and direction(flow, theta).size <= PLAIN * unit:
+            break
+    return theta
+
+
+def limit_from(flow: Field, theta: Float[Tensor, "S A"], rough: bool = False) -> Limit:
+    """Where the flow leads from some logits.
+
+    Args:
+        rough: whether the loss computes in float32.
+
+    Raises:
+        LossError: a loss that is NaN or infinite on the way.
+    """
+    theta = theta.masked_fill(torch.isneginf(flow.responses.start), 0.0)
+    begin = direction(flow, theta)
+    unit = float(begin.value.abs().max())
+    rest = ROUGH_REST if rough else REST
+    if unit <= 1e-11:
+        return _finished(flow, theta, begin, unit)
+    theta = _plain_flow(flow, theta, unit)
+    near = flow.rest_near(theta, rest)
+    if near is not None:
+        now = direction(flow, near)
+        if now.size <= 1e3 * rest * max(unit, 1.0):
+            return _finished(flow, near, now, now.size)
+    return _to_rest(flow, theta, unit, rest)
+
+
+def _to_rest(flow: Field, theta: Tensor, unit: float, rest: float) -> Limit:
+    """A rest, by steps whose error is small beside what they move."""
+    now = direction(flow, theta)
+    h = 0.1 / max(now.size, 1e-300)
+    for i in range(STEPS):
+        size = now.size
+        if size <= rest * unit:
+            return _finished(flow, theta, now, size)
+        if i % HELPED == HELPED - 1 and not bool(now.lost.any()):
+            found = _accelerated(flow, theta, now, h / 2, rest * unit)
+            if found is not None:
+                return _finished(flow, *found, rest * unit)
+        counts = now.alive & ~(now.value < -1e3 * unit)
+        h = min(h, 1.0 / max(float(now.value[counts].abs().max()), 1e-300)) if counts.any() else h
+        for _ in range(40):
+            new, errors = _step(lambda x: direction(flow, x).value, theta, now.value, h)
+            error = float(errors[counts].abs().max()) if counts.any() else 0.0
+            allowed = 0.05 * h * size
+            if error <= allowed:
+                break
+            h *= max(0.2, 0.8 * (allowed / error) ** 0.5) if math.isfinite(error) else 0.2
+        else:
+            return _slide(flow, theta, unit)
+        if h * size < 1e-9 and size > 1e-6 * unit:
+            return _slide(flow, theta, unit)
+        theta = new
+        now = direction(flow, theta)
+        h *= min(3.0, 0.8 * (allowed / max(error, 1e-300)) ** 0.5)
+    if now.size <= 1e-6 * unit:
+        return _finished(flow, theta, now, now.size)
+    log_law = flow.responses.log_law(normalised(theta, flow.responses.start))
+    return Limit(theta, log_law, now.lost, math.inf)
+
+
+def _accelerated(
+    flow: Field, theta: Tensor, now: Direction, h: float, rest: float
+) -> tuple[Tensor, Direction] | None:
+    """The rest nearby, by Anderson's mixing (1965) of steps of one length; None where it fails.
+
+    It may not leave: D falls from step to step, but for a factor, and no action dies.
+    """
+    points: list[Tensor] = []
+    moves: list[Tensor] = []
+    best = now.size
+    for _ in range(MIXED):
+        points.append(theta[now.alive])
+        moves.append(h * now.value[now.alive])
+        points, moves = points[-MEMORY:], moves[-MEMORY:]
+        new = points[-1] + moves[-1]
+        if len(points) > 1:
+            dx, df = (torch.stack(x, 1).diff(dim=1) for x in (points, moves))
+            mixing = torch.linalg.lstsq(df, moves[-1][:, None], driver="gelsd").solution
+            new = new - ((dx + df) @ mixing)[:, 0]
+        if float((new - points[-1]).abs().max()) > FAR:
+            return None
+        before = now
+        theta = theta.masked_scatter(now.alive, new)
+        try:
+            now = direction(flow, theta)
+        except LossError:
+            return None
+        if bool((now.alive != before.alive).any()) or now.size > 3 * best:
+            return None
+        best = min(best, now.size)
+        if now.size <= rest:
+            return theta, now
+    return None
+
+
+def _slide(flow: Field, theta: Tensor, unit: float) -> Limit:
+    """Along a kink: steps of one length, and shorter, of the sign of what moves."""
+    r = flow.responses
+    before = after = r.log_law(normalised(theta, r.start))
+    for size in (1e-2, 1e-3, 1e-4, 1e-5):
+        total, count = torch.zeros_like(theta), 0
+        for i in range(300):
+            now = direction(flow, theta)
+            h = size / max(now.size, 1e-300)
+            theta = theta + (h * now.value).clamp(-2.0, 2.0)
+            if i >= 150:
+                total, count = total + theta, count + 1
+        theta = total / count
+        before, after = after, r.log_law(normalised(theta, r.start))
+    now = direction(flow, theta)
+    end = _finished(flow, theta, now, 0.0)
+    return Limit(end.theta, end.log_law, end.dead, float(tv(before, after)), kink=True)
+
+
+def _finished(flow: Field, theta: Tensor, now: Direction, size: float) -> Limit:
+    r = flow.responses
+    theta = theta.masked_fill(torch.isneginf(r.start) | now.lost, -torch.inf)
+    return Limit(theta, r.log_law(normalised(theta, r.start)), now.lost, size)

@@ -1,0 +1,168 @@
+r"""How a loss puts the rows of a batch together, found from the loss itself.
+
+The gradient by row i in a batch of B rows with n_1 .. n_B tokens is written as
+
+    G_i = f(B) (a_i + b_i B / sum_j n_j):
+
+rows that add up (b = 0: sums and means over responses, means over the tokens of each, constants),
+rows that share a token count (a = 0), or one term of each. f, a and b of a row follow from the row
+alone, repeated, and beside one of another length; every other batch must then agree. In a large
+batch the sum over j is B E[n] under the law that draws, and G_i / f(B) is a_i + b_i / E[n].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rl_ebm.studies.losses.contract import Inputs, Loss, LossError
+
+Combination = Literal["rows", "tokens", "both"]
+CLOSE = 1e-7
+"""relative difference that rounding may make; more where the loss is in float32"""
+ROUGH = 1e-3
+
+Of = Callable[..., list[Tensor]]
+"""row numbers to the gradient by each row of that batch"""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A loss whose rows are known to combine in one of these ways.
+
+    Attributes:
+        combination: of the rows of a batch.
+        total: whether f is 1: the loss is a sum over its rows, and no mean.
+        rough: whether it computes in float32.
+    """
+
+    loss: Loss
+    combination: Combination
+    total: bool
+    rough: bool = False
+
+    def gradients(self, inputs: Inputs, counts: Float[Tensor, "N"], mean_count: float) -> Inputs:
+        """G_i / f of every row, in a large batch whose mean count of tokens is given."""
+        n = len(counts)
+        scale = 1.0 if self.total else float(n)
+        first = self.loss.gradients(inputs)
+        if self.combination == "rows":
+            return tuple(g * scale for g in first)
+        own = float(counts.sum()) / n
+        if self.combination == "tokens":
+            return tuple(g * scale * own / mean_count for g in first)
+        return self._both(inputs, counts, mean_count, first)
+
+    def _both(self, inputs: Inputs, counts: Tensor, mean_count: float, first: Inputs) -> Inputs:
+        """From two batches with other mean counts: the second has the longest row n times more."""
+        n = len(counts)
+        rows = torch.cat([torch.arange(n), counts.argmax().expand(n)])
+        if float(counts.min()) == float(counts.max()):
+            return tuple(g * (1.0 if self.total else n) for g in first)
+        second = self.loss.gradients(tuple(x[rows] for x in inputs))
+        x, y = n / float(counts.sum()), 2 * n / float(counts[rows].sum())
+        found = []
+        for g, h in zip(first, second, strict=True):
+            if not self.total:
+                g, h = g * n, h * 2 * n
+            b = (g - h[:n]) / (x - y)
+            found.append(g + b * (1 / mean_count - x))
+        return tuple(found)
+
+
+def rows_of(loss: Loss, inputs: Inputs, counts: Float[Tensor, "B"]) -> Rows:
+    """How these rows combine.
+
+    Args:
+        inputs: of at least 4 rows, no two alike, with every length that there is.
+        counts: tokens of each.
+
+    Raises:
+        LossError: in another way.
+    """
+
+    def of(*rows: int) -> list[Tensor]:
+        found = loss.gradients(tuple(x[list(rows)] for x in inputs))
+        return [torch.cat([g[i].flatten() for g in found]) for i in range(len(rows))]
+
+    alone = [of(i)[0] for i in range(len(counts))]
+    size = max(float(x.abs().max()) for x in alone)
+    total = _is_total(of, alone, size)
+    b = [_share(of, alone, counts, i, total) for i in range(len(counts))]
+    a = [x - y / n for x, y, n in zip(alone, b, counts.tolist(), strict=True)]
+    close = _tolerance(alone)
+    for batch in _batches(len(counts)):
+        found = of(*batch)
+        scale = 1.0 if total else 1 / len(batch)
+        mean = float(counts[list(batch)].mean())
+        for i, g in zip(batch, found, strict=True):
+            off = float((g / scale - a[i] - b[i] / mean).abs().max())
+            if off > close * size:
+                raise LossError(
+                    "the loss couples the rows of a batch: in one of "
+                    f"{len(batch)} the gradient by a response is {off / size:.2g} (of the largest) "
+                    "off from that of rows that add up, or that share a token count; compute what "
+                    "is of the whole batch outside, in advantages"
+                )
+    shares = max(float(x.abs().max()) for x in b)
+    adds = max(float(x.abs().max()) for x in a)
+    kind: Combination = "both"
+    if shares <= close * size * float(counts.max()):
+        kind = "rows"
+    elif adds <= close * size:
+        kind = "tokens"
+    return Rows(loss, kind, total, close > CLOSE)
+
+
+def _is_total(of: Of, alone: list[Tensor], size: float) -> bool:
+    """Whether f(B) is 1, and not 1 / B: from a row beside its own copies."""
+    found = {}
+    for count in (2, 3):
+        ratios = []
+        for i, g in enumerate(alone):
+            top = int(g.abs().argmax())
+            if float(g[top].abs()) > ROUGH * size:
+                ratios.append(float(of(*[i] * count)[0][top] / g[top]))
+        found[count] = ratios
+    if all(abs(r - 1) < ROUGH for count in found for r in found[count]):
+        return True
+    if all(abs(r * count - 1) < ROUGH for count in found for r in found[count]):
+        return False
+    shown = ", ".join(f"{r:.3g}" for r in found[2][:3])
+    raise LossError(
+        "the loss couples the rows of a batch: beside a copy of itself the gradient by a response "
+        f"is {shown} of what it is alone, and neither 1 (a sum over rows) nor 0.5 (a mean)"
+    )
+
+
+def _share(of: Of, alone: list[Tensor], counts: Tensor, i: int, total: bool) -> Tensor:
+    """b of a row, from a batch with a row of another length; 0 where there is none."""
+    other = (counts != counts[i]).nonzero()
+    if len(other) == 0:
+        return torch.zeros_like(alone[i])
+    j = int(other[0])
+    beside = of(i, j)[0] * (1.0 if total else 2.0)
+    return (alone[i] - beside) / (1 / float(counts[i]) - 2 / float(counts[i] + counts[j]))
+
+
+def _tolerance(alone: list[Tensor]) -> float:
+    """What rounding does: more in a loss that leaves float64, which its gradients show."""
+    rounded = all(torch.equal(g.float().double(), g) for g in alone)
+    return ROUGH if rounded else CLOSE
+
+
+def _batches(n: int) -> list[tuple[int, ...]]:
+    """Of 3 to n rows, some twice."""
+    rows = list(range(n))
+    return [
+        tuple(rows),
+        tuple(rows[:3]),
+        tuple(rows[-3:]),
+        (*rows[1:4], rows[1]),
+        tuple(rows[::-2]),
+    ]
