@@ -43,8 +43,8 @@ from rl_ebm.packages.version import VERSION
 from rl_ebm.soft_bellman import q_from_r, r_from_q
 from rl_ebm.statistics.interval import Interval
 from rl_ebm.studies.audit import audit
-from rl_ebm.studies.losses.audit import audit_loss
 from rl_ebm.studies.diagnose import diagnose
+from rl_ebm.studies.losses.audit import audit_loss
 from rl_ebm.tokens import Batch, TokenSpace
 from rl_ebm.training.checkpoint import RunError
 from rl_ebm.training.config import TrainConfig
