@@ -27,9 +27,9 @@ from rl_ebm.studies.losses.responses import normalised
 
 GROUPS = (2, 4, 8, 16)
 """sizes of groups that are looked at"""
-BEHIND = (1, 4, 16)
+BEHIND = (4, 16)
 """updates by which the sampler is late"""
-UPDATES = 400
+UPDATES = 200
 """of a sampler that is late, or rounded"""
 APART = 1e-6
 """total variation from which on two limits are two"""

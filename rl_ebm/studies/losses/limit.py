@@ -38,7 +38,7 @@ WORK = 30_000_000
 """rows that a loss is given in them"""
 STEPS = 1500
 """steps to a rest"""
-HELPED = 8
+HELPED = 4
 """of these between two attempts to get there at once, with"""
 MIXED = 60
 """evaluations and"""
