@@ -10,6 +10,8 @@ Another package's kind is one call of :func:`register`, before a run of it is ma
 
     register("reward", "length", Length, lambda r: {"per_token": r.per_token},
              lambda parts, space, prompts: Length(parts["per_token"]))
+
+One of the library's is an entry below, with an example that the tests try.
 """
 
 from __future__ import annotations
