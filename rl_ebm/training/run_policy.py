@@ -72,15 +72,15 @@ def network_config(network: object) -> dict[str, Any]:
     Raises:
         TypeError: neither sizes nor a name.
     """
-    if network == "transformer":
-        network = TransformerConfig()
-    if isinstance(network, TransformerConfig):
-        return {"kind": "transformer"} | asdict(network)
-    if not isinstance(network, str):
+    if not isinstance(network, (str, TransformerConfig)):
         raise TypeError(
             "network must be a TransformerConfig, or a name ('transformer', 'tabular', or that of "
             f"a registered kind), got {shown(network)}"
         )
+    if network == "transformer":
+        network = TransformerConfig()
+    if isinstance(network, TransformerConfig):
+        return {"kind": "transformer"} | asdict(network)
     return {"kind": network}
 
 
