@@ -13,7 +13,7 @@ from benchmarks.peers.watch import Watch
 from rl_ebm import EBM, solve
 from rl_ebm.agents import AGENTS
 from rl_ebm.networks.backbone import TransformerConfig
-from rl_ebm.training.directory import make_policy
+from rl_ebm.training.run_policy import make_policy
 
 NETWORK = {"kind": "transformer"} | asdict(TransformerConfig())
 SHORT = {"soft-q": (30.0, 60.0), "policy-gradient": (60.0,), "vargrad": (20.0, 60.0)}

@@ -49,9 +49,9 @@ from rl_ebm.training.directory import (
     damage_told,
     decode,
     load,
-    make_policy,
     read_config,
 )
+from rl_ebm.training.run_policy import make_policy
 
 RARE = 0.1
 """a response is missing where the policy gives it less than this share of what the target does"""

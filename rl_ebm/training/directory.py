@@ -30,25 +30,21 @@ from rl_ebm.files import (
     write_text,
 )
 from rl_ebm.files.tensors import holds, load_tensors, save_tensors
-from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.packages.version import VERSION
 from rl_ebm.policies import Policy, Tabular, Trainable, Transformer
-from rl_ebm.policies.base import device_of
 from rl_ebm.rewards import Reward
 from rl_ebm.tokens import TokenSpace
 from rl_ebm.training import kinds
 from rl_ebm.training.run_config import read_config
+from rl_ebm.training.run_policy import check_asked, make_policy, own_policy
 
 __all__ = [
-    "CERTIFICATE", "CONFIG", "METRICS", "OWN", "POLICY", "REPORT", "SCORES", "STATE", "RunError",
-    "check_asked", "cut_back", "damage_told", "decode", "describe_ebm", "load", "load_weights",
-    "make_policy", "own_policy", "policy_config", "read_config", "rebuild_ebm", "write_config",
+    "CERTIFICATE", "CONFIG", "METRICS", "POLICY", "REPORT", "SCORES", "STATE", "RunError",
+    "cut_back", "damage_told", "decode", "describe_ebm", "load", "load_weights", "read_config",
+    "rebuild_ebm", "write_config",
 ]  # fmt: skip
 
 Own = TypeVar("Own", bound=torch.nn.Module)
-
-OWN = {"kind": kinds.GIVEN["policy"]}
-"""what stands in a configuration for a policy that was passed in"""
 
 
 def cut_back(run: Path, events: Mapping[str, int]) -> None:
@@ -149,80 +145,6 @@ def _is_given(role: str, said: Any, given: object, run: Path) -> bool:
     if not known and given is None:
         raise RunError(f"{run} was trained {_GIVEN[role]}: pass it again, load(run, {role}=...)")
     return not known
-
-
-def make_policy(config: dict[str, Any], ebm: EBM, seed: int, values: bool) -> Any:
-    """An untrained policy: ``config`` has the kind, and what makes it (a Transformer's sizes).
-
-    Args:
-        seed: of the initial weights.
-        values: whether its raw logits are to be q.
-    """
-    name = config["kind"]
-    if "data" not in config and name not in kinds.KINDS["policy"]:
-        *others, last = map(repr, kinds.KINDS["policy"])
-        raise ValueError(f"policy must be {', '.join(others)} or {last}, got {name!r}")
-    # Explicit seeding that leaves the caller's global generator alone.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        policy = kinds.rebuild("policy", config, {}, ebm.space, ebm.prompts).to(ebm.device)
-    policy.logits_are_values = values
-    return policy
-
-
-def network_config(network: TransformerConfig | str) -> dict[str, Any]:
-    """What a configuration says of a new policy: its kind, and a Transformer's sizes."""
-    if network == "transformer":
-        network = TransformerConfig()
-    if isinstance(network, TransformerConfig):
-        return {"kind": "transformer"} | asdict(network)
-    return {"kind": network}
-
-
-def policy_config(policy: torch.nn.Module) -> dict[str, Any]:
-    """What a configuration says of a policy that was passed in: its kind, if one is registered."""
-    kind = kinds.kind_of("policy", policy)
-    if kind is None or not kind.registered:
-        return dict(OWN)
-    return dict(kinds.describe("policy", policy)[0])
-
-
-def own_policy(policy: torch.nn.Module, ebm: EBM, values: bool) -> Trainable:
-    """A policy that was passed in, checked and told whether its logits are to be q.
-
-    Raises:
-        ValueError: no module with logits, or one on another device than the EBM's.
-    """
-    if not isinstance(policy, Trainable):
-        raise ValueError(
-            "policy must be a torch.nn.Module with logits(tokens, prompt_ids=None), got "
-            f"{type(policy).__name__}"
-        )
-    if device_of(policy).type != ebm.device.type:
-        raise ValueError(
-            f"the policy is on {device_of(policy)} and the EBM on {ebm.device}: move one of them"
-        )
-    own: Any = policy
-    own.logits_are_values = values
-    return policy
-
-
-def check_asked(config: dict[str, Any], policy: object, run: Path, call: str) -> None:
-    """Check that a policy is passed again exactly where the run trained one that was passed in.
-
-    Args:
-        call: the function that takes it, for the message.
-
-    Raises:
-        RunError: it is missing, or not wanted.
-    """
-    own = config["policy"] == OWN
-    if own and policy is None:
-        raise RunError(
-            f"{run} trained a policy of your own: pass one made alike, {call}(run, policy=...)"
-        )
-    if not own and policy is not None:
-        raise RunError(f"{run} makes its policy from its {CONFIG}: leave policy out")
 
 
 def write_config(run: Path, config: dict[str, Any], ebm: EBM) -> None:

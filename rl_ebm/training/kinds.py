@@ -10,15 +10,19 @@ Another package's kind is one call of :func:`register`, before a run of it is ma
 
     register("reward", "length", Length, lambda r: {"per_token": r.per_token},
              lambda parts, space, prompts: Length(parts["per_token"]))
+
+One of the library's is an entry below, with an example that the tests try.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rl_ebm.automata import from_tensors, to_tensors
@@ -26,16 +30,17 @@ from rl_ebm.files import RunError
 from rl_ebm.messages.arguments import shown, whole
 from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.packages.plugins import call_installed
-from rl_ebm.policies import AutomatonPolicy, Tabular, Transformer, Uniform
+from rl_ebm.policies import AutomatonPolicy, Tabular, Transformer, Uniform, fit_ngram
 from rl_ebm.rewards import Automaton, Table
 from rl_ebm.tasks.named import find_task
-from rl_ebm.tokens import TokenSpace
+from rl_ebm.tokens import Batch, TokenSpace
 from rl_ebm.tokens.prompts import check_prompts
 
 Parts = Mapping[str, Any]
 """JSON values and tensors, by name"""
 GivenPrompts = list[list[int]] | None
 Rebuild = Callable[[Parts, TokenSpace, GivenPrompts], Any]
+Example = Callable[[TokenSpace, GivenPrompts], Any]
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class Kind:
         of: the class; of a reward, that of what ``bind`` returns.
         describe: the parts of a thing.
         rebuild: ``(parts, space, prompts)`` to the thing.
+        example: ``(space, prompts)`` to one for them, with parts that are not those by default:
+            the tests check it, and store it and make it again. Every kind of the library has one.
         tensors: whether it has tensors; a registered kind's folder names those that it has.
         derived: whether classes derived from it are of the kind too.
         bare: whether its tensors stand under their own names, as those of the first runs did, and
@@ -59,6 +66,7 @@ class Kind:
     of: type[Any]
     describe: Callable[[Any], Parts]
     rebuild: Rebuild
+    example: Example | None = None
     tensors: bool = False
     derived: bool = False
     bare: bool = False
@@ -70,10 +78,11 @@ def _first(
     of: type[Any],
     describe: Callable[[Any], Parts],
     rebuild: Rebuild,
+    example: Example | None = None,
     **options: bool,
 ) -> Kind:
     """A kind of the first runs, whose parts stand beside its name."""
-    return replace(Kind(name, of, describe, rebuild, **options), registered=False)
+    return replace(Kind(name, of, describe, rebuild, example, **options), registered=False)
 
 
 def _task(parts: Parts, space: TokenSpace, prompts: GivenPrompts) -> Any:
@@ -102,10 +111,6 @@ def _reference(parts: Parts, space: TokenSpace, prompts: GivenPrompts) -> Automa
     return AutomatonPolicy(space, machine, prompts if machine.num_prompts > 1 else None)
 
 
-def _uniform(parts: Parts, space: TokenSpace, prompts: GivenPrompts) -> Uniform:
-    return Uniform(space)
-
-
 def _transformer(parts: Parts, space: TokenSpace, prompts: GivenPrompts) -> Transformer:
     return Transformer(space, TransformerConfig(**parts), prompts)
 
@@ -118,23 +123,53 @@ def _machine(thing: Any) -> Parts:
     return to_tensors(thing.machine, "")
 
 
+def _some_scores(space: TokenSpace, prompts: GivenPrompts) -> Table:
+    shape = len(prompts or [[]]), space.num_sequences
+    return Table(torch.arange(math.prod(shape)).double().sin().reshape(shape))
+
+
+def _some_bigram(space: TokenSpace, prompts: GivenPrompts) -> AutomatonPolicy:
+    tokens, lengths = (x[:7] for x in space.sequences())
+    ids = torch.arange(len(tokens)) % len(prompts or [[]])
+    return fit_ngram(space, Batch(tokens, lengths, ids), 2, 1.0, prompts)
+
+
+def _some_transformer(space: TokenSpace, prompts: GivenPrompts) -> Transformer:
+    return Transformer(space, TransformerConfig(layers=1, heads=2, dim=8, hidden=8), prompts)
+
+
 TASK = "task"
 """the kind of the rewards of named tasks, which a folder holds by name and seed"""
 _REWARDS = (
-    _first("table", Table, lambda x: {"scores": x.scores}, _table, tensors=True, bare=True),
-    _first("automaton", Automaton, _machine, _automaton, tensors=True),
+    _first(
+        "table", Table, lambda x: {"scores": x.scores}, _table, _some_scores,
+        tensors=True, bare=True,
+    ),
+    _first(
+        "automaton", Automaton, _machine, _automaton,
+        lambda space, prompts: Automaton.counts(space, [0], 1.5), tensors=True,
+    ),
     _first(TASK, type(None), _nothing, _task),
-)
+)  # fmt: skip
 _REFERENCES = (
     _first(
-        "uniform", Uniform, _nothing, lambda parts, space, prompts: Uniform(space), derived=True
+        "uniform", Uniform, _nothing, lambda parts, space, prompts: Uniform(space),
+        lambda space, prompts: Uniform(space), derived=True,
     ),
-    _first("automaton", AutomatonPolicy, _machine, _reference, tensors=True, derived=True),
-)
+    _first(
+        "automaton", AutomatonPolicy, _machine, _reference, _some_bigram,
+        tensors=True, derived=True,
+    ),
+)  # fmt: skip
 _POLICIES = (
-    _first("transformer", Transformer, lambda x: asdict(x.config), _transformer),
-    _first("tabular", Tabular, _nothing, lambda parts, space, prompts: Tabular(space, prompts)),
-)
+    _first(
+        "transformer", Transformer, lambda x: asdict(x.config), _transformer, _some_transformer
+    ),
+    _first(
+        "tabular", Tabular, _nothing, lambda parts, space, prompts: Tabular(space, prompts),
+        lambda space, prompts: Tabular(space, prompts, scale=1.0),
+    ),
+)  # fmt: skip
 KINDS: dict[str, dict[str, Kind]] = {
     role: {kind.name: kind for kind in kinds}
     for role, kinds in (

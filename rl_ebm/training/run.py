@@ -28,20 +28,23 @@ from rl_ebm.training.config import TrainConfig, check_limits
 from rl_ebm.training.defaults import options_of
 from rl_ebm.training.directory import (
     agent_of_run,
-    check_asked,
     check_free,
     clear,
     damage_told,
     describe_ebm,
-    make_policy,
-    network_config,
-    own_policy,
-    policy_config,
     read_config,
     rebuild_ebm,
     write_config,
 )
 from rl_ebm.training.loop import Trainer
+from rl_ebm.training.run_policy import (
+    check_asked,
+    make_policy,
+    network_config,
+    own_policy,
+    policy_config,
+    with_parts,
+)
 from rl_ebm.verification.sampled_report import AnyReport
 
 SOLVED_UNASKED = 2**20
@@ -124,7 +127,8 @@ def train(
         policy: a policy to start from, trained in place, with float32 or float64 weights that the
             reference has no part in; None for a new one. A run with one asks for it again:
             load(run, policy=...), resume(run, policy=...).
-        network: of a new policy: sizes of the Transformer, or "transformer", or "tabular".
+        network: of a new policy: sizes of the Transformer, or "transformer", "tabular", or the name
+            of a kind that is registered and needs no parts (:mod:`rl_ebm.training.kinds`).
         steps: gradient steps, at most; 60 seconds where neither is given, in ``config`` neither.
         seconds: trained seconds, at most.
         seed: of the initial weights and of everything that is drawn.
@@ -181,7 +185,7 @@ def _description(
         raise ValueError(f"seed must be in [0, 2**63), got {seed}")
     entry = entry_of(agent)
     options = options_of(agent, options, policy)
-    of_network = network_config(_check_network(network))
+    of_network = network_config(network)
     return {
         "ebm": describe_ebm(ebm, source),
         "policy": of_network if policy is None else policy_config(policy),
@@ -210,6 +214,7 @@ def _begin(
             if existed := run.exists():
                 held.enter_context(only_one(run))
         trainer = _trainer(ebm, description, run, progress, policy)
+        description["policy"] = with_parts(description["policy"], trainer.agent.policy)
         if run is not None:
             # Only now: what cannot begin deletes nothing, and makes no folder.
             if not existed:
@@ -245,15 +250,6 @@ def _ends(config: TrainConfig | None, steps: Any, seconds: Any) -> TrainConfig:
     if config is None:
         return TrainConfig(**limits)
     return config if steps is None and seconds is None else replace(config, **limits)
-
-
-def _check_network(network: object) -> TransformerConfig | str:
-    """Raise TypeError unless these are sizes, or a name."""
-    if not isinstance(network, (str, TransformerConfig)):
-        raise TypeError(
-            f"network must be a TransformerConfig, 'transformer' or 'tabular', got {shown(network)}"
-        )
-    return network
 
 
 @overload

@@ -24,6 +24,7 @@ from rl_ebm.agents.shared.learner import (
     learning_rate,
     token_values,
 )
+from rl_ebm.agents.shared.on_policy import OnPolicyAgent
 from rl_ebm.policies import Tabular
 from rl_ebm.tokens import Batch, length_mask
 
@@ -41,14 +42,12 @@ OPTIONS = {
     "trajectory-balance": OFF_POLICY,
     "vargrad": OFF_POLICY,
     "monte-carlo": OFF_POLICY,
-    "policy-gradient": ON_POLICY,
-    "ppo": ON_POLICY,
-    "grpo": ON_POLICY,
-    "dpg": ON_POLICY,
     "best-of-n": {"batch_size": 12, "n": 2},
     "sampled-teacher": {"batch_size": 12, "method": "mcmc"},
     "exact": {},
 }
+ON_POLICY_AGENTS = [name for name in AGENTS if issubclass(AGENTS[name].agent, OnPolicyAgent)]
+OPTIONS |= {name: ON_POLICY for name in ON_POLICY_AGENTS if name not in OPTIONS}
 OPTIONS |= {name: {"batch_size": 12} for name in AGENTS if name not in OPTIONS}
 OTHER_METRICS = {
     "soft-q": {"losses/root_value"},
@@ -58,8 +57,8 @@ OTHER_METRICS = {
     "trajectory-balance": {"losses/log_z"},
     "vargrad": {"losses/log_z"},
     "monte-carlo": {"losses/log_mean_weight"},
-    **{name: {"losses/elbo"} for name in ("policy-gradient", "ppo", "grpo", "dpg")},
 }
+OTHER_METRICS |= {n: {"losses/elbo"} for n in ON_POLICY_AGENTS if n not in OTHER_METRICS}
 VALUES = {"soft-q", "path-consistency", "subtb", "detailed-balance", "monte-carlo"}
 """agents whose logits become q*"""
 

@@ -12,6 +12,7 @@ from toy_policies import randomised, seeded, tabular, transformer
 import rl_ebm
 from rl_ebm.policies import Tabular, Uniform, base, check, fit_hmm, fit_ngram, sample
 from rl_ebm.rewards import Automaton
+from rl_ebm.training.kinds import KINDS
 
 SPACES = [
     rl_ebm.TokenSpace(3, 5),
@@ -80,6 +81,15 @@ def test_what_the_library_has_passes(space, kind):
     policy, before = OWN[kind](space), torch.get_rng_state()
     check(policy)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("prompts", [None, PROMPTS], ids=["", "prompts"])
+@by_space
+@pytest.mark.parametrize(
+    ("role", "name"), [(role, name) for role in ("reference", "policy") for name in KINDS[role]]
+)
+def test_every_kind_that_a_run_makes_again_passes(role, name, space, prompts):
+    check(KINDS[role][name].example(space, prompts), space)
 
 
 # Lies ---------------------------------------------------------------------------------------------

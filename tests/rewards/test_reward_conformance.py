@@ -13,6 +13,7 @@ from rl_ebm.automata import Machine
 from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.rewards import Automaton, Table, TransformerReward, base, check, from_trl
 from rl_ebm.tasks.named import TASKS
+from rl_ebm.training.kinds import KINDS
 
 SPACE, EOS = rl_ebm.TokenSpace(3, 4), rl_ebm.TokenSpace(4, 4, eos_id=1)
 LONG = rl_ebm.TokenSpace(4, 40, eos_id=1)
@@ -66,6 +67,13 @@ OWN = {
 @pytest.mark.parametrize("kind", OWN)
 def test_what_the_library_has_passes(kind):
     check(*OWN[kind])
+
+
+@pytest.mark.parametrize("prompts", [None, PROMPTS], ids=["", "prompts"])
+@pytest.mark.parametrize("space", [SPACE, EOS], ids=str)
+@pytest.mark.parametrize("name", [name for name, kind in KINDS["reward"].items() if kind.example])
+def test_every_kind_that_a_run_makes_again_passes(name, space, prompts):
+    check(KINDS["reward"][name].example(space, prompts), space, prompts)
 
 
 class Full(Table):

@@ -192,13 +192,40 @@ def test_parts_that_no_folder_holds_are_refused_before_the_run_is_made(registere
     assert not (tmp_path / "r").exists()
 
 
-def test_a_new_kind_of_network_goes_by_its_name(registered):
-    register("policy", "table of theirs", type("Mine", (Tabular,), {}), lambda p: {},
-             lambda parts, space, prompts: Tabular(space, prompts, scale=0.0))  # fmt: skip
-    policy, _ = train(theirs(), network="table of theirs", steps=1, progress=False)
-    assert isinstance(policy, Tabular)
-    with pytest.raises(ValueError, match=r"policy must be 'transformer', .* or 'table of theirs'"):
+class Mine(Tabular):
+    """A table of theirs."""
+
+
+class Four(Bigram):
+    """A bigram whose width need not be said."""
+
+    def __init__(self, space, width=4):
+        super().__init__(space, width)
+
+
+@pytest.mark.parametrize(("kind", "parts"), [(Mine, {}), (Four, {"width": 4})])
+def test_a_new_kind_of_network_goes_by_its_name(registered, tmp_path, kind, parts):
+    register("policy", "new", kind, lambda p: {name: getattr(p, name) for name in parts},
+             lambda given, space, prompts: kind(space, **given))  # fmt: skip
+    policy, _ = train(theirs(), out=tmp_path, network="new", steps=1, progress=False)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["policy"] == {"kind": "new", "data": parts, "tensors": []}
+    again, _ = rl_ebm.load(tmp_path)
+    assert type(again) is type(policy) is kind
+    assert not differences(dict(again.state_dict()), dict(policy.state_dict()))
+    assert resume(tmp_path, steps=2, progress=False)[2]
+    with pytest.raises(ValueError, match=r"policy must be 'transformer', .* or 'new'"):
         train(theirs(), network="tables", steps=1)
+
+
+def test_a_kind_that_needs_parts_is_not_made_by_its_name(registered, tmp_path):
+    words = r"kind 'their bigram' is not made without its parts \(KeyError\('width'\)\).* policy="
+    with pytest.raises(ValueError, match=words):
+        train(theirs(), out=tmp_path / "r", network="their bigram", steps=1)
+    register("policy", "odd", Four, lambda p: {}, lambda *_: Bigram(SPACE, 4))
+    with pytest.raises(ValueError, match="the kind 'odd' is of Four, and made a Bigram"):
+        train(theirs(), out=tmp_path / "r", network="odd", steps=1)
+    assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize(

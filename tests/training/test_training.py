@@ -178,7 +178,7 @@ def test_a_bad_config_dies_at_construction(arguments, message):
     [
         ({"agent": "softq"}, "no agent 'softq': did you mean 'soft-q'"),
         ({"options": TeacherForcingConfig()}, "must be a SoftQConfig, got TeacherForcingConfig"),
-        ({"network": "mlp"}, "must be 'transformer' or 'tabular', got 'mlp'"),
+        ({"network": "mlp"}, "policy must be 'transformer'.* 'tabular'.* got 'mlp'"),
         ({"steps": -2}, "steps must be >= 0, got -2"),
     ],
 )
