@@ -55,8 +55,9 @@ def options_of(line: dict[str, Any]) -> str:
     if "kl_in" in o:
         level = "" if o["kl_estimator"] == "k1" else f" of each {o['kl_level']}"
         level = level.replace("each sequence", "the response")
+        ratio = ", times the ratio" if o.get("kl_weight") == "ratio" else ""
         std = ", group-std" if o["advantage"] == "group-std" else ""
-        return f"{o['kl_estimator']}{level} in the {o['kl_in']}{std}"
+        return f"{o['kl_estimator']}{level} in the {o['kl_in']}{ratio}{std}"
     return ", ".join(f"{k} {v}" for k, v in o.items())
 
 

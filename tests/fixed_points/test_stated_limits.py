@@ -43,7 +43,8 @@ def keep(*names):
     for name in set(AGENTS) - set(names):
         del AGENTS[name]
     for name, entry in AGENTS.items():
-        quick = [v for v in entry.variants if v.get("kl_estimator") == "k1" or len(v) != 4]
+        quick = [v for v in entry.variants if v.get("kl_estimator") == "k1" or name == "grpo"]
+        quick += [v for v in entry.variants if "kl_estimator" not in v]
         AGENTS[name] = entry._replace(variants=tuple(quick) or entry.variants)
 
 

@@ -161,7 +161,9 @@ def test_the_command_prints_a_table_or_json(capsys):
     lines = json.loads(capsys.readouterr().out)
     keys = {"objective", "options", "degenerate", "is_target", *MEASURES}
     assert all(keys <= set(x) for x in lines)
-    grpo = line_of(lines, "grpo")
+    grpo, weighed = (x for x in lines if x["objective"] == "grpo")
+    assert weighed["options"] == grpo["options"] | {"kl_weight": "ratio"}
+    assert weighed["tv"] != grpo["tv"]
     assert grpo["options"] == {
         "kl_estimator": "k3",
         "kl_in": "loss",
@@ -232,6 +234,7 @@ def test_a_table_of_65536_sequences_is_audited(capsys):
         ("policy-gradient", {"kl_estimator": "k3", "kl_in": "loss", "kl_level": "sequence"}),
         ("policy-gradient", {"kl_estimator": "k1", "kl_in": "loss"}),
         ("grpo", {"batch_size": 1024}),
+        ("grpo", {"batch_size": 1024, "kl_weight": "ratio"}),
         ("best-of-n", {"source": "reference"}),
         *((name, {}) for name in sorted(ALWAYS_TARGET)),
         *((name, REPLAY) for name in WITH_REPLAY),
