@@ -5,6 +5,7 @@ and action: no network, no noise. What an agent ends at beyond it is capacity an
 """
 
 from rl_ebm.fixed_points.closed_form import best_of_n
+from rl_ebm.fixed_points.distillation import Distillation, distilled
 from rl_ebm.fixed_points.finite import penalised_in_groups, resampled_law
 from rl_ebm.fixed_points.penalties import best_response, penalised
 from rl_ebm.fixed_points.problem import FixedPoint, Penalty, Problem
@@ -17,11 +18,13 @@ def target(options: object, problem: Problem) -> FixedPoint:
 
 
 __all__ = [
+    "Distillation",
     "FixedPoint",
     "Penalty",
     "Problem",
     "best_of_n",
     "best_response",
+    "distilled",
     "forbids",
     "law_of",
     "penalised",
