@@ -41,6 +41,7 @@ OBJECTIVES = (
     "best_of_n",
     "sampled_teacher",
     "on_policy_distillation",
+    "dpo",
     "teacher_forcing",
     "exact",
 )
@@ -50,6 +51,7 @@ for _file in OBJECTIVES:
     AGENTS.update(import_module(f"{__name__}.{_file}").ENTRIES)
 
 from rl_ebm.agents.best_of_n import BestOfNAgent, BestOfNConfig
+from rl_ebm.agents.dpo import DPOAgent, DPOConfig, IPOAgent, IPOConfig
 from rl_ebm.agents.exact import ExactAgent, ExactConfig
 from rl_ebm.agents.matching import MatchingAgent, MatchingConfig
 from rl_ebm.agents.monte_carlo import MonteCarloAgent, MonteCarloConfig
@@ -84,12 +86,16 @@ __all__ = [
     "Behaviour",
     "BestOfNAgent",
     "BestOfNConfig",
+    "DPOAgent",
+    "DPOConfig",
     "DetailedBalanceAgent",
     "DetailedBalanceConfig",
     "ExactAgent",
     "ExactConfig",
     "GRPOAgent",
     "GRPOConfig",
+    "IPOAgent",
+    "IPOConfig",
     "MatchingAgent",
     "MatchingConfig",
     "MonteCarloAgent",

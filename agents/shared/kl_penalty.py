@@ -74,7 +74,7 @@ def fixed_point(options: PenaltyOptions, problem: Problem) -> FixedPoint:
         baseline=options.baseline != "none",
         ratio=options.kl_weight == "ratio",
     )
-    problem = trained_on(options, problem)
+    problem = trained_on(options.forbidden_log_weight, problem)
     if options.group_size is None:
         return penalised(problem, penalty)
     own_too = options.baseline == "group-mean"
