@@ -4,7 +4,8 @@ An agent has a ``policy``, ``sample() -> Batch | None`` (the responses that it w
 ``update(batch, progress) -> metrics`` (one gradient step on scored responses) and
 ``state_dict`` / ``load_state_dict``. ``own_rows`` (a slice; None for none) says which of the
 sampled rows are draws of the policy as it is: they make the curves ``charts/episodic_*``, and
-without it there are none. It touches no environment, file, clock or writer. What it
+without it there are none. It touches no environment, file, clock or writer
+(preferences of a file are read for it, when it is made). What it
 converges to stands in its entry: of responses, groups and proposals without end, but for a size
 that is given, and with the exact solution as its teacher.
 

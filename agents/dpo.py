@@ -20,7 +20,7 @@ from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -36,10 +36,9 @@ from rl_ebm.agents.shared.learner import (
 )
 from rl_ebm.agents.shared.on_policy import trained_on
 from rl_ebm.agents.shared.option_types import checked_options
-from rl_ebm.agents.shared.pairs import Pairs, neighbours, read_pairs
 from rl_ebm.fixed_points import FixedPoint, Problem, dpo_limit, forbids, ipo_limit
 from rl_ebm.messages.arguments import WrongTypeError, shown
-from rl_ebm.policies import Uniform
+from rl_ebm.policies import Uniform, read_pairs
 from rl_ebm.policies.base import Policy
 from rl_ebm.policies.decoding import sample
 from rl_ebm.policies.scoring import q_values
@@ -153,11 +152,27 @@ def ipo_loss(
     return ipo_terms(margin, tau).mean()
 
 
+def neighbours(
+    prompt_ids: Int64[Tensor, "B"],
+) -> tuple[Int64[Tensor, "N"], Int64[Tensor, "N"], Bool[Tensor, "N"]]:
+    """Rows that answer one prompt, two by two in their order, wherever they stand.
+
+    Returns:
+        first and second row of N = B - 1 neighbours, and which of these are pairs. (Their number
+        is not known without waiting for the device.)
+    """
+    order = prompt_ids.argsort(stable=True)
+    ids = prompt_ids[order]
+    rows = torch.arange(len(ids), device=ids.device)
+    place = rows - torch.searchsorted(ids, ids)
+    return order[:-1], order[1:], (place[:-1] % 2 == 0) & (ids[:-1] == ids[1:])
+
+
 class PreferenceAgent(BaseAgent, ABC):
     """Learns which of two responses to a prompt is preferred; a subclass is its :meth:`terms`."""
 
     Config = PreferenceOptions
-    held: Pairs | None = None
+    held: tuple[Batch, Batch] | None = None
     """the preferences of a file"""
 
     @abstractmethod
@@ -168,7 +183,7 @@ class PreferenceAgent(BaseAgent, ABC):
         """Who draws, or the preferences of the file."""
         if self.config.pairs is not None:
             found = read_pairs(self.config.pairs, self.ebm.space, self.ebm.num_prompts)
-            self.held = Pairs(*(batch.to(self.ebm.device) for batch in found))
+            self.held = found[0].to(self.ebm.device), found[1].to(self.ebm.device)
         reference = Uniform(self.ebm.space) if self.ebm.reference is None else self.ebm.reference
         self.source: Policy = reference
         if self.config.source == "policy":
@@ -204,7 +219,7 @@ class PreferenceAgent(BaseAgent, ABC):
     def _held_loss(self) -> Float[Tensor, ""]:
         """Of as many pairs of the file as a step has, drawn with replacement; of all if so few."""
         assert self.held is not None
-        count, n = len(self.held.chosen), self.config.batch_size // 2
+        count, n = len(self.held[0]), self.config.batch_size // 2
         if count > n:
             rows = torch.randint(count, (n,), generator=self.generator, device=self.ebm.device)
             chosen, rejected = (batch.take(rows) for batch in self.held)

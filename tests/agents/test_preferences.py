@@ -14,10 +14,9 @@ from toy_policies import close, seeded
 
 import rl_ebm
 from rl_ebm.agents import AGENTS
-from rl_ebm.agents.dpo import dpo_loss, ipo_loss
-from rl_ebm.agents.shared.pairs import Pairs, neighbours, read_pairs, write_pairs
+from rl_ebm.agents.dpo import dpo_loss, ipo_loss, neighbours
 from rl_ebm.divergences import tv
-from rl_ebm.policies import Tabular, Uniform, log_prob
+from rl_ebm.policies import Tabular, Uniform, log_prob, read_pairs, write_pairs
 from rl_ebm.soft_bellman import log_policy, sequence_log_probs
 from rl_ebm.tokens import Batch
 
@@ -247,7 +246,7 @@ def some_pairs(space, prompts=1, n=6):
         return rl_ebm.policies.sample(Uniform(space), space, n, seeded(seed), None).clean(), ids
 
     (a, ids), (b, _) = batch(0), batch(1)
-    return Pairs(*(Batch(x.tokens, x.lengths, ids) for x in (a, b)))
+    return [Batch(x.tokens, x.lengths, ids) for x in (a, b)]
 
 
 @pytest.mark.parametrize("ending", ["pairs.jsonl", "pairs.safetensors"])
@@ -255,7 +254,7 @@ def some_pairs(space, prompts=1, n=6):
 def test_pairs_are_read_as_they_were_written(tmp_path, ending, eos):
     space = rl_ebm.TokenSpace(3, 3, eos)
     pairs, path = some_pairs(space, prompts=2), tmp_path / ending
-    write_pairs(path, pairs)
+    write_pairs(path, *pairs)
     for got, want in zip(read_pairs(path, space, 2), pairs, strict=True):
         close(got.tokens, want.tokens, 0.0)
         close(got.lengths, want.lengths, 0.0)
@@ -320,6 +319,17 @@ def test_files_that_are_none_are_told_in_a_sentence(tmp_path):
         read_pairs(tmp_path / "b.jsonl", space)
     with pytest.raises(ValueError, match="is a folder"):
         read_pairs(tmp_path, space)
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    (tmp_path / "there").write_text('{"chosen": [0, 1], "rejected": [2, 1]}')
+    assert read_pairs(tmp_path / "link", space)[1].tokens.tolist() == [[2, 1]]
+    one, two = (Batch(rows[:n], torch.full((n,), 2), torch.zeros(n).long()) for n in (1, 2))
+    with pytest.raises(ValueError, match="a pair is a row of both"):
+        write_pairs(path, one, two)
+    for wrong in (3, None):
+        with pytest.raises(TypeError, match="path must be the path|parameter 'path'"):
+            read_pairs(wrong, space)
+        with pytest.raises(TypeError, match=r"chosen must be an .*Batch|parameter 'chosen'"):
+            write_pairs(path, wrong, two)
 
 
 @pytest.mark.parametrize("name", ["dpo", "ipo"])

@@ -1,4 +1,4 @@
-"""Pairs of responses to one prompt: rows of a batch side by side, or a file of them.
+"""Files of preferences between two responses to one prompt.
 
 A file has one preference a line, JSON: ``{"chosen": [ids], "rejected": [ids]}``, with ``"prompt"``,
 the place of its prompt, where there are several. With the ending ``.safetensors`` it holds the
@@ -9,62 +9,42 @@ response ends with its EOS, and what stands behind it in a tensor is not read.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Int64
-from torch import Tensor
 
-from rl_ebm.files import RunError, read_text, write_atomically
+from rl_ebm.files import RunError, read_text, write_text
 from rl_ebm.files.tensors import load_tensors, save_tensors
-from rl_ebm.messages.arguments import is_whole, shown
-from rl_ebm.tokens import Batch, TokenSpace
+from rl_ebm.messages.arguments import is_whole, shown, whole
+from rl_ebm.tokens import Batch, TokenSpace, check_space
 
 LARGEST = 2**30
 """bytes of a file of lines"""
 TENSORS = ".safetensors"
 
 
-class Pairs(NamedTuple):
-    """Preferences: row i of one batch was chosen over row i of the other, of the same prompt."""
-
-    chosen: Batch
-    rejected: Batch
-
-
-def neighbours(
-    prompt_ids: Int64[Tensor, "B"],
-) -> tuple[Int64[Tensor, "N"], Int64[Tensor, "N"], Bool[Tensor, "N"]]:
-    """Rows that answer one prompt, two by two in their order, wherever they stand.
-
-    Returns:
-        first and second row of N = B - 1 neighbours, and which of these are pairs. (Their number
-        is not known without waiting for the device.)
-    """
-    order = prompt_ids.argsort(stable=True)
-    ids = prompt_ids[order]
-    rows = torch.arange(len(ids), device=ids.device)
-    place = rows - torch.searchsorted(ids, ids)
-    return order[:-1], order[1:], (place[:-1] % 2 == 0) & (ids[:-1] == ids[1:])
-
-
-def read_pairs(path: str | Path, space: TokenSpace, num_prompts: int = 1) -> Pairs:
-    """The preferences of a file.
+def read_pairs(
+    path: str | os.PathLike[str], space: TokenSpace, num_prompts: int = 1
+) -> tuple[Batch, Batch]:
+    """The preferences of a file: what was chosen, and what was rejected, row by row.
 
     Raises:
+        TypeError: no path, or no space.
         ValueError: nothing there, no such file, or a line that is none; the sentence says where.
     """
-    path = Path(path)
+    path, num_prompts = _path(path), whole("num_prompts", num_prompts, 1)
+    check_space(space)
     try:
-        pairs = (_of_tensors if path.suffix == TENSORS else _of_lines)(path, space)
+        chosen, rejected = (_of_tensors if path.suffix == TENSORS else _of_lines)(path, space)
     except FileNotFoundError:
         raise RunError(f"there is no file of pairs {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"{path} cannot be read as text ({error})") from None
-    if not len(pairs.chosen):
+    if not len(chosen):
         raise RunError(f"{path} holds no pairs")
-    ids = pairs.chosen.prompt_ids
+    ids = chosen.prompt_ids
     wrong = (ids < 0) | (ids >= num_prompts)
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0, 0])
@@ -72,28 +52,54 @@ def read_pairs(path: str | Path, space: TokenSpace, num_prompts: int = 1) -> Pai
             f"{path}, pair {row + 1}: prompt {int(ids[row])} is none of the {num_prompts}, which "
             "are counted from 0"
         )
-    return pairs
+    return chosen, rejected
 
 
-def write_pairs(path: str | Path, pairs: Pairs) -> None:
-    """Write preferences, atomically, in the form that the path's ending says."""
-    path, ids = Path(path), pairs.chosen.prompt_ids
+def write_pairs(path: str | os.PathLike[str], chosen: Batch, rejected: Batch) -> None:
+    """Write preferences, atomically, in the form that the path's ending says.
+
+    Args:
+        chosen: of each pair the response that was preferred; its prompts are the pairs'.
+        rejected: the other one, row by row.
+
+    Raises:
+        TypeError: no path, or no batches.
+        ValueError: batches of different sizes.
+    """
+    path = _path(path)
+    for name, batch in (("chosen", chosen), ("rejected", rejected)):
+        if not isinstance(batch, Batch):
+            raise TypeError(f"{name} must be an rl_ebm.Batch of responses, got {shown(batch)}")
+    if chosen.tokens.shape != rejected.tokens.shape:
+        raise ValueError(
+            f"chosen has shape {tuple(chosen.tokens.shape)}, rejected "
+            f"{tuple(rejected.tokens.shape)}: a pair is a row of both"
+        )
     if path.suffix == TENSORS:
-        tokens = {"chosen": pairs.chosen.tokens, "rejected": pairs.rejected.tokens}
-        save_tensors(path, tokens | {"prompt_ids": ids})
+        tokens = {"chosen": chosen.tokens, "rejected": rejected.tokens}
+        save_tensors(path, tokens | {"prompt_ids": chosen.prompt_ids})
         return
     lines = []
-    for i, prompt in enumerate(ids.tolist()):
+    for i, prompt in enumerate(chosen.prompt_ids.tolist()):
         one = {
             name: batch.tokens[i, : int(batch.lengths[i])].tolist()
-            for name, batch in zip(("chosen", "rejected"), pairs, strict=True)
+            for name, batch in (("chosen", chosen), ("rejected", rejected))
         }
         lines.append(json.dumps({"prompt": prompt} | one))
-    text = "".join(f"{line}\n" for line in lines).encode()
-    write_atomically(path, lambda file: file.write(text))
+    write_text(path, "".join(f"{line}\n" for line in lines))
 
 
-def _of_tensors(path: Path, space: TokenSpace) -> Pairs:
+def _path(path: object) -> Path:
+    """A path, through its links."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be the path of a file of pairs, got {shown(path)}")
+    try:
+        return Path(path).resolve()
+    except (ValueError, OSError, RuntimeError) as error:  # a NUL, or links in a circle
+        raise RunError(f"{str(path)!r} is no path ({error})") from None
+
+
+def _of_tensors(path: Path, space: TokenSpace) -> tuple[Batch, Batch]:
     found = load_tensors(path)
     if not {"chosen", "rejected"} <= set(found):
         raise RunError(f"{path} must hold the tensors chosen and rejected, it has {[*found]}")
@@ -108,10 +114,10 @@ def _of_tensors(path: Path, space: TokenSpace) -> Pairs:
         except (TypeError, ValueError) as error:
             raise RunError(f"{path}, {name}: {error}") from None
         batches.append(Batch(found[name].long(), lengths, ids).clean())
-    return Pairs(*batches)
+    return batches[0], batches[1]
 
 
-def _of_lines(path: Path, space: TokenSpace) -> Pairs:
+def _of_lines(path: Path, space: TokenSpace) -> tuple[Batch, Batch]:
     rows: dict[str, list[list[int]]] = {"chosen": [], "rejected": []}
     prompts = []
     for number, line in enumerate(read_text(path, LARGEST).splitlines(), 1):
@@ -134,7 +140,7 @@ def _of_lines(path: Path, space: TokenSpace) -> Pairs:
         for row, y in zip(tokens, column, strict=True):
             row[: len(y)] = torch.tensor(y)
         batches.append(Batch(tokens, lengths, ids))
-    return Pairs(*batches)
+    return batches[0], batches[1]
 
 
 def _prompt(one: dict[str, Any]) -> int:
