@@ -326,7 +326,7 @@ def test_files_that_are_none_are_told_in_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="a pair is a row of both"):
         write_pairs(path, one, two)
     for wrong in (3, None):
-        with pytest.raises(TypeError, match="path must be the path|parameter 'path'"):
+        with pytest.raises(TypeError, match=r"path must be the path|parameter 'path'"):
             read_pairs(wrong, space)
         with pytest.raises(TypeError, match=r"chosen must be an .*Batch|parameter 'chosen'"):
             write_pairs(path, wrong, two)
