@@ -19,8 +19,9 @@ clock. With T the teacher, S the tokens that are compared, pi the policy:
   u(s, a) = gamma V(s a) - V(s) and sum_a T exp(u) = 1 give V = 0 from the last token on. k2 and
   k3 have their largest reward at u = 0 and punish what is rarer, the rarer the more: as a rule
   it is driven out, and for k2 T on those that stay is left. For k3 no law is given then: what is
-  lost still counts, E_pi[exp(-u)] = T for ever, though nobody draws it. Where only what is common
-  is rarer than under T, the flow comes to rest at T, from the one side from which that is stable.
+  lost still counts, E_pi[exp(-u)] = T for ever, though nobody draws it. Where what is common is
+  rarer than under T, the flow can come to rest at T, from the one side from which that is stable:
+  with more than two tokens it is not said which.
 
 Where the policy's own top tokens are compared, S moves with it: the flow is followed until S stays.
 """
@@ -53,9 +54,9 @@ LOST = -4.0
 """log pi - log T below which a token that loses more than the others gain is given up"""
 EQUAL = 1e-9
 """spread of the rewards of a state's tokens, over the largest, at which the state is at rest"""
-SAME, CLOSER = 1e-10, 1 / 30
-"""largest |log pi - log T| of a state that is the teacher's; and of one that becomes it, over that
-under p_ref: near u = 0 the flow is u' of order u^2, which goes on as it has begun"""
+SAME, CLOSER = 1e-10, 1e-3
+"""largest |log pi - log T| of a state that is the teacher's; and, over that under p_ref, of one too
+near to it to be followed: u' is of order u^2 there, and rounding would choose the side"""
 NEAR = 0.02
 """total variation between a state's flow and the limit that it may have"""
 LONGER = 3.0
@@ -256,22 +257,20 @@ def _driven(start: Tensor, teacher: Tensor, how: Distillation) -> Limits:
         return log_pi.exp() * (expectation(log_pi, x).sum(-1, keepdim=True) - x)
 
     none = torch.zeros_like(allowed[:, 0])
-    found = Limits(start, ~(allowed.sum(-1) > 1), none)
-    first = torch.zeros_like(start[:, 0])
+    found = Limits(start, allowed.sum(-1) <= 1, none)
+    near = 0 * start[:, 0]  # largest |u| below which a state is not followed any more
     for now, (_, theta) in enumerate(_looks(field, start, *DRIVEN)):
         log_pi, u, x = cost(theta)
         far = u.abs().amax(-1)
-        first = far if now == 0 else first
-        same = (far < SAME) | (far < CLOSER * first)
+        near = CLOSER * far if now == 0 else torch.where(far < near, torch.inf, near)
         x = x.masked_fill(~allowed, 0.0)
         mean = expectation(log_pi, x).sum(-1, keepdim=True)
         spread = (x - mean).masked_fill(~allowed, 0.0).abs().amax(-1)
         rest = spread <= EQUAL * x.abs().amax(-1)
-        found = _put(
-            found,
-            (same | rest) & ~found.known,
-            Limits(torch.where(same[:, None], teacher, log_pi), same | rest, none),
-        )
+        # Of two tokens the flow has one dimension, and passes no rest.
+        same = (far < SAME) | (torch.isinf(near) & (allowed.sum(-1) <= 2))
+        inside = Limits(torch.where(same[:, None], teacher, log_pi), none, none)
+        found = _put(found, (same | (rest & ~torch.isinf(near))) & ~found.known, inside)
         # Where u is larger the cost grows with it: those pull each other to one u, that of T on
         # them, and none of them falls back, as the least of them costs less than the mean.
         stay = allowed & (u > least)
@@ -281,9 +280,9 @@ def _driven(start: Tensor, teacher: Tensor, how: Distillation) -> Limits:
             cost(limit.masked_fill(~stay, -1e3))[2].masked_fill(~stay, 0).amax(-1, keepdim=True),
         )
         lost = allowed & (u < least + LOST) & (x > 1.05 * most)
-        sure = (stay | lost | ~allowed).all(-1)
-        found = _put(found, sure & ~found.known, Limits(limit, sure, lost.any(-1)))
-        if bool(found.known.all()):
+        sure = (stay | lost | ~allowed).all(-1) & ~torch.isinf(near)
+        found = _put(found, sure & ~found.known, Limits(limit, none, lost.any(-1)))
+        if bool((found.known | torch.isinf(near)).all()):
             break
     return found
 

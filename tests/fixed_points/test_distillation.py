@@ -109,7 +109,9 @@ def discounted(space, log_pi, teacher):
     """Gradients at each state where k1 is paid, discount 1: of the KL of all that follows."""
     found, value = [], None
     for p, t in zip(reversed(log_pi), reversed(teacher), strict=True):
-        cost = p - t if value is None else p - t + space.spread(value, fill=0.0)
+        cost = (p - t).nan_to_num(nan=0.0)
+        if value is not None:
+            cost = cost + space.spread(value, fill=0.0)
         value = (p.exp() * cost).sum(-1)
         found.append(p.exp() * (cost - value[:, None]))
     return found[::-1]
@@ -127,17 +129,19 @@ def test_a_flow_by_small_steps_ends_at_what_is_predicted(options, shape, seed):
         assert (point.log_law, point.degenerate, point.how) == (None, True, "not computed")
         return
     if point.log_law is None:
-        assert options["support"] == "student-top"
+        assert options["support"] == "student-top" or options["kl_in"] == "reward"
         assert point.how == "not settled"
         return
     close(float(point.log_law.exp().sum()), 1.0, 1e-12)
     teacher, log_pi = teacher_tables(problem), problem.start()
-    for k in range(1500 if options.get("kl_in") != "reward" else 4000):
+    # Where the tokens change that are compared, how far a step goes past that counts.
+    fastest = {"student-top": 0.05, "teacher-top": 2.0}.get(options["support"], 0.5)
+    for _ in range(4000):
         slopes = rows_of(log_pi, teacher, options)
         if options.get("discount"):
             slopes = discounted(problem.space, log_pi, teacher)
         steepest = max(float(s.abs().max()) for s in slopes)
-        rate = min(2.0 if k % 4 else 0.5, 0.2 / max(steepest, 1e-3))
+        rate = min(fastest, 0.2 / max(steepest, 1e-3))
         log_pi = [log_policy(p - rate * s) for p, s in zip(log_pi, slopes, strict=True)]
         if steepest < 1e-9:
             break
