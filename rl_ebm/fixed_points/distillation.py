@@ -23,6 +23,9 @@ clock. With T the teacher, S the tokens that are compared, pi the policy:
   rarer than under T, the flow can come to rest at T, from the one side from which that is stable:
   with more than two tokens it is not said which.
 
+What the loss leaves open outside of S is what a plain gradient makes of p_ref: Adam, which scales
+each logit's step, divides it otherwise, and so do shared weights.
+
 Where the policy's own top tokens are compared, S moves with it: the flow is followed until S stays.
 """
 

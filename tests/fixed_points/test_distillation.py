@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from agent_cases import KIND_IDS, KINDS, case, gradient, log_probs, unclipped
 from fixed_point_cases import problem_of, small_ebm
-from toy_policies import close, responses
+from toy_policies import close, responses, seeded
 
 import rl_ebm
 from rl_ebm.agents import AGENTS
@@ -247,3 +248,27 @@ def test_a_teacher_that_forbids_is_asked_about_no_drawn_token():
     table = Tabular(ebm.space)
     with pytest.raises(ValueError, match="the teacher forbids some actions"):
         ENTRY.agent(ebm, table, ENTRY.config(support="token"), None, solution)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("outside", ["renormalise", "bucket"])
+def test_the_agent_ends_there_by_plain_gradients_and_elsewhere_by_adam(outside):
+    space = rl_ebm.TokenSpace(4, 2)
+    reference = Tabular(space, scale=0.7, generator=seeded(0))
+    ebm = rl_ebm.EBM(space, torch.randn(16, generator=seeded(1)), 0.7, reference)
+    config = ENTRY.config(
+        batch_size=256, lr=2.0, support="teacher-top", top_k=2, outside=outside, max_grad_norm=1e9
+    )
+    want = ENTRY.limit(config, problem_of(ebm)).log_law
+    far = []
+    for plain, lr in ((True, 2.0), (False, 0.05)):
+        policy = Tabular.from_tables([t[0].detach() for t in reference.tables()], space)
+        agent = ENTRY.agent(ebm, policy, replace(config, lr=lr), seeded(2), rl_ebm.solve(ebm))
+        if plain:
+            groups = [{"params": agent.learner.parameters, "factor": 1.0}]
+            agent.learner.optimizer = torch.optim.SGD(groups, lr=lr)
+        for k in range(400):
+            agent.update(ebm.score(agent.sample()), k / 400)
+        tables = [log_policy(t[0].double().detach()) for t in policy.tables()]
+        far.append(float(tv(sequence_log_probs(tables, space), want)))
+    assert far[0] < 2e-3 < far[1]
