@@ -4,7 +4,8 @@ An agent has a ``policy``, ``sample() -> Batch | None`` (the responses that it w
 ``update(batch, progress) -> metrics`` (one gradient step on scored responses) and
 ``state_dict`` / ``load_state_dict``. ``own_rows`` (a slice; None for none) says which of the
 sampled rows are draws of the policy as it is: they make the curves ``charts/episodic_*``, and
-without it there are none. It touches no environment, file, clock or writer. What it
+without it there are none. It touches no environment, file, clock or writer
+(preferences of a file are read for it, when it is made). What it
 converges to stands in its entry: of responses, groups and proposals without end, but for a size
 that is given, and with the exact solution as its teacher.
 
@@ -41,6 +42,7 @@ OBJECTIVES = (
     "best_of_n",
     "sampled_teacher",
     "on_policy_distillation",
+    "dpo",
     "teacher_forcing",
     "exact",
 )
@@ -50,6 +52,7 @@ for _file in OBJECTIVES:
     AGENTS.update(import_module(f"{__name__}.{_file}").ENTRIES)
 
 from rl_ebm.agents.best_of_n import BestOfNAgent, BestOfNConfig
+from rl_ebm.agents.dpo import DPOAgent, DPOConfig, IPOAgent, IPOConfig
 from rl_ebm.agents.exact import ExactAgent, ExactConfig
 from rl_ebm.agents.matching import MatchingAgent, MatchingConfig
 from rl_ebm.agents.monte_carlo import MonteCarloAgent, MonteCarloConfig
@@ -84,12 +87,16 @@ __all__ = [
     "Behaviour",
     "BestOfNAgent",
     "BestOfNConfig",
+    "DPOAgent",
+    "DPOConfig",
     "DetailedBalanceAgent",
     "DetailedBalanceConfig",
     "ExactAgent",
     "ExactConfig",
     "GRPOAgent",
     "GRPOConfig",
+    "IPOAgent",
+    "IPOConfig",
     "MatchingAgent",
     "MatchingConfig",
     "MonteCarloAgent",

@@ -87,7 +87,7 @@ def matching_loss(
 
 def fixed_point(config: MatchingConfig, problem: Problem) -> FixedPoint:
     """The EBM, of every divergence; with the stand-in where p_ref forbids an action."""
-    return target(config, trained_on(config, problem))
+    return target(config, trained_on(config.forbidden_log_weight, problem))
 
 
 class MatchingAgent(OnPolicyAgent):

@@ -107,6 +107,19 @@ ELSEWHERE = {
         "kd": "with on_policy=0 and divergence=forward",
         "dagger": "",
     },
+    "dpo": {
+        "direct preference optimization": "",
+        "direct preference optimisation": "",
+        "cdpo": "with label_smoothing=...",
+        "conservative dpo": "with label_smoothing=...",
+        "online dpo": "with source=policy",
+        "iterative dpo": "with source=policy",
+    },
+    "ipo": {
+        "identity preference optimization": "",
+        "psi po": "",
+        "online ipo": "with source=policy",
+    },
     "teacher-forcing": {
         "sft": "on samples of the exact solution",
         "supervised": "on samples of the exact solution",
@@ -123,10 +136,9 @@ ELSEWHERE = {
 """agent: {a name from elsewhere, in lower case with spaces: what to add to the agent's name}"""
 
 PREFERENCES = {
-    *("dpo", "ipo", "kto", "orpo", "simpo", "cpo", "apo", "rpo", "bco", "xpo", "slic", "slic hf"),
-    *("online dpo", "nash md", "direct preference optimization"),
+    *("kto", "orpo", "simpo", "cpo", "apo", "rpo", "bco", "xpo", "slic", "slic hf", "nash md"),
 }
-"""methods that learn from preferences"""
+"""methods that learn from preferences, and are no agents here"""
 
 
 def key(name: str) -> str:
@@ -142,9 +154,9 @@ def meant(name: object, known: Iterable[str]) -> str:
     asked = key(name)
     if asked in PREFERENCES:
         return (
-            ": preference learning is no agent here. DPO ends at the EBM only where preferences "
-            "are drawn with probability sigmoid(R1 - R2); 'vargrad', the nearest, compares "
-            "responses by their rewards themselves, and ends there"
+            ": of what learns from preferences, 'dpo' and 'ipo' are agents here. 'dpo' ends at the "
+            "EBM where they are drawn with probability sigmoid(R1 - R2), as its own are; 'vargrad' "
+            "compares responses by their rewards themselves, and ends there too"
         )
     for agent, names in ELSEWHERE.items():
         if agent in known and (asked in names or asked == key(agent)):

@@ -93,7 +93,7 @@ PENALTIES = tuple(
         ("reward", "loss"), ("k1", "k2", "k3"), ("token", "sequence"), ("none", "group-std")
     )
 )
-"""options of a policy gradient that move its fixed point"""
+"""options of a policy gradient that move its fixed point; times the ratio k3 in the loss is k2"""
 
 ENTRIES = {
     "policy-gradient": AgentEntry(

@@ -5,7 +5,8 @@ With rho_t = pi(a_t|s_t) / pi_old(a_t|s_t) and the advantage A of the whole resp
     loss = mean_i sum_t ( - min(rho_t A, clip(rho_t, 1 - eps, 1 + eps) A) + [kl_in = loss] kappa_t )
 
 Schulman et al. 2017 (arXiv 1707.06347, Eq. 7); GRPO (Shao et al. 2024, arXiv 2402.03300, Eq. 3)
-has group-std advantages, k3 in the loss and the mean over each response's tokens. The first
+has group-std advantages, k3 in the loss and the mean over each response's tokens. TRL before 1.10
+adds k3 as it is; from 1.10 on it is multiplied by rho_t (``kl_weight="ratio"``). The first
 step on a batch is the plain policy gradient, so that a fixed point is one of that:
 :mod:`rl_ebm.fixed_points.penalties`.
 """
@@ -82,7 +83,7 @@ def clipped_loss(
     near = ratio.clamp(1 - options.clip, 1 + options.clip)
     loss = -torch.minimum(ratio * advantage[:, None], near * advantage[:, None])
     if options.kl_in == "loss":
-        loss = loss + kl_terms(log_pi, log_ref, lengths, options)
+        loss = loss + kl_terms(log_pi, log_ref, lengths, options, log_pi_old)
     return (token_weights(lengths, loss, options) * loss).sum(1).mean()
 
 
@@ -138,6 +139,13 @@ ENTRIES = {
         fixed_point=fixed_point,
         variants=(
             {"kl_estimator": "k3", "kl_in": "loss", "kl_level": "token", "advantage": "group-std"},
+            {
+                "kl_estimator": "k3",
+                "kl_in": "loss",
+                "kl_level": "token",
+                "advantage": "group-std",
+                "kl_weight": "ratio",
+            },
         ),
     ),
 }

@@ -73,7 +73,13 @@ class AgentEntry(NamedTuple):
         return found
 
     def ends_at_target(self, config: Any) -> bool | None:
-        """True where the EBM is stated as the limit whatever the rewards, -inf too; else None."""
+        """True where the EBM is stated as the limit whatever the rewards, -inf too; else None.
+
+        Options may say it themselves, ``config.ends_at_target``.
+        """
+        if hasattr(config, "ends_at_target"):
+            told: bool | None = config.ends_at_target
+            return told
         if self.fixed_point is off_policy_fixed_point:
             return True if config.forbidden_log_weight is None else None
         return True if self.fixed_point is target else None

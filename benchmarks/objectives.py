@@ -33,6 +33,9 @@ RESULTS = Path(__file__).parent / "results"
 GROUPS = (2, 4, 8, 16)
 SAMPLES = (16, 64, 256, 1024, 4096)
 SEEDS = range(3)
+OUTSIDE = {"renormalise": "renormalised", "drop": "the rest dropped", "bucket": "a bucket"}
+SOMETIMES = ("policy-gradient", "on-policy-distillation", "dpo")
+"""what ends at the EBM with some of its options"""
 
 
 @dataclass(frozen=True)
@@ -52,21 +55,29 @@ def random_task(quick: bool, seed: int = 0, beta: float = 1.0) -> EBM:
 def options_of(line: dict[str, Any]) -> str:
     """The options of an audited objective, in words."""
     o = line["options"]
+    if o.get("support") == "token":
+        ratio = ", times the ratio" if o.get("kl_weight") == "ratio" else ""
+        later = ", later ones count" if o.get("discount") else ""
+        return f"the drawn token, {o['kl_estimator']} in the {o['kl_in']}{ratio}{later}"
+    if "support" in o:
+        whose = o["support"].removesuffix("-top")
+        return f"{o['divergence']}, the {whose}'s top {o['top_k']}, {OUTSIDE[o['outside']]}"
     if "kl_in" in o:
         level = "" if o["kl_estimator"] == "k1" else f" of each {o['kl_level']}"
         level = level.replace("each sequence", "the response")
+        ratio = ", times the ratio" if o.get("kl_weight") == "ratio" else ""
         std = ", group-std" if o["advantage"] == "group-std" else ""
-        return f"{o['kl_estimator']}{level} in the {o['kl_in']}{std}"
+        return f"{o['kl_estimator']}{level} in the {o['kl_in']}{ratio}{std}"
     return ", ".join(f"{k} {v}" for k, v in o.items())
 
 
 def wanted(line: dict[str, Any]) -> bool:
     """Whether a line says something that another one does not."""
     o = line["options"]
-    if o.get("kl_estimator") == "k1" and o["kl_level"] == "sequence":
+    if o.get("kl_estimator") == "k1" and o.get("kl_level") == "sequence":
         return False  # the sum of the tokens is the response
     # A penalty in the reward is scaled with the rest: nothing moves.
-    return not (o.get("kl_in") == "reward" and o["advantage"] == "group-std")
+    return not (o.get("kl_in") == "reward" and o.get("advantage") == "group-std")
 
 
 def audit_table(quick: bool) -> str:
@@ -77,7 +88,7 @@ def audit_table(quick: bool) -> str:
         if x["is_target"]:
             right.setdefault(f"`{x['objective']}`", []).append(options_of(x))
     named = [
-        f"{name} ({'; '.join(o)})" if name == "`policy-gradient`" else name
+        f"{name} ({'; '.join(o)})" if name.strip("`") in SOMETIMES else name
         for name, o in right.items()
     ]
     rows = [
@@ -85,8 +96,8 @@ def audit_table(quick: bool) -> str:
         "|---|---|---|---|---|---|---|",
     ]
 
-    def number(v: float | None) -> str:
-        return "not settled" if v is None else "∞" if v == float("inf") else f"{v:.3g}"
+    def number(v: float | None, how: str) -> str:
+        return how if v is None else "∞" if v == float("inf") else f"{v:.3g}"
 
     others = [x for x in lines if x["is_target"] is False]
     unknown = [
@@ -95,7 +106,7 @@ def audit_table(quick: bool) -> str:
     keys = ("tv", "kl_target_fixed_point", "expected_reward", "kl_reference")
     for x in sorted(others, key=lambda x: 9.0 if x["tv"] is None else x["tv"]):
         end = {True: "on the boundary", False: "elsewhere", None: "not known"}[x["degenerate"]]
-        cells = " | ".join(number(x[k]) for k in keys)
+        cells = " | ".join(number(x[k], x["how"]) for k in keys)
         rows.append(f"| `{x['objective']}` | {options_of(x)} | {end} | {cells} |")
     star = next(x for x in lines if x["is_target"])
     return (

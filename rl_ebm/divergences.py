@@ -15,14 +15,16 @@ import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rl_ebm.soft_bellman import (
     Tables,
     expectation,
     forward_log_marginals,
+    log_policy,
     rounded_up,
+    soft_value,
 )
 from rl_ebm.tokens import TokenSpace
 
@@ -90,6 +92,41 @@ def js(log_p: Float[Tensor, "... N"], log_q: Float[Tensor, "... N"]) -> Float[Te
     log_m = torch.logaddexp(log_p.masked_fill(neither, 0.0), log_q.masked_fill(neither, 0.0))
     log_m = log_m - math.log(2)
     return rounded_up(0.5 * (kl(log_p, log_m) + kl(log_q, log_m)), log_p.shape[-1])
+
+
+TO_TEACHER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "forward": kl,
+    "reverse": lambda teacher, pi: kl(pi, teacher),
+    "js": js,
+}
+"""divergences of (log teacher, log pi) by the names that distillation has for them"""
+
+
+# Parts of rows -------------------------------------------------------------------------------
+
+
+def top_actions(log_p: Float[Tensor, "... A"], k: int) -> Bool[Tensor, "... A"]:
+    """The k largest entries of each row, of equal ones those of the lowest ids."""
+    order = torch.sort(log_p, stable=True, dim=-1, descending=True).indices[..., :k]
+    return torch.zeros_like(log_p, dtype=torch.bool).scatter(-1, order, True)
+
+
+def restricted(
+    log_p: Float[Tensor, "... A"], kept: Bool[Tensor, "... A"], outside: str
+) -> Float[Tensor, "... N"]:
+    """log-probabilities of the actions that are kept, -inf at the others.
+
+    Args:
+        outside: what becomes of the others' mass: "renormalise" (those that are kept sum to 1),
+            "drop" (they sum to what they do), "bucket" (one more outcome has it).
+    """
+    part = log_p.masked_fill(~kept, -torch.inf)
+    if outside == "renormalise":
+        return log_policy(part)
+    if outside == "drop":
+        return part
+    rest = soft_value(log_p.masked_fill(kept, -torch.inf))
+    return torch.cat([part, rest[..., None]], -1)
 
 
 # Per-depth tables ----------------------------------------------------------------------------

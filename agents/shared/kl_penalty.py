@@ -7,7 +7,9 @@ With u = log pi - log p_ref of a response, or of each of its tokens and then sum
 As estimates of the value of KL(pi, p_ref) k1 and k3 have no bias. As parts of an objective they
 differ, and so do a penalty in the reward (held fixed, it weighs log pi as rewards do) and one in
 the loss (its own gradient counts, not that of the draws): what each ends at is in
-:mod:`rl_ebm.fixed_points.penalties`.
+:mod:`rl_ebm.fixed_points.penalties`. One in the loss may be multiplied by the importance ratio
+pi / pi_old (DeepSeek-V3.2, arXiv 2512.02556, Eq. 7), of which the gradient on the policy's own
+draws is (kappa + kappa') grad log pi: for k3 that is u grad log pi, k2's own.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ class PenaltyOptions(OnPolicyOptions):
     """whether it is paid as a reward is, or added to the loss with its own gradient"""
     kl_level: Literal["token", "sequence"] = "token"
     """of each token and then summed, or of the whole response; the same for k1"""
+    kl_weight: Literal["none", "ratio"] = "none"
+    """ratio multiplies a penalty in the loss by pi / pi_old (TRL's use_bias_correction_kl)"""
     advantage: Literal["none", "group-std"] = "none"
     """group-std divides the advantages by the standard deviation of their group (GRPO)"""
     baseline: Literal["leave-one-out", "group-mean", "none"] = "leave-one-out"
@@ -49,6 +53,10 @@ class PenaltyOptions(OnPolicyOptions):
             raise ValueError(
                 "baseline='none' cannot be had with advantage='group-std', which takes off the "
                 "group's mean: use advantage='none'"
+            )
+        if self.kl_weight == "ratio" and self.kl_in == "reward":
+            raise ValueError(
+                "kl_weight='ratio' is for a penalty with a gradient of its own: use kl_in='loss'"
             )
 
 
@@ -64,8 +72,9 @@ def fixed_point(options: PenaltyOptions, problem: Problem) -> FixedPoint:
         group_std=options.advantage == "group-std",
         mean_tokens=options.reduce_tokens == "mean",
         baseline=options.baseline != "none",
+        ratio=options.kl_weight == "ratio",
     )
-    problem = trained_on(options, problem)
+    problem = trained_on(options.forbidden_log_weight, problem)
     if options.group_size is None:
         return penalised(problem, penalty)
     own_too = options.baseline == "group-mean"
@@ -77,19 +86,30 @@ def kl_terms(
     log_ref: Float[Tensor, "B T"],
     lengths: Int64[Tensor, "B"],
     options: PenaltyOptions,
+    log_pi_old: Float[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B T"]:
     """The penalty at each token, 0 past the end; that of a whole response stands at its first.
 
     Args:
         log_pi: log pi(a_t|s_t) of the tokens.
         log_ref: log p_ref(a_t|s_t) of the tokens.
+        log_pi_old: log pi of the tokens when they were drawn, for ``kl_weight="ratio"``; None
+            where pi itself draws.
     """
     past = ~length_mask(lengths, log_pi.shape[1])
-    u = (log_pi - log_ref).masked_fill(past, 0.0)
-    if options.kl_level == "sequence":
+
+    def of_level(x: Tensor) -> Tensor:
+        x = x.masked_fill(past, 0.0)
+        if options.kl_level == "token":
+            return x
         # The other columns are 0, as is every estimate of u = 0.
-        u = torch.nn.functional.pad(u.sum(1, keepdim=True), (0, u.shape[1] - 1))
-    return KL_TERMS[options.kl_estimator](u)
+        return torch.nn.functional.pad(x.sum(1, keepdim=True), (0, x.shape[1] - 1))
+
+    kappa = KL_TERMS[options.kl_estimator](of_level(log_pi - log_ref))
+    if options.kl_weight == "none":
+        return kappa
+    old = log_pi.detach() if log_pi_old is None else log_pi_old
+    return of_level(log_pi - old).exp() * kappa
 
 
 def centred(

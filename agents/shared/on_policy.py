@@ -51,11 +51,11 @@ class OnPolicyOptions:
         check_batch_size("batch_size", self.batch_size)
 
 
-def trained_on(options: OnPolicyOptions, problem: Problem) -> Problem:
+def trained_on(forbidden_log_weight: float | int | None, problem: Problem) -> Problem:
     """The problem that the agents descend: with the stand-in where p_ref forbids an action."""
-    if options.forbidden_log_weight is None or not forbids(problem):
+    if forbidden_log_weight is None or not forbids(problem):
         return problem
-    log_ref = stand_ins(problem.log_ref, problem.space, options.forbidden_log_weight)
+    log_ref = stand_ins(problem.log_ref, problem.space, forbidden_log_weight)
     r = [a + b for a, b in zip(log_ref, problem.g, strict=True)]
     law = law_of(r, problem.space)
     return replace(problem, log_ref=log_ref, log_target=law, limits={})

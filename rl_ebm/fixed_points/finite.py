@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rl_ebm.fixed_points.normalised import normalised
-from rl_ebm.fixed_points.penalties import in_loss, penalised
+from rl_ebm.fixed_points.penalties import NOT_COMPUTED, in_loss, penalised, without_ratio
 from rl_ebm.fixed_points.problem import FixedPoint, Penalty, Problem
 
 MOST = 2**22
@@ -139,6 +139,9 @@ def penalised_in_groups(problem: Problem, penalty: Penalty, size: int, own: bool
             # g - mean is (size - 1) / size of g less the mean of the others; kappa is not scaled.
             problem = problem.with_returns(problem.g_responses * (size - 1) / size)
         return penalised(problem, penalty)
+    if penalty.ratio:
+        plain = without_ratio(problem, penalty)
+        return NOT_COMPUTED if plain is None else penalised_in_groups(problem, plain, size, own)
     if penalty.estimator == "k1":
         # In the reward the EBM has equal returns in every group; in the loss the best response
         # is above the mean of every group, as in large ones.

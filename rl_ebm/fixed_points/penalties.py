@@ -17,6 +17,8 @@ penalty is left), grad KL(pi, p_ref) for k2, grad KL(p_ref, pi) for k3. Of a who
 is the EBM for k2, and p_ref / (lambda - R / beta) for k3. Token by token it is the same at each
 state, but the states visited are not weighed by what they will cost: the rule of
 :mod:`rl_ebm.fixed_points.closed_form` with the plain return Q, backwards over the depths.
+**Times the ratio** pi / pi_old the slope is kappa + kappa': u for k3, u + 1 for k1, which both
+end where k2 does (E grad log pi = 0); u + u^2 / 2 for k2, which has no closed form.
 
 **Advantages divided by their standard deviation** (GRPO, arXiv 2402.03300) weigh R by 1 / sigma
 against a penalty of beta: the fixed point is that of beta sigma in the place of beta, with sigma
@@ -45,11 +47,15 @@ from rl_ebm.soft_bellman import expectation, sequence_log_probs
 RULES = {"k2": softmax_rule, "k3": hyperbolic_rule}
 Law = Callable[[Problem, float], Tensor]
 """log-law of a problem with its rewards divided by a scale"""
+NOT_COMPUTED = FixedPoint(None, degenerate=None, how="not computed", sampler=True)
 
 
 def penalised(problem: Problem, penalty: Penalty) -> FixedPoint:
     """The limit from p_ref of the expected policy gradient."""
-    estimator, place, level, group_std, mean_tokens, baseline = penalty
+    plain = without_ratio(problem, penalty)
+    if plain is None:
+        return NOT_COMPUTED
+    estimator, place, level, group_std, mean_tokens, baseline, _ = plain
     shortened = mean_tokens and problem.space.eos_id is not None
     if place == "reward":
         if estimator == "k1" and (baseline or not shortened):
@@ -59,11 +65,11 @@ def penalised(problem: Problem, penalty: Penalty) -> FixedPoint:
             scaled = normalised(problem, "k2", "sequence", 1.0, baseline)
             return FixedPoint(scaled, how="root", sampler=not baseline)
         if shortened:
-            return FixedPoint(None, degenerate=None, how="not computed", sampler=True)
+            return NOT_COMPUTED
         return boundary_limit(problem, estimator, level)
     if estimator == "k1":
         if shortened:  # E[w grad log pi] is not 0: long responses are paid for being long
-            return FixedPoint(None, degenerate=None, how="not computed", sampler=True)
+            return NOT_COMPUTED
         return best_response(problem)
 
     def law(case: Problem, scale: float) -> Tensor:
@@ -75,6 +81,17 @@ def penalised(problem: Problem, penalty: Penalty) -> FixedPoint:
         return _group_scaled(problem, law)
     how = "root" if shortened else "closed form"
     return FixedPoint(law(problem, 1.0), how=how, sampler=True)
+
+
+def without_ratio(problem: Problem, penalty: Penalty) -> Penalty | None:
+    """The penalty without a ratio that has the same expected gradient; None where none has."""
+    if not penalty.ratio:
+        return penalty
+    shortened = penalty.mean_tokens and problem.space.eos_id is not None
+    # With weights that go by length the 1 of u + 1 pays for long responses.
+    if penalty.estimator == "k2" or (penalty.estimator == "k1" and shortened):
+        return None
+    return penalty._replace(estimator="k2", ratio=False)
 
 
 def best_response(problem: Problem) -> FixedPoint:

@@ -32,6 +32,8 @@ class Penalty(NamedTuple):
     """whether the loss of a response is the mean over its tokens, not their sum"""
     baseline: bool = True
     """whether the mean return is taken off each return; it matters with ``mean_tokens`` alone"""
+    ratio: bool = False
+    """whether a penalty in the loss is multiplied by pi / pi_old, whose gradient counts"""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from rl_ebm.policies.decoding import sample
 from rl_ebm.policies.expression import parse_reference
 from rl_ebm.policies.hmm import fit_hmm
 from rl_ebm.policies.ngram import fit_ngram
+from rl_ebm.policies.pairs import read_pairs, write_pairs
 from rl_ebm.policies.scoring import (
     log_pi_rows,
     log_prob,
@@ -45,9 +46,11 @@ __all__ = [
     "mask_logits",
     "parse_reference",
     "q_values",
+    "read_pairs",
     "sample",
     "tree_logits",
     "tree_q_values",
+    "write_pairs",
 ]
 
 

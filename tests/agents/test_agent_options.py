@@ -47,6 +47,9 @@ from rl_ebm.studies.bench import Plan, Problem
         ("sir", "sampled-teacher"),
         ("log-variance", "vargrad"),
         ("log_variance", "vargrad"),
+        ("DPO", "dpo"),
+        ("online-dpo", "dpo"),
+        ("cdpo", "dpo"),
     ],
 )
 def test_a_name_from_elsewhere_is_told_what_it_is_here(name, agent, capsys):
@@ -73,9 +76,9 @@ def test_rloo_is_the_policy_gradient_with_its_default_baseline():
 
 
 def test_preference_learning_is_told_apart():
-    for name in ("dpo", "DPO", "ipo", "online-dpo"):
+    for name in ("kto", "KTO", "orpo", "nash-md"):
         text = meant(name, AGENTS)
-        assert "preference learning is no agent here" in text
+        assert "'dpo' and 'ipo' are agents here" in text
         assert "'vargrad'" in text
         assert "sigmoid(R1 - R2)" in text
 
@@ -103,7 +106,12 @@ EVERY = [
     for name, entry in AGENTS.items()
     for field in fields(entry.config)
 ]
-NUMBERS = [(n, f, set(get_args(h) or (h,))) for n, f, h in EVERY if get_origin(h) is not Literal]
+PATHS = [(n, f) for n, f, h in EVERY if h == str | None]
+NUMBERS = [
+    (n, f, set(get_args(h) or (h,)))
+    for n, f, h in EVERY
+    if get_origin(h) is not Literal and (n, f) not in PATHS
+]
 CHOICES = [(n, f) for n, f, h in EVERY if get_origin(h) is Literal]
 
 
@@ -150,6 +158,14 @@ def test_numbers_of_numpy_are_numbers(name, option, kinds):
         assert type(got) in (int, float)
         assert got == pytest.approx(value, rel=1e-6)
         assert json.loads(json.dumps(asdict(config)))[option] == got
+
+
+@pytest.mark.parametrize(("name", "option"), PATHS)
+def test_a_path_is_text(name, option):
+    for value in (3, True, ["x"], b"x", torch.zeros(2)):
+        with pytest.raises(TypeError, match=f"^{option} must be the path of a file, as text"):
+            build(name, **{option: value})
+    assert json.loads(json.dumps(asdict(build(name, **{option: "x"}))))[option] == "x"
 
 
 @pytest.mark.parametrize(("name", "option"), CHOICES)

@@ -121,6 +121,7 @@ def attempt(case: Case, folder: Path, output: Callable[[], tuple[str, str]]) -> 
     try:
         damage.place_run("dpg", folder / "run")
         (folder / "table.tsv").write_text("sequence\tscore\naa\t1\nab\t2\nba\t0\nbb\t-1\n")
+        (folder / "pairs.jsonl").write_text('{"chosen": [0, 1, 2], "rejected": [2, 2, 2]}')
         names = Names(folder)
         return judge.call(lambda: eval(case.source, names.world, names))
     finally:

@@ -100,6 +100,8 @@ RIGHT = {
     "AutomatonSolution.ebm": "automaton_ebm",
     "reward_rows.depth": "0", "TransformerConfig.dim": "4", "loss": "lambda *args: 0",
     "audit.solution": "rl_ebm.solve(rl_ebm.EBM(two, torch.zeros(4)))", "tokenizer": "letters",
+    "read_pairs.path": "folder / 'pairs.jsonl'", "chosen": "batch", "rejected": "batch",
+    "write_pairs.path": "folder / 'new.jsonl'",
     "tree": "PrefixTree.full(space)", "audit_loss.loss": "lambda log_pi, *args: -log_pi.sum()",
 }  # fmt: skip
 
@@ -140,7 +142,8 @@ INNER_METHODS = {
     # Members that are read by limits_of and summarise.
     "limits", "summary",
     # Within a training step.
-    "counts", "update", "loss", "log_pi", "log_weights", "position_means", "returns", "chosen",
+    "counts", "update", "loss", "terms", "log_pi", "log_weights", "position_means", "returns",
+    "chosen",
     "drawn_from",
     "log_w", "prompts", "load_state_dict", "state_dict", "extra_parameters", "log_ref",
     "log_ref_rows",
