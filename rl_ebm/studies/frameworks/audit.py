@@ -18,6 +18,7 @@ from rl_ebm.studies.frameworks import (
     verl_ppo,
 )
 from rl_ebm.studies.frameworks.rows import Case, FrameworkError, Row, Rows, quiet, version_of
+from rl_ebm.studies.frameworks.same import Seen
 from rl_ebm.studies.losses.audit import audit_loss
 from rl_ebm.studies.losses.contract import LossError
 
@@ -61,7 +62,8 @@ def audit_framework(
     case = case_of(solution)
     with quiet():
         rows = [row for make in FRAMEWORKS[name] for row in make(case) if only is None or only(row)]
-        return [_line(name, version, row, solution) for row in rows]
+        seen = Seen(solution.space)
+        return [_line(name, version, row, solution, seen) for row in rows]
 
 
 def audit_named(name: str, solution: Solution) -> tuple[list[dict[str, Any]], list[str]]:
@@ -91,9 +93,12 @@ def case_of(solution: Solution) -> Case:
     return Case(ebm.beta, space.max_length, space.eos_id is None, ebm.num_prompts)
 
 
-def _line(framework: str, version: str, row: Row, solution: Solution) -> dict[str, Any]:
+def _line(framework: str, version: str, row: Row, solution: Solution, seen: Seen) -> dict[str, Any]:
     head = {"framework": framework, "version": version, "name": row.name, "objective": row.name}
-    found = _limit(framework, version, row, solution)
+    found = UNKNOWN | {"how": row.unknown} if row.unknown is not None else seen.find(row)
+    if found is None:
+        found = _limit(framework, version, row, solution)
+        seen.keep(row, found)
     line = head | {"options": row.options, "default": row.default} | found
     if row.instead is not None and not line["is_target"]:
         advice = row.instead
@@ -109,8 +114,6 @@ def _limit(framework: str, version: str, row: Row, solution: Solution) -> dict[s
     Raises:
         FrameworkError: its code asks for something that it was not given.
     """
-    if row.unknown is not None:
-        return UNKNOWN | {"how": row.unknown}
     try:
         found = audit_loss(
             row.loss,
