@@ -52,6 +52,15 @@ class Advantages:
         """
         if self.returns is None:
             return reward
+        found = self._called(reward, log_pi_old, log_ref, mask)
+        if self.coupled and self.combine == "std":
+            return _undivided(found, self._called, reward, log_pi_old, log_ref, mask)
+        if self.coupled and self.combine == "leave-one-out":  # n / (n - 1) less the mean of all
+            return found * (1 - 1 / len(found))
+        return found
+
+    def _called(self, reward: Tensor, log_pi_old: Tensor, log_ref: Tensor, mask: Tensor) -> Tensor:
+        assert self.returns is not None
         with torch.no_grad():
             given = (x.clone() for x in (reward, log_pi_old, log_ref, mask))
             found = self.returns(*given)
@@ -64,10 +73,7 @@ class Advantages:
             )
         if not bool(torch.isfinite(found).all()):
             raise LossError("advantages returns numbers that are NaN or infinite")
-        found = found.detach().double()
-        if self.coupled and self.combine == "leave-one-out":  # n / (n - 1) less the mean of all
-            found = found * (1 - 1 / len(found))
-        return found
+        return found.detach().double()
 
     def in_group(
         self, returns: Float[Tensor, "N *T"], log_law: Float[Tensor, "N"], size: int | None
@@ -96,6 +102,25 @@ class Advantages:
         if _multisets(len(returns.unique()), size) > MOST:
             return None
         return group_advantages(log_law, returns, size, self.epsilon or 1e-12)
+
+
+def _undivided(
+    found: Float[Tensor, "N"], called: Returns, reward: Float[Tensor, "N"], *rest: Tensor
+) -> Float[Tensor, "N"]:
+    """Returns that a function has standardised, times the deviation by which it divided.
+
+    At a limit where all returns are alike the deviation is 0, and what is left is noise of size 1.
+    With other rewards R + v the function returns x' = (x + v) / s', so s' x' - s x = v, less its
+    mean: two unknown numbers, and as many equations as responses.
+    """
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(reward.shape, generator=generator, dtype=torch.float64)
+    v = v - v.mean()
+    other = called(reward + v, *rest)
+    sides = torch.stack([other - other.mean(), -(found - found.mean())], 1)
+    s = torch.linalg.lstsq(sides, v[:, None]).solution
+    off = float((sides @ s - v[:, None]).abs().max())
+    return found * float(s[1]) if off < 1e-6 and float(s[1]) > 0 else found
 
 
 def _multisets(kinds: int, size: int) -> int:

@@ -57,13 +57,17 @@ def other_roots(case: Case, limit: Limit) -> list[Float[Tensor, "N"]]:
 
 
 def depends_on_sampler(case: Case, limit: Limit) -> bool | None:
-    """Whether the gradient at the limit, drawn from another law, is one; None on the boundary."""
+    """Whether the gradient at the limit is one where the draws are another law's, and nothing else
+    changes; None on the boundary.
+    """
     if not limit.settled or limit.kink or bool(limit.dead.any()):
         return None
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(case.start.shape, generator=generator).double()
     drawn = normalised(case.start + noise, case.responses.start)
     other = replace(case.flow, drawn=drawn)
+    if isinstance(other, PolicyGradient):
+        other = replace(other, recomputed=True)
     theta = limit.theta.masked_fill(torch.isneginf(limit.theta), 0.0)
     size = max(direction(other, case.start).size, direction(case.flow, case.start).size)
     return direction(other, theta).size > 1e-6 * max(size, 1e-300)
@@ -154,7 +158,7 @@ def other_samplers(cases: Sequence[Case], ends: Sequence[Limit]) -> dict[str, An
 
 def _rounded(case: Case, how: str) -> PolicyGradient:
     assert isinstance(case.flow, PolicyGradient)
-    return replace(case.flow, rounded=how)
+    return replace(case.flow, rounded=how, recomputed=True)
 
 
 def _updated(flow: AnyFlow, start: Tensor, late: int = 0) -> tuple[Tensor, float]:

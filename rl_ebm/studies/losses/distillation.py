@@ -48,7 +48,7 @@ class Distillation:
     def inputs(self, theta: Tensor) -> Inputs:
         """What the loss is given, of every response; logits 0 past its end."""
         r = self.responses
-        past, forbidden = ~r.mask[..., None], r.rows(torch.isneginf(r.start))
+        past, forbidden = ~r.mask[..., None], torch.isneginf(r.rows(r.start))
         student, teacher = (
             r.rows(x).masked_fill(forbidden, FORBIDDEN).masked_fill(past, 0.0)
             for x in (theta, self.teacher)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -56,6 +56,7 @@ ROUGH_REST = 1e-5
 """in a loss that leaves float64"""
 
 
+@runtime_checkable
 class Field(Protocol):
     """An expected gradient, and how often each action is drawn."""
 
@@ -133,8 +134,8 @@ def direction(flow: Field, theta: Tensor) -> Direction:
 
 def _step(
     f: Callable[[Tensor], Tensor], theta: Tensor, first: Tensor, h: float
-) -> tuple[Tensor, Tensor]:
-    """One step of order 3, no logit by more than :data:`FAR`, and its error.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of order 3, no logit by more than :data:`FAR`; its error, and f at its end.
 
     A trial that leaves float64, or what the loss can take, has an infinite error.
     """
@@ -148,8 +149,8 @@ def _step(
         new = moved(h / 9 * (2 * first + 3 * second + 4 * third))
         last = f(new)
     except LossError:
-        return theta, torch.full_like(theta, torch.inf)
-    return new, h / 72 * (-5 * first + 6 * second + 8 * third - 9 * last)
+        return theta, torch.full_like(theta, torch.inf), first
+    return new, h / 72 * (-5 * first + 6 * second + 8 * third - 9 * last), last
 
 
 def _plain_flow(flow: Field, theta: Tensor, unit: float) -> Tensor:
@@ -162,14 +163,14 @@ def _plain_flow(flow: Field, theta: Tensor, unit: float) -> Tensor:
     h = 1e-2 / max(float(first.abs().max()), 1e-300)
     for i in range(max(LEAST, min(FLOW_STEPS, WORK // (3 * flow.cost)))):
         for _ in range(40):
-            new, errors = _step(f, theta, first, h)
+            new, errors, last = _step(f, theta, first, h)
             error = float(errors.abs().max())
             if error <= 1e-3:
                 break
             h *= max(0.2, 0.9 * (1e-3 / error) ** (1 / 3)) if math.isfinite(error) else 0.2
         else:
             break
-        theta, first = new, f(new)
+        theta, first = new, last
         h *= min(4.0, 0.9 * (1e-3 / max(error, 1e-300)) ** (1 / 3))
         if i % 10 == 9 and direction(flow, theta).size <= PLAIN * unit:
             break
@@ -202,7 +203,13 @@ def limit_from(flow: Field, theta: Float[Tensor, "S A"], rough: bool = False) ->
 
 def _to_rest(flow: Field, theta: Tensor, unit: float, rest: float) -> Limit:
     """A rest, by steps whose error is small beside what they move."""
-    now = direction(flow, theta)
+    seen = [direction(flow, theta)]
+
+    def f(x: Tensor) -> Tensor:
+        seen[:] = [direction(flow, x)]
+        return seen[0].value
+
+    now = seen[0]
     h = 0.1 / max(now.size, 1e-300)
     for i in range(STEPS):
         size = now.size
@@ -215,7 +222,7 @@ def _to_rest(flow: Field, theta: Tensor, unit: float, rest: float) -> Limit:
         counts = now.alive & ~(now.value < -1e3 * unit)
         h = min(h, 1.0 / max(float(now.value[counts].abs().max()), 1e-300)) if counts.any() else h
         for _ in range(40):
-            new, errors = _step(lambda x: direction(flow, x).value, theta, now.value, h)
+            new, errors, _ = _step(f, theta, now.value, h)
             error = float(errors[counts].abs().max()) if counts.any() else 0.0
             allowed = 0.05 * h * size
             if error <= allowed:
@@ -225,8 +232,7 @@ def _to_rest(flow: Field, theta: Tensor, unit: float, rest: float) -> Limit:
             return _slide(flow, theta, unit)
         if h * size < 1e-9 and size > 1e-6 * unit:
             return _slide(flow, theta, unit)
-        theta = new
-        now = direction(flow, theta)
+        theta, now = new, seen[-1]  # the last that was looked at is the end of the step
         h *= min(3.0, 0.8 * (allowed / max(error, 1e-300)) ** 0.5)
     if now.size <= 1e-6 * unit:
         return _finished(flow, theta, now, now.size)

@@ -131,7 +131,7 @@ def _row_gradients(flow: PolicyGradient, theta: Tensor, rows: Tensor, gain: Tens
     r = flow.responses
     held = flow.who_draws(theta)
     log_pi = r.at_tokens(normalised(theta, r.start))
-    old = r.at_tokens(held) if flow.rounded == "no" else log_pi
+    old = r.at_tokens(held) if not flow.recomputed else log_pi
     mean = float(r.log_law(held).exp() @ r.lengths)
     mask = r.mask[rows]
     gain = gain[:, None].expand(mask.shape).masked_fill(~mask, 0.0)
@@ -142,7 +142,7 @@ def _row_gradients(flow: PolicyGradient, theta: Tensor, rows: Tensor, gain: Tens
 def _returns(flow: PolicyGradient, theta: Tensor) -> Tensor:
     r = flow.responses
     held = flow.who_draws(theta)
-    old = r.at_tokens(held if flow.rounded == "no" else normalised(theta, r.start))
+    old = r.at_tokens(held if not flow.recomputed else normalised(theta, r.start))
     return flow.advantages.of_each(r.reward, old, r.log_ref, r.mask)
 
 

@@ -39,9 +39,9 @@ class PolicyGradient:
         scaled: whether its gradient is proportional to the advantages. Dividing them by a standard
             deviation then changes the time of the flow alone, and nothing is divided: at the end
             it is 0 where all returns are alike.
-        rounded: whether who draws reads logits in bfloat16: "no", "uncorrected" (``log_pi_old`` is
-            the trainer's) or "corrected" (as well, and gradients are weighed by the ratio of
-            both, at most 2).
+        recomputed: whether ``log_pi_old`` is the policy's own, whoever drew.
+        rounded: whether who draws reads logits in bfloat16: "no", "uncorrected" or "corrected"
+            (gradients are weighed by the ratio of the policy and of who drew, at most 2).
     """
 
     responses: Responses
@@ -51,6 +51,7 @@ class PolicyGradient:
     group: int | None = None
     inner: int = 1
     rate: float = 0.0
+    recomputed: bool = False
     rounded: str = "no"
     scaled: bool = False
 
@@ -64,11 +65,9 @@ class PolicyGradient:
         log_pi = r.at_tokens(normalised(theta, r.start)).clamp(min=LOWEST / r.mask.shape[1])
         drawn = self.who_draws(theta) if held is None else held
         log_mu = r.log_law(drawn)
-        old = (
-            r.at_tokens(drawn).clamp(min=LOWEST / r.mask.shape[1])
-            if self.rounded == "no"
-            else log_pi
-        )
+        old = log_pi
+        if not self.recomputed:
+            old = r.at_tokens(drawn).clamp(min=LOWEST / r.mask.shape[1])
         inputs = self.inputs(log_pi, old, log_mu)
         (c,) = self.rows.gradients(inputs, r.lengths, float(log_mu.exp() @ r.lengths))
         if self.rounded == "corrected":
