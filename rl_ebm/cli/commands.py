@@ -37,6 +37,7 @@ from rl_ebm.messages.words import count_text, nearest
 from rl_ebm.packages.version import VERSION
 from rl_ebm.policies import Policy, log_prob, sample
 from rl_ebm.statistics.interval import Interval
+from rl_ebm.studies import frameworks
 from rl_ebm.studies.audit import audit, to_json, to_text
 from rl_ebm.studies.bench import Plan, Problem, read_options
 from rl_ebm.studies.bench import run as bench
@@ -218,9 +219,18 @@ def run_audit(args: Sequence[str]) -> int:
     """Compute what each objective converges to on an EBM: its fixed point against p*."""
     a = _parse(Audit, args)
     ebm, _ = a.target.make()
-    lines = audit(solve(ebm.to(device_of_flag(a.device))))
+    solution = solve(ebm.to(device_of_flag(a.device)))
+    text = to_text
+    missing: list[str] = []
+    if a.framework is None:
+        lines = audit(solution)
+    else:
+        text = frameworks.to_text
+        lines, missing = frameworks.audit_named(a.framework, solution)
     referred = ebm.reference is not None
-    print(json.dumps(to_json(lines), indent=1) if a.json else to_text(lines, referred))
+    print(json.dumps(to_json(lines), indent=1) if a.json else text(lines, referred))
+    if missing:
+        print(f"left out: {'; '.join(missing)}", file=sys.stderr)
     return 0
 
 

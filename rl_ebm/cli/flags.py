@@ -212,6 +212,9 @@ class Solve:
 class Audit:
     """Flags of ``rl-ebm audit``."""
 
+    framework: str | None = None
+    """trl, verl, torchrl or openrlhf: audit the losses that its installed release ships, by its own
+    code, in the place of ours; all: of those that are installed"""
     json: bool = False
     """print JSON"""
     device: str | None = None

@@ -1,0 +1,1 @@
+"""What the losses that other frameworks ship converge to."""

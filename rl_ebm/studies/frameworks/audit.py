@@ -1,0 +1,154 @@
+"""Every row of a framework through :func:`rl_ebm.audit_loss`, and the table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rl_ebm.exact import Solution
+from rl_ebm.messages.words import nearest
+from rl_ebm.studies import audit as ours
+from rl_ebm.studies.frameworks import (
+    openrlhf_models,
+    torchrl_llm,
+    trl_distillation,
+    trl_dpo,
+    trl_grpo,
+    verl_distillation,
+    verl_ppo,
+)
+from rl_ebm.studies.frameworks.rows import Case, FrameworkError, Row, Rows, quiet, version_of
+from rl_ebm.studies.frameworks.same import Seen
+from rl_ebm.studies.losses.audit import audit_loss
+from rl_ebm.studies.losses.contract import LossError
+
+FRAMEWORKS: dict[str, tuple[Rows, ...]] = {
+    "trl": (trl_grpo.rows, trl_dpo.rows, trl_distillation.rows),
+    "verl": (verl_ppo.rows, verl_distillation.rows),
+    "torchrl": (torchrl_llm.rows,),
+    "openrlhf": (openrlhf_models.rows,),
+}
+"""package to what makes its rows"""
+UNKNOWN: dict[str, Any] = {
+    "degenerate": None, "is_target": None, **dict.fromkeys(ours.MEASURES), "other_roots": [],
+    "depends_on_sampler": None,
+}  # fmt: skip
+KEYS = ("degenerate", "is_target", *ours.MEASURES, "how", "other_roots", "depends_on_sampler")
+
+
+def audit_framework(
+    name: str, solution: Solution, only: Callable[[Row], bool] | None = None
+) -> list[dict[str, Any]]:
+    """The limit of every loss that an installed framework ships, with its options.
+
+    Its KL coefficient is the EBM's beta; groups and batches are large.
+
+    Args:
+        name: one of :data:`FRAMEWORKS`.
+        only: whether a row is asked for; None for all.
+
+    Returns:
+        a dict for each: ``framework``, ``version``, ``name`` (qualified, of what was called),
+        ``options``, ``default`` (they are what the framework ships, beta apart), the keys of
+        :func:`rl_ebm.audit`, and, where the limit is not the EBM, ``instead``: ``name`` and
+        ``options`` of another row, and the ``sentence`` that says what to set.
+
+    Raises:
+        ValueError: another name; a framework that is not installed, too old, or changed inside.
+    """
+    if name not in FRAMEWORKS:
+        raise ValueError(f"there is no framework {name!r}{nearest(name, FRAMEWORKS)}")
+    version = version_of(name)
+    case = case_of(solution)
+    with quiet():
+        rows = [row for make in FRAMEWORKS[name] for row in make(case) if only is None or only(row)]
+        seen = Seen(solution.space)
+        return [_line(name, version, row, solution, seen) for row in rows]
+
+
+def audit_named(name: str, solution: Solution) -> tuple[list[dict[str, Any]], list[str]]:
+    """:func:`audit_framework`, or of "all" that are installed: and a sentence for each that is not.
+
+    Raises:
+        ValueError: as there; none of all is installed.
+    """
+    if name != "all":
+        if name not in FRAMEWORKS:
+            raise ValueError(f"there is no framework {name!r}{nearest(name, [*FRAMEWORKS, 'all'])}")
+        return audit_framework(name, solution), []
+    lines, missing = [], []
+    for framework in FRAMEWORKS:
+        try:
+            lines += audit_framework(framework, solution)
+        except FrameworkError as error:
+            missing.append(str(error))
+    if not lines:
+        raise FrameworkError("; ".join(missing))
+    return lines, missing
+
+
+def case_of(solution: Solution) -> Case:
+    """What the rows depend on."""
+    ebm, space = solution.ebm, solution.space
+    return Case(ebm.beta, space.max_length, space.eos_id is None, ebm.num_prompts)
+
+
+def _line(framework: str, version: str, row: Row, solution: Solution, seen: Seen) -> dict[str, Any]:
+    head = {"framework": framework, "version": version, "name": row.name, "objective": row.name}
+    found = UNKNOWN | {"how": row.unknown} if row.unknown is not None else seen.find(row)
+    if found is None:
+        found = _limit(framework, version, row, solution)
+        seen.keep(row, found)
+    line = head | {"options": row.options, "default": row.default} | found
+    if row.instead is not None and not line["is_target"]:
+        advice = row.instead
+        line["instead"] = {
+            "name": advice.name, "options": advice.options, "sentence": advice.sentence,
+        }  # fmt: skip
+    return line
+
+
+def _limit(framework: str, version: str, row: Row, solution: Solution) -> dict[str, Any]:
+    """The keys of our own audit.
+
+    Raises:
+        FrameworkError: its code asks for something that it was not given.
+    """
+    try:
+        found = audit_loss(
+            row.loss,
+            solution,
+            row.kind,
+            advantages=row.advantages,
+            sampler=row.sampler,
+            beyond=False,
+        )
+    except LossError as error:
+        if isinstance(error.__cause__, AttributeError | KeyError | TypeError):
+            raise FrameworkError(
+                f"{framework} {version} is not the release that this adapter knows: {row.name} was "
+                f"expected to run on what it is given here, and gives {error.__cause__!r}"
+            ) from error
+        return UNKNOWN | {"how": f"{error}"}
+    known = vars(found)
+    return {key: known[key] for key in KEYS}
+
+
+def to_text(lines: list[dict[str, Any]], reference: bool = True) -> str:
+    """A table for people: a head for each framework, and below it what to set instead.
+
+    Args:
+        reference: as of :func:`rl_ebm.studies.audit.to_text`.
+    """
+    parts = []
+    for name in dict.fromkeys(x["framework"] for x in lines):
+        own = [x for x in lines if x["framework"] == name]
+        shown = [
+            x | {"objective": ".".join(x["name"].split(".")[-2:])}
+            | {"options": {k: f"{k}={v}" for k, v in x["options"].items()}}
+            for x in own
+        ]  # fmt: skip
+        parts.append(f"{name} {own[0]['version']}\n{ours.to_text(shown, reference)}")
+        advice = dict.fromkeys(x["instead"]["sentence"] for x in own if "instead" in x)
+        parts += [f"to end at the EBM: {sentence}" for sentence in advice]
+    return "\n\n".join(parts)
