@@ -79,6 +79,8 @@ class Options:
     """small, large or eos"""
     out: Path = HERE
     """folder of README.md, pictures and results"""
+    shipped: Path = HERE.parent / "results" / "frameworks.md"
+    """the README's table"""
 
 
 def store(options: Options) -> None:
@@ -188,6 +190,13 @@ def advice(lines: list[Line]) -> str:
     return "\n".join(f"- {sentence} (TV of that setting: {tv})" for sentence, tv in found.items())
 
 
+def shipped(folder: Path) -> str:
+    """The README's table: what the small EBM has of settings that are shipped."""
+    stored = sorted((folder / "results").glob("small-*.json"))
+    lines = [x for path in stored for x in json.loads(path.read_text()) if x["default"]]
+    return table([x | {"default": False} for x in lines]) + "\n"
+
+
 def page(options: Options) -> str:
     """The page, from all rows that are stored."""
     parts = [
@@ -216,6 +225,7 @@ def page(options: Options) -> str:
 def main(options: Options) -> None:
     store(options)
     write_text(options.out / "README.md", page(options))
+    write_text(options.shipped, shipped(options.out))
 
 
 if __name__ == "__main__":

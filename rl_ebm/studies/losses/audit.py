@@ -100,7 +100,7 @@ class LossAudit:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON, without the laws; infinite numbers as text."""
-        values = {n: getattr(self, n) for n in self.__dataclass_fields__ if n != "log_laws"}
+        values = {n: v for n, v in vars(self).items() if n != "log_laws"}
         return {name: _plain(value) for name, value in values.items()}
 
     def __str__(self) -> str:
@@ -279,7 +279,7 @@ def to_text(found: LossAudit) -> str:
     told = ", ".join(f"{k}={v}" for k, v in found.options.items())
     lines = [
         f"{found.objective} ({told}) ends at: {verdict}",
-        "  " + "   ".join(f"{LABELS[key]} {number(getattr(found, key))}" for key in MEASURES),
+        "  " + "   ".join(f"{LABELS[key]} {number(vars(found)[key])}" for key in MEASURES),
         f"  how: {found.how}, accurate to {found.accuracy:.1g} in TV; rows combine as "
         f"{found.combines}",
         f"  gradient at the EBM: norm {found.gradient_at_target['norm']:.4g}, signal to noise of "
