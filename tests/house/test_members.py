@@ -42,6 +42,7 @@ ALLOWED = {
     "agents/registry.py": "members of an agent's class, listed there",
     "agents/shared/base.py": "an agent's options, and the tensors that it keeps, by their names",
     "agents/shared/account.py": "what an agent may tell of itself, declared there",
+    "studies/losses/audit.py": "fields of a dataclass, and the name of any function",
     "studies/frameworks/rows.py": "members of other packages, which releases may not have",
     "training/charts.py": "which rows an agent drew itself",
     "training/saved_state.py": "the optimiser of an agent's learner",
