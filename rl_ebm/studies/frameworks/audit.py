@@ -100,7 +100,8 @@ def _line(framework: str, version: str, row: Row, solution: Solution, seen: Seen
         found = _limit(framework, version, row, solution)
         seen.keep(row, found)
     line = head | {"options": row.options, "default": row.default} | found
-    if row.instead is not None and not line["is_target"]:
+    elsewhere = line["is_target"] is False or line["tv"] is None
+    if row.instead is not None and elsewhere:
         advice = row.instead
         line["instead"] = {
             "name": advice.name, "options": advice.options, "sentence": advice.sentence,

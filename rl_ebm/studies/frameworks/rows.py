@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from importlib import metadata, util
 from pathlib import Path
@@ -77,8 +78,8 @@ Rows = Callable[[Case], list[Row]]
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Warnings of other packages, which they give when they are imported, are not ours."""
-    with warnings.catch_warnings():
+    """Warnings of other packages are not ours, nor is what they print what the command prints."""
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")
         yield
 
