@@ -182,8 +182,9 @@ def _limit(cases: Sequence[Case], ends: Sequence[Limit]) -> dict[str, Any]:
     found = [m for m in known if m is not None]
     whole = len(found) == len(cases)
     accuracy = max(end.accuracy for end in ends)
-    verdict = is_target(points, problems) if accuracy <= EXACT else None
-    if verdict is None and whole and fmean(m["tv"] for m in found) > 10 * accuracy:
+    faint = any(end.faint for end in ends)
+    verdict = is_target(points, problems) if accuracy <= EXACT and not faint else None
+    if verdict is None and whole and fmean(m["tv"] for m in found) > 10 * accuracy + EXACT:
         verdict = False
     return {
         "degenerate": any_of([p.degenerate for p in points]),
@@ -202,7 +203,8 @@ def _point(case: Case, end: Limit) -> FixedPoint:
     if not end.settled:
         return FixedPoint(None, degenerate=bool(end.dead.any()) or None, how="not settled")
     how = "flow, along a kink" if end.kink else "flow"
-    return FixedPoint(case.responses.whole(end.log_law), bool(end.dead.any()), how)
+    degenerate = None if end.faint else bool(end.dead.any())
+    return FixedPoint(case.responses.whole(end.log_law), degenerate, how)
 
 
 def _survivors(cases: Sequence[Case], ends: Sequence[Limit]) -> dict[str, Any] | None:
