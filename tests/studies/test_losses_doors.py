@@ -154,6 +154,15 @@ def test_what_is_too_rare_for_float64_is_not_said_to_die(scale, beta):
     assert found.is_target is None
 
 
+def test_scores_in_float32_without_a_reference_end_at_the_ebm():
+    scores = torch.randn(9, generator=seeded(1))
+    ebm = rl_ebm.EBM(rl_ebm.TokenSpace(3, 2), scores, 0.7)
+    found = audit(plain, rl_ebm.solve(ebm), advantages=paid(0.7))
+    assert found.is_target
+    law = torch.log_softmax(scores.double() / 0.7, 0)
+    assert float((found.log_laws[0] - law).abs().max()) < 1e-10
+
+
 def test_without_a_penalty_it_dies_in_a_cold_ebm_as_well():
     assert audit(plain, solved(beta=0.05)).degenerate
     found = audit(plain, solved(beta=0.03))

@@ -111,6 +111,9 @@ def cases_of(what: Asked, solution: Solution) -> list[Case]:
         teacher = torch.cat(q_from_r(terms, r.space)).masked_fill(
             torch.isneginf(r.start), -torch.inf
         )
+        # Scores in float32 leave a solution that is kept in it; what is compared is float64.
+        law = r.whole(r.log_law(normalised(teacher, r.start)))
+        r = replace(r, problem=replace(problem, log_target=law))
         start = r.start
         if what.start is not None:
             start = _logits(what.start, r, prompt, solution.ebm.num_prompts)
