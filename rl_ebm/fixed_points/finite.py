@@ -81,13 +81,14 @@ def group_advantages(
     others = multisets(len(values), size - 1)
     log_p = torch.where(others > 0, others * p.log(), 0.0).sum(1)
     log_p = log_p + math.lgamma(size) - torch.lgamma(others + 1).sum(1)
-    total, square = others @ values, others @ values.square()
     found = []
     for value in values:
-        mean = (total + value) / size
-        variance = ((square + value.square()) / size - mean.square()).clamp(min=0.0)
+        # By differences: they are 0 exactly where all are alike, and std is next to nothing.
+        apart = value - values
+        off = others @ apart / size
+        variance = (others @ apart.square() / size - off.square()).clamp(min=0.0)
         std = (variance * size / (size - 1)).sqrt()
-        found.append((log_p.exp() * (value - mean) / (std + epsilon)).sum())
+        found.append((log_p.exp() * off / (std + epsilon)).sum())
     return torch.stack(found)[place]
 
 

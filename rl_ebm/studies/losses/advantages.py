@@ -182,6 +182,11 @@ def _coupling(function: Returns) -> Combine:
             ) from error
 
     everything = of(*range(6))
+    if not torch.equal(everything, of(*range(6))):
+        raise LossError(
+            "advantages gives two answers for the same responses: an audit is exact, so it may "
+            "draw no random numbers and keep nothing between calls"
+        )
     pairs = torch.stack([of(i, (i + 1) % 6) for i in range(6)])
     first, after = everything, everything.roll(-1, 0)
     if torch.allclose(pairs[:, 0], first, atol=1e-9) and torch.allclose(of(0)[0], first[0]):

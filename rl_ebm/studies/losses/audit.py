@@ -184,10 +184,14 @@ def _limit(cases: Sequence[Case], ends: Sequence[Limit]) -> dict[str, Any]:
     found = [m for m in known if m is not None]
     whole = len(found) == len(cases)
     accuracy = max(end.accuracy for end in ends)
-    verdict = is_target(points, problems) if accuracy <= EXACT else None
-    if verdict is None and whole:  # of a loss in float32, or along a kink
+    faint = any(end.faint for end in ends)
+    verdict = is_target(points, problems) if accuracy <= EXACT and not faint else None
+    if verdict is None and whole:  # of a loss in float32, along a kink, or too rare for float64
         off = fmean(m["tv"] for m in found)
-        verdict = True if off <= min(accuracy, NEARLY) else False if off > 10 * accuracy else None
+        if off <= min(accuracy, NEARLY) and not faint:
+            verdict = True
+        elif off > 10 * accuracy + EXACT:
+            verdict = False
     return {
         "degenerate": any_of([p.degenerate for p in points]),
         "is_target": verdict,
@@ -205,7 +209,8 @@ def _point(case: Case, end: Limit) -> FixedPoint:
     if not end.settled:
         return FixedPoint(None, degenerate=bool(end.dead.any()) or None, how="not settled")
     how = "flow, along a kink" if end.kink else "flow"
-    return FixedPoint(case.responses.whole(end.log_law), bool(end.dead.any()), how)
+    degenerate = None if end.faint else bool(end.dead.any())
+    return FixedPoint(case.responses.whole(end.log_law), degenerate, how)
 
 
 def _survivors(cases: Sequence[Case], ends: Sequence[Limit]) -> dict[str, Any] | None:

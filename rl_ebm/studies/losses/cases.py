@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rl_ebm.divergences import tv
 from rl_ebm.exact import Solution
 from rl_ebm.messages.arguments import finite, is_number, shown, whole
 from rl_ebm.policies import Policy
@@ -22,12 +23,15 @@ from rl_ebm.studies.losses.kinds import (
     policy_gradient_flow,
     preference_flow,
 )
-from rl_ebm.studies.losses.limit import Limit, limit_from
+from rl_ebm.studies.losses.limit import Limit, direction, limit_from
+from rl_ebm.studies.losses.policy_gradient import LOWEST
 from rl_ebm.studies.losses.responses import Responses, normalised, responses_of
 from rl_ebm.studies.problems import problems
 
 Kind = Literal["policy-gradient", "distillation", "preference"]
 SAMPLERS = ("policy", "student", "reference", "teacher")
+SAME = 1e-8
+"""total variation, and share of the first D, up to which the EBM is what was found"""
 SLOW = 0.1
 """most that a logit moves in an update whose length is not given"""
 
@@ -107,6 +111,9 @@ def cases_of(what: Asked, solution: Solution) -> list[Case]:
         teacher = torch.cat(q_from_r(terms, r.space)).masked_fill(
             torch.isneginf(r.start), -torch.inf
         )
+        # Scores in float32 leave a solution that is kept in it; what is compared is float64.
+        law = r.whole(r.log_law(normalised(teacher, r.start)))
+        r = replace(r, problem=replace(problem, log_target=law))
         start = r.start
         if what.start is not None:
             start = _logits(what.start, r, prompt, solution.ebm.num_prompts)
@@ -173,4 +180,25 @@ def _logits(policy: Any, r: Responses, prompt: int, prompts: int) -> Float[Tenso
 def ended(case: Case, start: Tensor | None = None, flow: AnyFlow | None = None) -> Limit:
     """Where the flow leads."""
     flow = case.flow if flow is None else flow
-    return limit_from(flow, case.start if start is None else start, flow.rows.rough)
+    end = limit_from(flow, case.start if start is None else start, flow.rows.rough)
+    return _told_apart(case, flow, end) if end.settled and bool(end.dead.any()) else end
+
+
+def _told_apart(case: Case, flow: AnyFlow, end: Limit) -> Limit:
+    """What is dead, from what the EBM makes as rare: where they are one law, up to rounding.
+
+    The limit is then the EBM, if that is at rest, the rarest responses included; where those are
+    too rare to see, nobody knows.
+    """
+    r, law = case.responses, case.responses.log_law(case.target)
+    if float(tv(end.log_law, law)) > SAME:
+        return end
+    if bool((r.at_tokens(case.target) < LOWEST / r.mask.shape[1]).any()):
+        return replace(end, faint=True)
+    at, first = direction(flow, case.target), direction(flow, case.start)
+    unit = max(float(first.value.abs().max()), float(at.value.abs().max()) * SAME)
+    value = at.value[~torch.isneginf(r.start)]
+    if float(value.abs().max()) > SAME * unit:
+        return end
+    nothing = torch.zeros_like(end.dead)
+    return replace(end, theta=case.target, log_law=law, dead=nothing)

@@ -52,6 +52,10 @@ REST = 1e-12
 """of the size of D at the start, what rounding leaves of it"""
 PLAIN = 1e-3
 """the same, where the flow is near its rest"""
+STALLED = 1e-8
+"""the same, where rounding leaves more: rewards that are small beside log-probabilities, in"""
+LONG = 200
+"""steps"""
 ROUGH_REST = 1e-5
 """in a loss that leaves float64"""
 
@@ -83,6 +87,7 @@ class Limit:
         dead: actions that states which are visited have lost.
         accuracy: in total variation; inf where it did not settle.
         kink: whether it slides along one.
+        faint: whether what is dead may be alive, and too rare for float64.
     """
 
     theta: Float[Tensor, "S A"]
@@ -90,6 +95,7 @@ class Limit:
     dead: Bool[Tensor, "S A"]
     accuracy: float
     kink: bool = False
+    faint: bool = False
 
     @property
     def settled(self) -> bool:
@@ -197,7 +203,7 @@ def limit_from(flow: Field, theta: Float[Tensor, "S A"], rough: bool = False) ->
     if near is not None:
         now = direction(flow, near)
         if now.size <= 1e3 * rest * max(unit, 1.0):
-            return _finished(flow, near, now, now.size)
+            return _finished(flow, near, now, now.size, unit)
     return _to_rest(flow, theta, unit, rest)
 
 
@@ -213,12 +219,12 @@ def _to_rest(flow: Field, theta: Tensor, unit: float, rest: float) -> Limit:
     h = 0.1 / max(now.size, 1e-300)
     for i in range(STEPS):
         size = now.size
-        if size <= rest * unit:
-            return _finished(flow, theta, now, size)
+        if size <= rest * unit or (i >= LONG and size <= STALLED * unit):
+            return _finished(flow, theta, now, size, unit)
         if i % HELPED == HELPED - 1 and not bool(now.lost.any()):
             found = _accelerated(flow, theta, now, h / 2, rest * unit)
             if found is not None:
-                return _finished(flow, *found, rest * unit)
+                return _finished(flow, *found, rest * unit, unit)
         counts = now.alive & ~(now.value < -1e3 * unit)
         h = min(h, 1.0 / max(float(now.value[counts].abs().max()), 1e-300)) if counts.any() else h
         for _ in range(40):
@@ -229,13 +235,15 @@ def _to_rest(flow: Field, theta: Tensor, unit: float, rest: float) -> Limit:
                 break
             h *= max(0.2, 0.8 * (allowed / error) ** 0.5) if math.isfinite(error) else 0.2
         else:
+            if size <= STALLED * unit:
+                return _finished(flow, theta, now, size, unit)
             return _slide(flow, theta, unit)
-        if h * size < 1e-9 and size > 1e-6 * unit:
+        if h * size < 1e-9 * min(unit, 1.0) and size > 1e-6 * unit:
             return _slide(flow, theta, unit)
         theta, now = new, seen[-1]  # the last that was looked at is the end of the step
         h *= min(3.0, 0.8 * (allowed / max(error, 1e-300)) ** 0.5)
     if now.size <= 1e-6 * unit:
-        return _finished(flow, theta, now, now.size)
+        return _finished(flow, theta, now, now.size, unit)
     log_law = flow.responses.log_law(normalised(theta, flow.responses.start))
     return Limit(theta, log_law, now.lost, math.inf)
 
@@ -294,7 +302,9 @@ def _slide(flow: Field, theta: Tensor, unit: float) -> Limit:
     return Limit(end.theta, end.log_law, end.dead, float(tv(before, after)), kink=True)
 
 
-def _finished(flow: Field, theta: Tensor, now: Direction, size: float) -> Limit:
+def _finished(flow: Field, theta: Tensor, now: Direction, size: float, unit: float = 1.0) -> Limit:
+    """At rest; its accuracy in nats, where D was of the size of a large unit at the start."""
     r = flow.responses
+    size /= max(unit, 1.0)
     theta = theta.masked_fill(torch.isneginf(r.start) | now.lost, -torch.inf)
     return Limit(theta, r.log_law(normalised(theta, r.start)), now.lost, size)

@@ -234,7 +234,10 @@ def _group_gradients(
     if flow.advantages.combine == "leave-one-out":
         gain = gain * size / (size - 1)
     elif flow.advantages.combine == "std":
-        gain = gain / (f.std(1, keepdim=True) + flow.advantages.epsilon).clamp(min=1e-12)
+        spread = f.std(1, keepdim=True)
+        # Of returns that are all alike rounding leaves a little, and a little over as little.
+        alike = spread <= 1e-12 * f.abs().amax(1, keepdim=True)
+        gain = (gain / (spread + flow.advantages.epsilon)).masked_fill(alike, 0.0)
     values = _row_gradients(flow, theta, rows, gain.flatten()) / size
     mask, states, tokens = r.mask[rows], r.states[rows], r.tokens[rows]
     where = torch.arange(count).repeat_interleave(size)[:, None].expand(mask.shape)

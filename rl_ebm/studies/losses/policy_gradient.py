@@ -109,13 +109,11 @@ class PolicyGradient:
         """Expected gradient by theta, and the mass of each action under who draws."""
         r = self.responses
         held = self.who_draws(theta)
-        moved, first = theta, torch.zeros_like(theta)
+        # The steps are added up: the way from theta would lose what is small beside its logits.
+        moved, total = theta, torch.zeros_like(theta)
         for _ in range(self.inner):
             c, log_mu = self.weights(moved, held)
             first = r.gradient(log_mu.exp()[:, None] * c, normalised(moved, r.start))
+            total = total + first
             moved = moved - self.rate * first
-        if self.inner > 1:
-            first = (theta - moved).masked_fill(torch.isneginf(theta), 0.0) / (
-                self.inner * self.rate
-            )
-        return first, r.mass(log_mu)
+        return total / self.inner, r.mass(log_mu)

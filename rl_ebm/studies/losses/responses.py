@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from rl_ebm.fixed_points import Problem
@@ -47,7 +47,7 @@ class Responses:
         """The entry of each token, 0 past the end."""
         return table[self.states, self.tokens].masked_fill(~self.mask, 0.0)
 
-    def rows(self, table: Float[Tensor, "S A"]) -> Float[Tensor, "N T A"]:
+    def rows(self, table: Shaped[Tensor, "S A"]) -> Shaped[Tensor, "N T A"]:
         """The row of the state before each token."""
         return table[self.states]
 

@@ -26,6 +26,8 @@ Combination = Literal["rows", "tokens", "both"]
 CLOSE = 1e-7
 """relative difference that rounding may make; more where the loss is in float32"""
 ROUGH = 1e-3
+NEAR = 3e-2
+"""the same, in a loss that leaves float32"""
 
 Of = Callable[..., list[Tensor]]
 """row numbers to the gradient by each row of that batch"""
@@ -133,6 +135,12 @@ def _is_total(of: Of, alone: list[Tensor], size: float) -> bool:
         return True
     if all(abs(r * count - 1) < ROUGH for count in found for r in found[count]):
         return False
+    near = [abs(r - 1) < NEAR or abs(r * count - 1) < NEAR for count in found for r in found[count]]
+    if all(near):
+        raise LossError(
+            "the loss computes in less than float32: its gradient by a response is rounded to "
+            "about 1 in 100, so keep log-probabilities in the float64 that it is given"
+        )
     shown = ", ".join(f"{r:.3g}" for r in found[2][:3])
     raise LossError(
         "the loss couples the rows of a batch: beside a copy of itself the gradient by a response "
