@@ -34,8 +34,8 @@ def test_every_example_runs(example, capsys, monkeypatch):
         AGENTS.update(before)
 
 
-def test_a_reward_and_an_agent_take_at_most_twenty_lines():
-    assert len(EXAMPLES) == 4
+def test_a_reward_a_loss_and_an_agent_take_at_most_twenty_lines():
+    assert len(EXAMPLES) == 5
     for example in EXAMPLES:
         assert len([line for line in example.splitlines() if line.strip()]) <= 20
 

@@ -87,7 +87,7 @@ def test_a_device_takes_no_memory(run, tmp_path):
         shutil.copytree(run, other)
         (other / name).unlink()
         (other / name).symlink_to("/dev/zero")
-        result = damage.run_limited(["verify", str(other)], tmp_path / "log", memory=2**28)
+        result = damage.run_limited(["verify", str(other)], tmp_path / "log", memory=2**30)
         assert result.code == 2
         assert "link" in result.err
     with pytest.raises(RunError, match="is a device"):

@@ -298,5 +298,7 @@ def to_text(found: LossAudit) -> str:
     for where, known in found.variance.items():
         lines.append(f"  variance of one response's gradient at the {where}: {known['one']:.4g}")
     changed = [*((f"groups of {k}", v) for k, v in found.groups.items()), *found.sampler.items()]
-    lines += [f"  {what}: TV {number(x['tv'])}" for what, x in changed]
+    for what, x in changed:
+        off = "" if x["tv"] is None or x["accuracy"] <= EXACT else f" ± {x['accuracy']:.1g}"
+        lines.append(f"  {what}: TV {number(x['tv'])}{off}")
     return "\n".join(lines)

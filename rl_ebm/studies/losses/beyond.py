@@ -31,8 +31,10 @@ BEHIND = (4, 16)
 """updates by which the sampler is late"""
 UPDATES = 200
 """of a sampler that is late, or rounded"""
-APART = 1e-6
-"""total variation from which on two limits are two"""
+APART = 1e-4
+"""total variation from which on two limits are two, and"""
+KNOWN = 1e-8
+"""their accuracy"""
 NOTHING = 1e-8
 """of the size of a gradient, what is none"""
 MANY = 20_000
@@ -50,7 +52,7 @@ def other_roots(case: Case, limit: Limit) -> list[Float[Tensor, "N"]]:
     for start in starts:
         end = ended(case, start)
         known = [limit.log_law, *found]
-        inside = end.settled and not end.kink and not bool(end.dead.any())
+        inside = end.accuracy <= KNOWN and not end.kink and not bool(end.dead.any())
         if inside and all(float(tv(end.log_law, x)) > APART for x in known):
             found.append(end.log_law)
     return found
