@@ -64,7 +64,7 @@ NEAR = 0.02
 """total variation between a state's flow and the limit that it may have"""
 LONGER = 3.0
 """time after which that limit must still be the same, in units of when it was first seen"""
-DRIVEN, TOP = (4000, 8_000_000), (1000, 3_000_000)
+DRIVEN, TOP = (4000, 8_000_000), (400, 3_000_000)
 """steps, and entries of logits over all steps, after which either flow is given up"""
 CHECKED = 5
 """steps between two looks at who stays"""
