@@ -78,7 +78,7 @@ def test_with_more_prompts_than_responses_in_a_batch_every_agent_learns(name, op
     policy = Transformer(ebm.space, network, ebm.prompts, entry.agent.logits_are_values)
     before = float(kl(limit, laws(policy, ebm)).mean())
     agent = entry.agent(ebm, policy, config, seeded(4), solution)
-    steps = 40
+    steps = 160 if name == "dpo" else 40  # the label of a pair says less than two rewards
     for k in range(steps):
         batch = agent.sample()
         assert batch is None or len(batch) <= 16
