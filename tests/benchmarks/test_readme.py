@@ -14,7 +14,7 @@ from rl_ebm.cli import commands as cli
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-# These measure nothing: test_the_results_stand_in_the_readme, tests/benchmarks/test_frameworks_page.
+# These measure nothing; test_the_results_stand_in_the_readme and test_frameworks_page try them.
 OTHERS = {"benchmarks.readme", "benchmarks.frameworks"}
 SCRIPTS = sorted(set(re.findall(r"python -m (benchmarks\.\w+)", README)) - OTHERS)
 COMMANDS = [line.split("#")[0] for line in re.findall(r"^    (rl-ebm .*)$", README, flags=re.M)]
