@@ -178,6 +178,7 @@ def test_the_command_prints_a_table_or_json(capsys):
     assert "degenerate" in text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SIX6.exists(), reason="needs the table six6_ref_r1.tsv of shared/data")
 def test_a_table_of_65536_sequences_is_audited(capsys):
     args = ["--normalise", "minmax", "--beta", "0.1", "--reference", "uniform", "--json"]

@@ -32,6 +32,8 @@ Kind = Literal["policy-gradient", "distillation", "preference"]
 SAMPLERS = ("policy", "student", "reference", "teacher")
 SAME = 1e-8
 """total variation, and share of the first D, up to which the EBM is what was found"""
+MOST_STEPS = 100
+"""on one batch"""
 SLOW = 0.1
 """most that a logit moves in an update whose length is not given"""
 
@@ -75,7 +77,7 @@ def asked(
     elif isinstance(sampler, str) and sampler not in SAMPLERS:
         known = ", ".join(repr(s) for s in SAMPLERS)
         raise ValueError(f"sampler must be one of {known}, or a policy, got {sampler!r}")
-    steps = whole("inner_steps", inner_steps, 1)
+    steps = whole("inner_steps", inner_steps, 1, MOST_STEPS)
     rate = None if lr is None else finite("lr", lr, 0.0, above=True)
     return Asked(loss, kind, advantages_of(advantages), sampler, start, steps, rate)
 
