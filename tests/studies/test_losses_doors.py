@@ -136,6 +136,7 @@ def test_a_penalty_in_the_reward_ends_at_the_ebm_however_it_is_centred(after):
     assert found.tv < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scale", "beta"), [(1e-6, 0.7), (1e4, 1e4), (1e3, 1e3), (1e-6, 1e-6), (1.0, 0.03)]
 )

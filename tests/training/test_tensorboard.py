@@ -137,6 +137,7 @@ def test_after_a_kill_nothing_is_shown_twice(number, tmp_path):
 def test_an_extended_run_shows_nothing_twice(tmp_path):
     run = tmp_path / "run"
     assert main([*train_args(**LOOK_OFTEN), "--out", str(run)]) == 0
+    time.sleep(1.1)  # TensorBoard reads files in the order of their seconds
     assert main(["train", "--resume", str(run), "--steps", "9"]) == 0
     steps = [e.step for e in read_events(run).Scalars("exact/kl_target_policy")]
     assert all(x < y for x, y in pairwise(steps)), steps
