@@ -119,7 +119,7 @@ def discounted(space, log_pi, teacher):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(4, 2, None), (3, 3, 0)], ids=["fixed", "eos"])
+@pytest.mark.parametrize("shape", [(3, 3, 0)], ids=["eos"])
 @pytest.mark.parametrize("seed", [0])
 @in_every_way
 def test_a_flow_by_small_steps_ends_at_what_is_predicted(options, shape, seed):
