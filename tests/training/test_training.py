@@ -96,14 +96,14 @@ def test_tokens_of_eos_mode_are_the_real_ones(tmp_path):
 def test_nothing_is_written_without_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _, report = short()
-    assert report is not None
+    assert report.mode == "exact-tree"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_no_steps_leave_the_start(tmp_path):
     got, report = short(steps=0, out=tmp_path / "r", seed=2)
     assert load_state(tmp_path / "r")["step"] == 0
-    assert report is not None
+    assert report.mode == "exact-tree"
     with torch.random.fork_rng():
         torch.manual_seed(2)
         assert differences(weights(Transformer(SPACE, NETWORK)), got) == []
@@ -121,7 +121,7 @@ def test_kinds_of_policies():
 
 def test_seconds_limit_a_run(tmp_path):
     _, report = short(steps=None, seconds=0.2, out=tmp_path / "r")
-    assert report is not None
+    assert report.mode == "exact-tree"
     seconds = load_state(tmp_path / "r")["seconds"]
     assert 0.2 <= seconds < 5
     short(steps=3, seconds=1e6, out=tmp_path / "s")  # whichever comes first
@@ -231,7 +231,7 @@ def test_a_function_that_is_too_large_to_solve_trains_without_exact_metrics(tmp_
     header = (tmp_path / "r" / "metrics.csv").read_text().splitlines()[0]
     assert "losses/loss" in header
     assert "exact/" not in header
-    assert solution_for_training(table(), needed=False) is not None
+    assert solution_for_training(table(), needed=False).mode == "exact-tree"
 
 
 @pytest.mark.parametrize("where", ["files", "nowhere"])

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rl_ebm.divergences import tv
+from rl_ebm.statistics.expectations import certain
 from rl_ebm.statistics.interval import Interval, average
 from rl_ebm.studies.losses.cases import SLOW, Case, ended
 from rl_ebm.studies.losses.kinds import AnyFlow
@@ -117,9 +118,7 @@ def _mean(values: Sequence[float | Interval]) -> float | dict[str, Any]:
     exact = [x for x in values if not isinstance(x, Interval)]
     if len(exact) == len(values):
         return fmean(exact)
-    drawn = [
-        x if isinstance(x, Interval) else Interval(x, x, x, 0.95, "asymptotic") for x in values
-    ]
+    drawn = [x if isinstance(x, Interval) else certain(x, 0.95) for x in values]
     return (average(drawn) if len(drawn) > 1 else drawn[0]).to_dict()
 
 
@@ -200,14 +199,11 @@ def clipped(cases: Sequence[Case], at: Callable[[Case], Tensor], late: int = 0) 
     """
     shares = []
     for case in cases:
-        flow, r = case.flow, case.responses
-        assert isinstance(flow, PolicyGradient)
+        assert isinstance(case.flow, PolicyGradient)
+        flow, r = replace(case.flow, rate=case.rate), case.responses
         theta = at(case).masked_fill(torch.isneginf(r.start), 0.0)
         held = flow.who_draws(theta)
-        for _ in range(late):
-            c, log_mu = flow.weights(theta, held)
-            step = r.gradient(log_mu.exp()[:, None] * c, normalised(theta, r.start))
-            theta = theta - case.rate * step
+        theta = theta - case.rate * flow.steps(theta, held, late)
         c, log_mu = flow.weights(theta, held)
         log_pi = r.at_tokens(normalised(theta, r.start))
         gain = flow.inputs(log_pi, r.at_tokens(held), log_mu)[3]

@@ -24,7 +24,7 @@ from rl_ebm.studies.losses.kinds import (
     preference_flow,
 )
 from rl_ebm.studies.losses.limit import Limit, direction, limit_from
-from rl_ebm.studies.losses.policy_gradient import LOWEST
+from rl_ebm.studies.losses.policy_gradient import LOWEST, PolicyGradient
 from rl_ebm.studies.losses.responses import Responses, normalised, responses_of
 from rl_ebm.studies.problems import problems
 
@@ -123,22 +123,16 @@ def cases_of(what: Asked, solution: Solution) -> list[Case]:
         first = flow.field(start.masked_fill(torch.isneginf(start), 0.0))[0]
         rate = what.lr or SLOW / max(float(first.abs().max()), 1e-300)
         if what.inner_steps > 1:
-            flow = policy_gradient_flow(
-                what.loss,
-                r,
-                what.advantages,
-                **_who(what, r, teacher, prompt, solution.ebm.num_prompts),
-                inner=what.inner_steps,
-                rate=rate,
-            )
+            assert isinstance(flow, PolicyGradient)  # of which alone asked() takes more than one
+            flow = replace(flow, inner=what.inner_steps, rate=rate)
         found.append(Case(r, flow, teacher, start, rate))
     return found
 
 
 def _flow(what: Asked, r: Responses, teacher: Tensor, prompt: int, prompts: int) -> AnyFlow:
     if what.kind == "policy-gradient":
-        who = _who(what, r, teacher, prompt, prompts)
-        return policy_gradient_flow(what.loss, r, what.advantages, **who)
+        drawn = _drawn(what.sampler, r, teacher, prompt, prompts)
+        return policy_gradient_flow(what.loss, r, what.advantages, drawn=drawn)
     if what.kind == "preference":
         sampler = "reference" if what.sampler is None else what.sampler
         return preference_flow(what.loss, r, drawn=_drawn(sampler, r, teacher, prompt, prompts))
@@ -149,10 +143,6 @@ def _flow(what: Asked, r: Responses, teacher: Tensor, prompt: int, prompts: int)
         return distillation_flow(what.loss, r, teacher, shares[what.sampler])
     drawn = _drawn(what.sampler, r, teacher, prompt, prompts)
     return distillation_flow(what.loss, r, teacher, drawn=drawn)
-
-
-def _who(what: Asked, r: Responses, teacher: Tensor, prompt: int, prompts: int) -> dict[str, Any]:
-    return {"drawn": _drawn(what.sampler, r, teacher, prompt, prompts)}
 
 
 def _drawn(

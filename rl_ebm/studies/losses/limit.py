@@ -292,7 +292,7 @@ def _slide(flow: Field, theta: Tensor, unit: float) -> Limit:
         for i in range(300):
             now = direction(flow, theta)
             h = size / max(now.size, 1e-300)
-            theta = theta + (h * now.value).clamp(-2.0, 2.0)
+            theta = theta + (h * now.value).clamp(-FAR, FAR)
             if i >= 150:
                 total, count = total + theta, count + 1
         theta = total / count

@@ -107,13 +107,18 @@ class PolicyGradient:
 
     def field(self, theta: Float[Tensor, "S A"]) -> tuple[Tensor, Tensor]:
         """Expected gradient by theta, and the mass of each action under who draws."""
-        r = self.responses
-        held = self.who_draws(theta)
-        # The steps are added up: the way from theta would lose what is small beside its logits.
-        moved, total = theta, torch.zeros_like(theta)
-        for _ in range(self.inner):
+        r, held = self.responses, self.who_draws(theta)
+        return self.steps(theta, held, self.inner) / self.inner, r.mass(r.log_law(held))
+
+    def steps(self, theta: Tensor, held: Tensor, count: int) -> Float[Tensor, "S A"]:
+        """Sum of the gradients of some steps on one batch, whose draws are of ``held``.
+
+        They are added up: the way from theta would lose what is small beside its logits.
+        """
+        r, moved, total = self.responses, theta, torch.zeros_like(theta)
+        for _ in range(count):
             c, log_mu = self.weights(moved, held)
             first = r.gradient(log_mu.exp()[:, None] * c, normalised(moved, r.start))
             total = total + first
             moved = moved - self.rate * first
-        return total / self.inner, r.mass(log_mu)
+        return total
