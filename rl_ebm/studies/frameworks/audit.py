@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from rl_ebm.exact import Solution
-from rl_ebm.messages.words import nearest
 from rl_ebm.studies import audit as ours
 from rl_ebm.studies.frameworks import (
     openrlhf_models,
@@ -57,7 +56,7 @@ def audit_framework(
         ValueError: another name; a framework that is not installed, too old, or changed inside.
     """
     if name not in FRAMEWORKS:
-        raise ValueError(f"there is no framework {name!r}{nearest(name, FRAMEWORKS)}")
+        raise ValueError(_unknown(name, FRAMEWORKS))
     version = version_of(name)
     case = case_of(solution)
     with quiet():
@@ -74,7 +73,7 @@ def audit_named(name: str, solution: Solution) -> tuple[list[dict[str, Any]], li
     """
     if name != "all":
         if name not in FRAMEWORKS:
-            raise ValueError(f"there is no framework {name!r}{nearest(name, [*FRAMEWORKS, 'all'])}")
+            raise ValueError(_unknown(name, [*FRAMEWORKS, "all"]))
         return audit_framework(name, solution), []
     lines, missing = [], []
     for framework in FRAMEWORKS:
@@ -85,6 +84,10 @@ def audit_named(name: str, solution: Solution) -> tuple[list[dict[str, Any]], li
     if not lines:
         raise FrameworkError("; ".join(missing))
     return lines, missing
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    return f"framework must be one of {', '.join(known)}, got {name!r}"
 
 
 def case_of(solution: Solution) -> Case:
