@@ -89,6 +89,7 @@ def test_on_its_own_draws_the_ratio_makes_k3_and_k1_what_k2_is(kind, level):
         assert float((plain - want).abs().max()) > 1e-2
 
 
+@pytest.mark.slow
 @levels
 @pytest.mark.parametrize("group_std", [False, True])
 @pytest.mark.parametrize("mean_tokens", [False, True])

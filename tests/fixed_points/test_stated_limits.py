@@ -84,6 +84,7 @@ def test_an_agent_without_a_stated_limit_is_not_known_anywhere(tmp_path, by_hand
     assert targets(plan, Problem("lookahead")) == {"plain": None, "policy-gradient": True}
 
 
+@pytest.mark.slow
 def test_what_is_stated_is_called_so_and_what_is_computed_says_how():
     keep(*AGENTS)
     how = {

@@ -287,6 +287,7 @@ def test_a_kind_of_reward_is_registered_once():
         rewards.register("mine", None)
 
 
+@pytest.mark.slow
 def test_a_kind_of_theirs_is_made_again_by_the_command_line(site, tmp_path):
     source = """
 import rl_ebm, their_package

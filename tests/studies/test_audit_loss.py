@@ -202,6 +202,7 @@ def ipo_by_normal_equations(problem, tau: float) -> torch.Tensor:
     return torch.log_softmax(problem.log_ref_responses + wanted @ mu, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["eos", "forbids"])
 def test_preferences_end_where_their_normal_equations_say(kind):
     solution = rl_ebm.solve(make(kind))
@@ -276,6 +277,7 @@ def test_prompts_are_averaged():
     assert whole.log_laws.shape == (2, 9)
 
 
+@pytest.mark.slow
 def test_the_answer_has_the_keys_of_audit_and_is_json():
     solution = rl_ebm.solve(make("tiny"))
     loss, _ = users("k3", "loss", "token", False)

@@ -32,6 +32,7 @@ def run_of(tmp_path, agent, steps=300, network="tabular", seed=1, beta=1.0, spac
     return tmp_path / "run", ebm
 
 
+@pytest.mark.slow
 def test_a_wrong_objective_is_told_from_a_run_that_is_not_over(tmp_path):
     run, ebm = run_of(tmp_path / "wrong", "policy-gradient", kl_estimator="k3", kl_in="loss")
     found = diagnose(run, seconds=0.5)
@@ -140,6 +141,7 @@ def test_the_policy_of_a_law_has_that_law():
         )
 
 
+@pytest.mark.slow
 def test_a_network_is_fitted_to_the_fixed_point(tmp_path):
     network = TransformerConfig(layers=1, heads=1, dim=16, hidden=16)
     run, _ = run_of(tmp_path, "policy-gradient", steps=5, network=network)

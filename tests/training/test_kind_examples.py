@@ -81,6 +81,7 @@ def test_what_is_loaded_is_what_was_trained_on(role, name, prompts, tmp_path):
     assert torch.equal(other.log_weight(*of_batch), ebm.log_weight(*of_batch))
 
 
+@pytest.mark.slow
 @every_kind
 def test_a_run_that_was_cut_short_goes_on_as_if_it_had_not_been(role, name, tmp_path, monkeypatch):
     run_of(tmp_path / "whole", role, name)

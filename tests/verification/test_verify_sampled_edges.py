@@ -76,6 +76,7 @@ def test_a_state_at_which_everything_is_forbidden(depth):
     assert math.isfinite(report.kl_policy_target.estimate)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompts", [None, PROMPTS])
 def test_no_more_responses_at_a_time_than_fit(prompts):
     policy = Plain(table())
