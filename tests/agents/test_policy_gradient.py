@@ -205,6 +205,7 @@ def test_it_asks_for_rewards():
         agent.update(Batch(batch.tokens, batch.lengths, batch.prompt_ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "network"),
     [(KINDS[1], False), (KINDS[2], False), pytest.param(KINDS[3], True, marks=pytest.mark.slow)],

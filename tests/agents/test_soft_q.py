@@ -323,6 +323,7 @@ def test_what_stands_for_minus_infinity_is_finite(value):
 REPLAY = {"explore": 0, "replay_size": 999, "replay_batch": 128}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "network", "options"),
     [

@@ -27,6 +27,7 @@ def test_a_seed_makes_one_input_and_seeds_differ(kind):
     assert len(set(map(str, cases))) > 30
 
 
+@pytest.mark.slow
 def test_some_of_every_kind():
     """The first of each, in one process."""
     found = run((kind, seed) for kind in KINDS for seed in range(5))

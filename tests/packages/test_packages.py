@@ -201,6 +201,7 @@ def test_without_their_package_a_run_says_what_is_missing(trained, tmp_path):
     assert agent.startswith("rl-ebm: the run's agent 'theirs' is unknown")
 
 
+@pytest.mark.slow
 def test_they_are_listed_and_what_is_broken_is_one_sentence(site, tmp_path):
     done = commands(site, tmp_path, "agents", "audit --task theirs --reference uniform --json")
     assert done.returncode == 0, done.stderr

@@ -124,6 +124,7 @@ def test_k1_in_the_reward_ends_at_the_ebm(kind, advantages, mean_tokens):
     assert found.gradient_at_target == {"norm": 0.0, "signal_to_noise": 0.0, "favours": []}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_other_penalties_in_the_reward_leave_the_inside(estimator, level):
@@ -263,6 +264,7 @@ def test_it_agrees_with_brute_force_over_all_responses_by_autograd():
     assert tv(found.log_laws[0], law) < 1e-8
 
 
+@pytest.mark.slow
 def test_prompts_are_averaged():
     space = rl_ebm.TokenSpace(3, 2)
     reward = torch.randn(2, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -299,6 +301,7 @@ def test_the_answer_has_the_keys_of_audit_and_is_json():
     assert told["sampler"]["bfloat16, corrected"]["tv"] == pytest.approx(found.tv, abs=5e-3)
 
 
+@pytest.mark.slow
 def test_inner_steps_leave_a_rest_where_it_is():
     """Where the first step of a batch is at rest, so are the others."""
     solution = rl_ebm.solve(make("plain"))

@@ -53,6 +53,7 @@ def test_the_same_seed_gives_the_same_run(agent):
     assert differences(first, short(agent, seed=4)[0])
 
 
+@pytest.mark.slow
 @every_agent
 def test_looking_does_not_change_the_run(agent, tmp_path):
     """Evaluating, logging and checkpointing draw from no generator of the training."""

@@ -180,6 +180,7 @@ def test_a_walk_meets_every_prefix_once_after_its_parents_block(shape, memory, p
         assert len(seen) == len(set(seen)) == space.num_states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eos_id", [None, 2])
 @pytest.mark.parametrize("make", [tabular, Uniform])
 def test_no_evaluation_is_larger_than_the_memory_given(monkeypatch, make, eos_id):
