@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import rl_ebm
-from benchmarks.hparams import Options as HparamsOptions
-from benchmarks.hparams import main, picture, read
+from benchmarks.readme.hparams import Options as HparamsOptions
+from benchmarks.readme.hparams import main, picture, read
 from rl_ebm.envs import make_task
 
 

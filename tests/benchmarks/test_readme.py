@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 # These measure nothing; test_the_results_stand_in_the_readme and test_frameworks_page try them.
 OTHERS = {"benchmarks.readme", "benchmarks.frameworks"}
-SCRIPTS = sorted(set(re.findall(r"python -m (benchmarks\.\w+)", README)) - OTHERS)
+SCRIPTS = sorted(set(re.findall(r"python -m (benchmarks\.[\w.]*\w)", README)) - OTHERS)
 COMMANDS = [line.split("#")[0] for line in re.findall(r"^    (rl-ebm .*)$", README, flags=re.M)]
 
 
@@ -56,14 +56,14 @@ def test_every_command_runs_in_the_order_in_which_it_stands(tmp_path, monkeypatc
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_benchmark_runs(script, tmp_path):
     quick = {
-        "benchmarks.curves": ["--quick", "--seeds", "2"],
-        "benchmarks.large": ["--quick", "--threads", "1"],
-        "benchmarks.objectives": ["--quick"],
-        "benchmarks.returns": ["--quick", "--seeds", "2"],
-        "benchmarks.scale": ["--quick", "--threads", "1"],
+        "benchmarks.readme.curves": ["--quick", "--seeds", "2"],
+        "benchmarks.readme.large": ["--quick", "--threads", "1"],
+        "benchmarks.readme.objectives": ["--quick"],
+        "benchmarks.readme.returns": ["--quick", "--seeds", "2"],
+        "benchmarks.readme.scale": ["--quick", "--threads", "1"],
         "benchmarks.steer": ["--quick", "--seeds", "2"],
         "benchmarks.speed": ["--quick", "--no-compile", "--repeat", "1"],
-        "benchmarks.tables": [str(tmp_path / "table.tsv"), "--seconds", "1", "--dry"],
+        "benchmarks.readme.tables": [str(tmp_path / "table.tsv"), "--seconds", "1", "--dry"],
     }[script]
     rows = [f"{a}{b}\t{ord(a) * ord(b) % 7}" for a, b in itertools.product("ACGT", repeat=2)]
     (tmp_path / "table.tsv").write_text("\n".join(["sequence\tscore", *rows]) + "\n")
@@ -80,7 +80,7 @@ def test_every_benchmark_runs(script, tmp_path):
 
 
 def test_the_results_stand_in_the_readme():
-    from benchmarks.readme import filled
+    from benchmarks.readme.page import filled
 
     assert filled(README) == README
     assert "<!-- end -->\n<!-- end -->" not in README

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import rl_ebm
-from benchmarks.large import FIGURES, HIGH, Options, Truth, balance, measure, target
-from benchmarks.scale import hidden_reference
+from benchmarks.readme.large import FIGURES, HIGH, Options, Truth, balance, measure, target
+from benchmarks.readme.scale import hidden_reference
 
 
 def test_truth_is_that_of_every_prefix():

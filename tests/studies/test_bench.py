@@ -15,7 +15,7 @@ import torch
 from toy_policies import seeded
 
 import rl_ebm
-from benchmarks import methods, tune
+from benchmarks.readme import methods, tune
 from rl_ebm.agents import AGENTS
 from rl_ebm.cli import commands as cli
 from rl_ebm.fixed_points import boundary
@@ -208,7 +208,7 @@ def test_a_report_has_a_line_for_each_agent(tmp_path):
 )
 def test_the_scripts_that_tune_and_compare_run(script, flags, tmp_path):
     results = sorted(path.stat().st_mtime_ns for path in ROOT.glob("benchmarks/results/*"))
-    command = [sys.executable, "-m", f"benchmarks.{script}", "--quick", *flags]
+    command = [sys.executable, "-m", f"benchmarks.readme.{script}", "--quick", *flags]
     done = subprocess.run(
         [*command, "--workers", "1", "--out", str(tmp_path)],
         cwd=ROOT,

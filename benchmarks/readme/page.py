@@ -13,8 +13,8 @@ from pathlib import Path
 
 from rl_ebm.verification.reading import markdown
 
-RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
+RESULTS = Path(__file__).parents[1] / "results"
+README = Path(__file__).parents[2] / "README.md"
 MADE = {"figures.md": markdown}
 
 
@@ -37,7 +37,3 @@ def main() -> None:
     if "--check" in sys.argv:
         sys.exit(new != text)
     README.write_text(new)
-
-
-if __name__ == "__main__":
-    main()

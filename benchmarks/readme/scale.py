@@ -1,7 +1,7 @@
 """Exact solutions beyond enumeration: time and memory against vocabulary, states and length.
 
-    python -m benchmarks.scale             # about 10 minutes on 2 cores
-    python -m benchmarks.scale --quick     # small sizes: only to see that it works
+    python -m benchmarks.readme.scale             # about 10 minutes on 2 cores
+    python -m benchmarks.readme.scale --quick     # small sizes: only to see that it works
 
 The target is a phrase that pays and one that is forbidden, over a hidden Markov reference; each
 setting in a process of its own. Times are medians, and stand beside one pass over the weights: the
@@ -32,7 +32,7 @@ from rl_ebm.policies import AutomatonPolicy
 from rl_ebm.rewards import Automaton
 from rl_ebm.training.checkpoint import write_text
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 @dataclass(frozen=True)

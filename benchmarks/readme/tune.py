@@ -1,7 +1,7 @@
 """Tune every agent on the same small grid, on other tasks and seeds than a benchmark reports.
 
-    python -m benchmarks.tune            # hours; what is finished is not run again
-    python -m benchmarks.tune --quick    # a few steps each: only to see that it works
+    python -m benchmarks.readme.tune            # hours; what is finished is not run again
+    python -m benchmarks.readme.tune --quick    # a few steps each: only to see that it works
 
 The tasks are `prompts` and `random` with task seed 7, the seed 100, the budget one of reward
 calls. Of each agent the point with the smallest geometric mean of KL(policy, target) wins.
@@ -27,7 +27,7 @@ from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.studies.bench import Plan, Problem, Rows, last_of, run
 from rl_ebm.training.checkpoint import write_text
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 RATES = (3e-3, 1e-2, 3e-2)
 BATCHES = (256, 1024)
 PROBLEMS = (Problem("prompts", task_seed=7), Problem("random", task_seed=7))

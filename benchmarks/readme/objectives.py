@@ -1,7 +1,7 @@
 """What each objective ends at, exactly, and what finite groups and finitely many samples add.
 
-    python -m benchmarks.objectives            # about a minute
-    python -m benchmarks.objectives --quick    # a smaller EBM: only to see that it works
+    python -m benchmarks.readme.objectives            # about a minute
+    python -m benchmarks.readme.objectives --quick    # a smaller EBM: only to see that it works
 
 The audit of the task ``random`` (A = 8, T = 4; uniform reference, beta = 1), and of EBMs of eight
 responses where every group can be summed over. Nothing is trained and nothing is drawn.
@@ -29,7 +29,7 @@ from rl_ebm.studies.problems import problems
 from rl_ebm.studies.seeds import geometric_interval
 from rl_ebm.training.checkpoint import write_text
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 GROUPS = (2, 4, 8, 16)
 SAMPLES = (16, 64, 256, 1024, 4096)
 SEEDS = range(3)

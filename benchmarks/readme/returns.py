@@ -1,7 +1,7 @@
 """Which return should soft Q-learning regress on? The default is chosen by this measurement.
 
-    python -m benchmarks.returns            # 18 runs of 30 s, two at a time: about 5 minutes
-    python -m benchmarks.returns --quick    # a second each: only to see that it works
+    python -m benchmarks.readme.returns            # 18 runs of 30 s, two at a time: about 5 minutes
+    python -m benchmarks.readme.returns --quick    # a second each: only to see that it works
 
 Task ``random``, all else at its default. Writes ``benchmarks/results/returns.csv`` and ``.md``.
 """
@@ -17,7 +17,7 @@ from benchmarks.support.machine import describe
 from benchmarks.support.runs import Run, end_cells, measure_all, write_csv
 from rl_ebm.agents import SoftQConfig
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 RETURNS = {
     "`lam=1` (default): whole paths": SoftQConfig(),
     "`lam=0.9`": SoftQConfig(lam=0.9),

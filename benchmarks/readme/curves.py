@@ -1,7 +1,7 @@
 """Exact KL against seconds, for every agent on the task ``random`` (A = 8, T = 4), 3 seeds.
 
-    python -m benchmarks.curves            # all runs, two at a time: about 7 minutes on 2 cores
-    python -m benchmarks.curves --quick    # a second each: only to see that it works
+    python -m benchmarks.readme.curves            # two runs at a time: 7 minutes on 2 cores
+    python -m benchmarks.readme.curves --quick    # a second each: only to see that it works
 
 Writes ``benchmarks/results/curves.csv``, ``curves.md`` (the README's table) and ``curves.png``.
 """
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from benchmarks.support.machine import describe
 from benchmarks.support.runs import Rows, Run, end_cells, lines_of, measure_all, write_csv
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 BUDGET = {"exact": 30.0, "teacher-forcing": 60.0, "soft-q": 60.0, "policy-gradient": 120.0}
 
 

@@ -1,7 +1,7 @@
 """A policy at the size of a language model, verified along samples, beside what is exactly true.
 
-    python -m benchmarks.large             # about 20 minutes
-    python -m benchmarks.large --quick     # small sizes: only to see that it works
+    python -m benchmarks.readme.large             # about 20 minutes
+    python -m benchmarks.readme.large --quick     # small sizes: only to see that it works
 
 The target pays for a phrase, over a hidden Markov reference with 448 states in the product; the
 policy is the EBM of another pay. Given that the phrase occurs, or that it does not, both have the
@@ -22,14 +22,14 @@ import torch
 import tyro
 
 import rl_ebm
-from benchmarks.scale import hidden_reference
+from benchmarks.readme.scale import hidden_reference
 from benchmarks.support.machine import describe
 from rl_ebm.policies import AutomatonPolicy
 from rl_ebm.rewards import Automaton
 from rl_ebm.training.checkpoint import write_text
 from rl_ebm.verification.sampled_report import SampledReport
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 PHRASE, FORBIDDEN = [5, 17, 17, 9], [7, 8]
 FIGURES = ("kl_target_policy", "kl_policy_target", "tv", "js")
 HIGH = 80.0

@@ -1,10 +1,10 @@
 """Every method on every task under one budget of reward calls, each tuned on other tasks and seeds.
 
-    python -m benchmarks.methods                    # hours; what is finished is not run again
-    python -m benchmarks.methods --table FILE.tsv   # a table of yours as well, at beta 0.1
-    python -m benchmarks.methods --quick            # a few steps: only to see that it works
+    python -m benchmarks.readme.methods                    # hours; what is finished stays
+    python -m benchmarks.readme.methods --table FILE.tsv   # a table of yours as well, at beta 0.1
+    python -m benchmarks.readme.methods --quick            # a few steps: only to see that it works
 
-The options are those of ``benchmarks/results/tuned.json`` (see benchmarks/tune.py). Writes
+The options are those of ``benchmarks/results/tuned.json`` (see benchmarks/readme/tune.py). Writes
 ``benchmarks/results/methods.md``, one line a method and one column a task, ``when.md``, one line a
 task, and what ``rl-ebm bench`` writes, ``results.csv``, ``report.md`` and a picture a task, to
 ``benchmarks/results/methods/``.
@@ -29,7 +29,7 @@ from rl_ebm.studies.bench_report import targets, write_report
 from rl_ebm.studies.seeds import geometric_interval
 from rl_ebm.training.checkpoint import write_text
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 TASKS = {
     "random": "nothing generalises: each response has a reward of its own",
     "zipf": "a long tail",
@@ -145,7 +145,7 @@ def main(options: Options) -> None:
     )
     rows, failed = run(plan, options.out, options.workers)
     write_report(plan, rows, options.out, failed)
-    chosen = "its defaults" if tuned is None else "chosen by benchmarks/tune.py"
+    chosen = "its defaults" if tuned is None else "chosen by benchmarks/readme/tune.py"
     text = (
         f"{table(plan, rows)}\n\nKL(policy, target) in nats after {calls:,} responses scored, "
         f"geometric mean (95% interval) of {options.seeds} seeds; in bold the smallest of a task "

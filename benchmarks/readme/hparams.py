@@ -1,6 +1,6 @@
 """TensorBoard's hparams view of a benchmark, as a picture: every run a line through its options.
 
-    python -m benchmarks.hparams runs/methods     # any folder of runs
+    python -m benchmarks.readme.hparams runs/methods     # any folder of runs
 
 What is drawn is read from the event files, as TensorBoard reads them: the view itself is at
 ``tensorboard --logdir runs/methods``, tab HPARAMS, "parallel coordinates". Writes
@@ -39,7 +39,7 @@ class Options:
 
     folder: tyro.conf.Positional[Path]
     """where the runs are, at any depth"""
-    out: Path = Path(__file__).parent / "results" / "hparams.png"
+    out: Path = Path(__file__).parents[1] / "results" / "hparams.png"
     """the picture"""
 
 

@@ -1,6 +1,6 @@
 """The README's report, and its picture: learned against exact logits, where the policy errs.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.picture runs/demo    # of the demo's run, as it verifies
+    OMP_NUM_THREADS=1 python -m benchmarks.readme.picture runs/demo    # of the demo's run
 
 Writes ``benchmarks/results/demo.png`` and ``demo.txt``.
 """
@@ -23,7 +23,7 @@ class Options:
 
     run: tyro.conf.Positional[Path]
     """run directory"""
-    out: Path = Path(__file__).parent / "results"
+    out: Path = Path(__file__).parents[1] / "results"
     """folder of both"""
 
 

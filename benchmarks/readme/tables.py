@@ -1,6 +1,6 @@
 """One agent of each kind on a real reward table: exact KLs, TV, largest logit error by depth.
 
-    python -m benchmarks.tables six6_ref_r1.tsv --seconds 300
+    python -m benchmarks.readme.tables six6_ref_r1.tsv --seconds 300
 
 The table is one that you have (see the README for the format); it is min-max scaled, and beta
 is 0.1. Writes ``benchmarks/results/table_NAME.md`` and ``.csv``.
@@ -21,7 +21,7 @@ from benchmarks.support.machine import describe
 from benchmarks.support.runs import FOUR
 from rl_ebm.rewards import read_table
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 @dataclass(frozen=True)
