@@ -48,7 +48,8 @@ class Plan:
 @dataclass(frozen=True)
 class Ended:
     """log-laws of the runs, (runs, N), of the higher rate first: of the averaged logits, of the
-    averages of both halves, after the first updates and after the last; and averaged logits."""
+    averages of both halves, after the first updates and after the last; averaged logits, and those
+    after the first updates."""
 
     mean: Tensor
     early: Tensor
@@ -56,6 +57,7 @@ class Ended:
     before: Tensor
     last: Tensor
     logits: Tensor
+    halfway: Tensor
 
 
 class Runs:
@@ -213,11 +215,11 @@ def train(case: Drawn, plan: Plan, seed: int) -> Ended:
     rates = torch.tensor([1.0] * plan.seeds + [0.5] * plan.seeds)[:, None, None] * plan.rate
     m, v = torch.zeros_like(table), torch.zeros_like(table)
     totals = [torch.zeros_like(table), torch.zeros_like(table)]
-    before = runs.log_laws(table)
+    halfway = table.clone()
     for i in range(plan.first + plan.last):
         late = i >= plan.first
         if i == plan.first:
-            before = runs.log_laws(table)
+            halfway = table.clone()
         g = runs.gradient(plan.large if late else plan.small)
         m = 0.9 * m + 0.1 * g
         v = 0.99 * v + 0.01 * g.square() if not late else 0.999 * v + 0.001 * g.square()
@@ -227,8 +229,7 @@ def train(case: Drawn, plan: Plan, seed: int) -> Ended:
         if late:
             totals[(i - plan.first) * 2 // plan.last] += table
     means = [x / plan.last for x in (totals[0] + totals[1], 2 * totals[0], 2 * totals[1])]
-    laws = [runs.log_laws(x) for x in (*means, table)]
-    return Ended(laws[0], laws[1], laws[2], before, laws[3], means[0])
+    return Ended(*(runs.log_laws(x) for x in (*means, halfway, table)), means[0], halfway)
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,17 @@ def test_a_stand_in_that_nothing_needs_changes_nothing():
         close(point.log_law, problem.log_target, 0.0)
 
 
+@pytest.mark.parametrize("name", [n for n, e in AGENTS.items() if e.fixed_point is not None])
+@pytest.mark.parametrize("floor", [{}, {"forbidden_log_weight": -2.0}])
+def test_every_agent_states_a_limit_where_the_reference_forbids(name, floor):
+    entry, problem = AGENTS[name], problem_of(small_ebm((3, 2, None), forbid=True))
+    if floor and "forbidden_log_weight" not in entry.config.__dataclass_fields__:
+        pytest.skip("it has no option forbidden_log_weight")
+    point = entry.fixed_point(entry.config(**floor), problem)
+    if point.log_law is not None:
+        assert float(point.log_law.logsumexp(0).abs()) < 1e-9
+
+
 def test_rollouts_of_a_reference_that_forbids_say_nothing_of_what_it_forbids():
     problem = problem_of(small_ebm((3, 2, None), forbid=True))
     entry = AGENTS["monte-carlo"]

@@ -224,6 +224,41 @@ def test_preferences_end_where_their_normal_equations_say(kind):
     assert not second.is_target
 
 
+@pytest.mark.slow
+def test_what_a_saturating_loss_pushes_ever_less_dies_all_the_same():
+    """1 - sigmoid(beta u) of the chosen one plus sigmoid(beta u) of the rejected one: the expected
+    gradient by u(y) is -2 mu(y) (wins - losses) beta sigmoid'(beta u), which fades as y dies. At
+    the rest of those that win more than they lose it is some number times pi(y)."""
+    solution = rl_ebm.solve(make("tiny"))
+
+    def loss(chosen, rejected, chosen_ref, rejected_ref):
+        up, down = BETA * (chosen - chosen_ref), BETA * (rejected - rejected_ref)
+        return (1 - up.sigmoid() + down.sigmoid()).mean()
+
+    found = rl_ebm.audit_loss(loss, solution, "preference", beyond=False)
+    (problem,) = problems(solution)
+    reward, log_mu = BETA * problem.g_responses, problem.log_ref_responses
+    margin = (2 * torch.sigmoid(reward[:, None] - reward) - 1) @ log_mu.exp()
+    wins = margin > 0
+    assert 0 < int(wins.sum()) < len(wins)
+
+    def at(level: float) -> torch.Tensor:
+        """u with margin sigmoid'(beta u) = level exp(u): the right side grows, by bisection."""
+        low, high = torch.full_like(margin, -50), torch.full_like(margin, 50)
+        for _ in range(200):
+            u = (low + high) / 2
+            over = level * u.exp() > margin * (BETA * u).sigmoid() * (-BETA * u).sigmoid()
+            low, high = torch.where(over, low, u), torch.where(over, u, high)
+        return (log_mu + u).exp() * wins
+
+    low, high = 1e-6, 1e6
+    for _ in range(200):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if at(middle).sum() > 1 else (low, middle)
+    assert found.degenerate and found.survivors["responses"] == int(wins.sum())
+    assert float((found.log_laws[0].exp() - at(low)).abs().sum()) < 1e-6
+
+
 def test_it_agrees_with_brute_force_over_all_responses_by_autograd():
     """A loss that no closed form has, against plain descent of its own expected value."""
     ebm = make("eos", seed=3)

@@ -10,8 +10,11 @@ action is drawn,
 
 which is at rest where F is, turns no logit's sign, and gets there exponentially: a rest is reached
 to the last digits, and an action that dies does so in a few steps. An action is dead where it has
-become rarer than exp(-40) of its state and D goes on to push it down. Where neither has a step
-short enough, the flow slides along a kink of the loss: small steps of one length do so as well.
+become rarer than exp(-40) of its state and D goes on to push it down. Some losses push an action
+the less the rarer it is (sigmoids that saturate), and would take forever: what is rare and still
+falls when D hardly does is made that rare, and is dead if it is that rare at the rest that
+follows. Where neither has a step short enough, the flow slides along a kink of the loss: small
+steps of one length do so as well.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ WORK = 30_000_000
 STEPS = 1500
 """steps to a rest"""
 HELPED = 4
-"""of these between two attempts to get there at once, with"""
+"""of these before the first attempt to get there at once, later ones ever further apart; with"""
 MIXED = 60
 """evaluations and"""
 MEMORY = 8
@@ -55,6 +58,10 @@ PLAIN = 1e-3
 STALLED = 1e-8
 """the same, where rounding leaves more: rewards that are small beside log-probabilities, in"""
 LONG = 200
+"""steps"""
+FALLING = -5.0
+"""log pi below which what is still pushed down is made to die, where D is not halved in"""
+PATIENCE = 300
 """steps"""
 ROUGH_REST = 1e-5
 """in a loss that leaves float64"""
@@ -130,12 +137,20 @@ def direction(flow: Field, theta: Tensor) -> Direction:
     mean = (log_pi.exp() * value).sum(1, keepdim=True)
     lost = allowed & visited & (log_pi < GONE) & (value < mean)
     alive = allowed & visited & ~lost
+    if bool(lost.any()):  # what only a dead action leads to is dead, whoever visits it
+        alive &= _reached(r, lost)
     # A common number at each state moves no law. Only a loss that reads logits has a say in it.
     law = log_pi.masked_fill(~alive, -torch.inf)
     level = (log_policy(law).exp() * value).sum(1, keepdim=True)
     free = gradient.sum(1, keepdim=True).abs() <= 1e-9 * gradient.abs().sum(1, keepdim=True)
     value = torch.where(free & allowed, value - level, value)
     return Direction(value, alive, lost)
+
+
+def _reached(r: Responses, dead: Bool[Tensor, "S A"]) -> Bool[Tensor, "S 1"]:
+    """Whether a state lies on some response without dead actions."""
+    ways = r.mass(r.log_law(torch.zeros_like(r.start).masked_fill(dead, -torch.inf)))
+    return ways.sum(1, keepdim=True) > 0
 
 
 def _step(
@@ -207,7 +222,7 @@ def limit_from(flow: Field, theta: Float[Tensor, "S A"], rough: bool = False) ->
     return _to_rest(flow, theta, unit, rest)
 
 
-def _to_rest(flow: Field, theta: Tensor, unit: float, rest: float) -> Limit:
+def _to_rest(flow: Field, theta: Tensor, unit: float, rest: float, bury: bool = True) -> Limit:
     """A rest, by steps whose error is small beside what they move."""
     seen = [direction(flow, theta)]
 
@@ -216,12 +231,18 @@ def _to_rest(flow: Field, theta: Tensor, unit: float, rest: float) -> Limit:
         return seen[0].value
 
     now = seen[0]
-    h = 0.1 / max(now.size, 1e-300)
+    h, before, helped = 0.1 / max(now.size, 1e-300), math.inf, HELPED
     for i in range(STEPS):
         size = now.size
         if size <= rest * unit or (i >= LONG and size <= STALLED * unit):
             return _finished(flow, theta, now, size, unit)
-        if i % HELPED == HELPED - 1 and not bool(now.lost.any()):
+        if bury and i % PATIENCE == PATIENCE - 1:
+            end = _buried(flow, theta, now, unit, rest) if size > before / 2 else None
+            if end is not None:
+                return end
+            bury, before = size <= before / 2, size
+        if i >= helped and not bool(now.lost.any()):
+            helped = max(i + HELPED, i * 5 // 4)
             found = _accelerated(flow, theta, now, h / 2, rest * unit)
             if found is not None:
                 return _finished(flow, *found, rest * unit, unit)
@@ -246,6 +267,25 @@ def _to_rest(flow: Field, theta: Tensor, unit: float, rest: float) -> Limit:
         return _finished(flow, theta, now, now.size, unit)
     log_law = flow.responses.log_law(normalised(theta, flow.responses.start))
     return Limit(theta, log_law, now.lost, math.inf)
+
+
+def _buried(flow: Field, theta: Tensor, now: Direction, unit: float, rest: float) -> Limit | None:
+    """The rest without the rare actions that still fall; None where there are none, or they rise.
+
+    They would take forever. So they are made as rare as the dead, and the rest that follows counts
+    if it leaves them there.
+    """
+    log_pi = normalised(theta, flow.responses.start)
+    mean = (log_pi.exp() * now.value).sum(1, keepdim=True)
+    falling = now.alive & (log_pi < FALLING) & (now.value < mean)
+    if not bool(falling.any()):
+        return None
+    theta = theta + (GONE - 1 - log_pi).clamp(max=0.0).masked_fill(~falling, 0.0)
+    end = _to_rest(flow, theta, unit, rest, bury=False)
+    if not end.settled:
+        return None
+    gone = end.dead | (normalised(end.theta, flow.responses.start) <= GONE + 1)
+    return None if bool((falling & ~gone & _reached(flow.responses, gone)).any()) else end
 
 
 def _accelerated(
