@@ -255,7 +255,8 @@ def test_what_a_saturating_loss_pushes_ever_less_dies_all_the_same():
     for _ in range(200):
         middle = (low * high) ** 0.5
         low, high = (middle, high) if at(middle).sum() > 1 else (low, middle)
-    assert found.degenerate and found.survivors["responses"] == int(wins.sum())
+    assert found.degenerate
+    assert found.survivors["responses"] == int(wins.sum())
     assert float((found.log_laws[0].exp() - at(low)).abs().sum()) < 1e-6
 
 
