@@ -5,7 +5,10 @@ all responses that are left, for a penalty of the response). kappa falls where u
 action that has become less likely than under p_ref loses more the rarer it gets. As a rule it is
 driven out, only actions with u > 0 stay, and the limit is on the boundary; a common action of a
 skewed p_ref can come to rest at u < 0, and the limit is inside. Which it is, and who stays,
-depends on the way there. So the flow from p_ref is followed, for a number of steps:
+depends on the way there. k3 of a rare action is exp(-u): times its probability that is p_ref, a
+push that in exact expectation never fades and would bend the law of those that stay. But it comes
+from draws of probability exp(u), which no sampler makes: an action that is driven out is taken to
+be gone, with its push. So the flow from p_ref is followed, for a number of steps:
 
 - until its gradient vanishes (:data:`FLAT`): the limit is where it stands, inside;
 - or until the ones that stay are plain, and are the same :data:`LONGER` times later with the flow

@@ -300,6 +300,17 @@ def test_it_agrees_with_brute_force_over_all_responses_by_autograd():
     assert tv(found.log_laws[0], law) < 1e-8
 
 
+@pytest.mark.parametrize(("kind", "label"), [("tiny", "-H(fp)"), ("reference", "KL(fp, ref)")])
+def test_without_a_reference_the_text_says_that_it_is_the_entropy(kind, label):
+    ebm = make(kind)
+    loss, paid = users("k1", "reward", "token", False)
+    found = rl_ebm.audit_loss(loss, rl_ebm.solve(ebm), advantages=paid, beyond=False)
+    assert label in str(found)
+    if kind == "tiny":
+        law = torch.softmax(ebm.reward_model.scores.double().flatten() / BETA, 0)
+        assert found.kl_reference == pytest.approx(float((law * law.log()).sum()), abs=1e-7)
+
+
 @pytest.mark.slow
 def test_prompts_are_averaged():
     space = rl_ebm.TokenSpace(3, 2)

@@ -39,7 +39,7 @@ from rl_ebm.studies.losses.limit import Limit
 
 SURVIVORS = 5
 """responses of a limit on the boundary that are named"""
-LABELS = dict(zip(MEASURES, ("TV", "KL(fp, p*)", "KL(p*, fp)", "E[R]", "KL(fp, ref)"), strict=True))
+LABELS = dict(zip(MEASURES, ("TV", "KL(fp, p*)", "KL(p*, fp)", "E[R]"), strict=False))
 EXACT = 1e-8
 """accuracy from which on a limit is one"""
 NEARLY = 1e-6
@@ -72,6 +72,7 @@ class LossAudit:
             expected gradient at the EBM.
         clipped: share of the drawn tokens, at the EBM and at the limit, that the loss gives no
             gradient though their advantage is not 0.
+        has_reference: whether the EBM has one; without, ``kl_reference`` is minus the entropy.
         log_laws: the limit itself, of every response to each prompt in enumeration order; None
             where it did not settle.
     """
@@ -96,6 +97,7 @@ class LossAudit:
     groups: dict[str, Any]
     sampler: dict[str, Any]
     clipped: dict[str, float | None]
+    has_reference: bool
     log_laws: Tensor | None = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,6 +158,7 @@ def audit_loss(
         combines=cases[0].flow.rows.combination,
         gradient_at_target=further.at_target(cases),
         **_further(what, cases, ends, beyond),
+        has_reference=solution.ebm.reference is not None,
     )
 
 
@@ -281,10 +284,11 @@ def to_text(found: LossAudit) -> str:
     verdict = {True: "the EBM", False: "not the EBM", None: "not known exactly"}[found.is_target]
     if found.degenerate:
         verdict += ", on the boundary"
+    labels = LABELS | {"kl_reference": "KL(fp, ref)" if found.has_reference else "-H(fp)"}
     told = ", ".join(f"{k}={v}" for k, v in found.options.items())
     lines = [
         f"{found.objective} ({told}) ends at: {verdict}",
-        "  " + "   ".join(f"{LABELS[key]} {number(vars(found)[key])}" for key in MEASURES),
+        "  " + "   ".join(f"{labels[key]} {number(vars(found)[key])}" for key in MEASURES),
         f"  how: {found.how}, accurate to {found.accuracy:.1g} in TV; rows combine as "
         f"{found.combines}",
         f"  gradient at the EBM: norm {found.gradient_at_target['norm']:.4g}, signal to noise of "

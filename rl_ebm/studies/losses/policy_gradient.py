@@ -5,7 +5,9 @@ With c(y, t) the loss's own derivative by log pi(y_t|s_t), and mu the law that d
     d E[loss] / d theta(s, a) = C(s, a) - pi(a|s) sum_b C(s, b),
     C(s, a) = sum of mu(y) c(y, t) over the y that take a at s.
 
-The draws are held fixed, as in every such loss: their law has no gradient.
+The draws are held fixed, as in every such loss: their law has no gradient. What is rarer than
+exp(:data:`LOWEST`) is gone, with whatever its loss would be (a k3 paid as a reward grows as fast as
+the draws that pay it get rare, and would push for ever).
 """
 
 from __future__ import annotations
