@@ -11,12 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rl_ebm.fixed_points.groups import group_advantages
 from rl_ebm.fixed_points.normalised import normalised
 from rl_ebm.fixed_points.penalties import NOT_COMPUTED, in_loss, penalised, without_ratio
 from rl_ebm.fixed_points.problem import FixedPoint, Penalty, Problem
-
-MOST = 2**22
-"""entries of the table of all groups, for which a limit of small groups is computed"""
 
 
 def resampled_law(
@@ -54,44 +52,6 @@ def resampled_law(
     return torch.log_softmax(law.masked_fill(~allowed, -torch.inf), 0)
 
 
-def multisets(kinds: int, size: int) -> Float[Tensor, "M kinds"]:
-    """How often each kind is in every multiset of a size."""
-    rows = torch.zeros(1, 0, dtype=torch.float64)
-    left = torch.tensor([float(size)], dtype=torch.float64)
-    for kind in range(kinds):
-        if kind == kinds - 1:
-            return torch.cat([rows, left[:, None]], 1)
-        repeats = (left + 1).long()
-        rows, left = rows.repeat_interleave(repeats, 0), left.repeat_interleave(repeats)
-        starts = repeats.cumsum(0) - repeats
-        count = torch.arange(len(left)) - starts.repeat_interleave(repeats)
-        rows, left = torch.cat([rows, count[:, None].double()], 1), left - count
-    raise ValueError(f"kinds must be >= 1, got {kinds}")
-
-
-def group_advantages(
-    log_law: Float[Tensor, "N"], g: Float[Tensor, "N"], size: int, epsilon: float = 1e-6
-) -> Float[Tensor, "N"]:
-    """Expected (g(y) - mean) / std of a response in a group with size - 1 others from a law.
-
-    Sums over every multiset of the others' values: C(V + size - 2, size - 1) of V values.
-    """
-    values, place = g.unique(return_inverse=True)
-    p = torch.zeros_like(values).index_add(0, place, log_law.exp())
-    others = multisets(len(values), size - 1)
-    log_p = torch.where(others > 0, others * p.log(), 0.0).sum(1)
-    log_p = log_p + math.lgamma(size) - torch.lgamma(others + 1).sum(1)
-    found = []
-    for value in values:
-        # By differences: they are 0 exactly where all are alike, and std is next to nothing.
-        apart = value - values
-        off = others @ apart / size
-        variance = (others @ apart.square() / size - off.square()).clamp(min=0.0)
-        std = (variance * size / (size - 1)).sqrt()
-        found.append((log_p.exp() * off / (std + epsilon)).sum())
-    return torch.stack(found)[place]
-
-
 def group_fixed_point(
     problem: Problem,
     estimator: str,
@@ -110,6 +70,7 @@ def group_fixed_point(
         mean_tokens: whether the loss of a response is the mean over its tokens.
 
     Raises:
+        OverflowError: groups whose advantages cannot be computed.
         RuntimeError: the iteration does not settle.
     """
     law = problem.start_law
@@ -147,13 +108,15 @@ def penalised_in_groups(problem: Problem, penalty: Penalty, size: int, own: bool
         # In the reward the EBM has equal returns in every group; in the loss the best response
         # is above the mean of every group, as in large ones.
         return penalised(problem, penalty)
-    n = len(problem.g_responses[problem.allowed].unique())
-    if penalty.place == "reward" or math.comb(n + size - 2, size - 1) * n > MOST:
-        return FixedPoint(None, None, f"not computed for groups of {size}", sampler=True)
+    unknown = FixedPoint(None, None, f"not computed for groups of {size}", sampler=True)
+    if penalty.place == "reward":
+        return unknown
     try:
         law = group_fixed_point(
             problem, penalty.estimator, size, level=penalty.level, mean_tokens=penalty.mean_tokens
         )
+    except OverflowError:
+        return unknown
     except RuntimeError:
         return FixedPoint(None, None, "not settled", sampler=True)
     return FixedPoint(law, how="iteration", sampler=True)

@@ -15,13 +15,9 @@ from rl_ebm.agents.policy_gradient import policy_gradient_loss
 from rl_ebm.agents.sampled_teacher import resample
 from rl_ebm.agents.shared.kl_penalty import PenaltyOptions, standardised
 from rl_ebm.divergences import tv
-from rl_ebm.fixed_points import Penalty, finite, penalised
-from rl_ebm.fixed_points.finite import (
-    group_advantages,
-    group_fixed_point,
-    multisets,
-    resampled_law,
-)
+from rl_ebm.fixed_points import Penalty, groups, penalised
+from rl_ebm.fixed_points.finite import group_fixed_point, resampled_law
+from rl_ebm.fixed_points.groups import group_advantages, integrated, listed, multisets
 from rl_ebm.policies import Tabular
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.studies.problems import problems
@@ -107,6 +103,47 @@ def test_the_expected_advantage_is_a_sum_over_all_groups(size):
     close(group_advantages(law, g, size), want, 1e-12)
 
 
+@pytest.mark.parametrize("size", [2, 3, 7, 16])
+@pytest.mark.parametrize("epsilon", [0.0, 1e-4, 0.3])
+@pytest.mark.parametrize("sharp", [1.0, 8.0, 60.0])
+def test_the_integral_over_groups_is_the_sum_over_them(size, epsilon, sharp):
+    """Sharp laws leave groups that are nearly all alike; one value is never drawn."""
+    values = 30 * torch.randn(4, generator=seeded(size), dtype=torch.float64).sort().values
+    p = random_law(4, seed=3, scale=sharp).exp()
+    p[1] = 0.0
+    p /= p.sum()
+    want = listed(values, p, size, max(epsilon, 1e-290))
+    close(integrated(values, p, size, epsilon), want, 1e-11)
+
+
+def test_the_integral_sees_two_rewards_that_are_close():
+    values = torch.tensor([-1.0, 0.0, 1e-4, 2.0], dtype=torch.float64)
+    p = torch.tensor([0.01, 0.48, 0.5, 0.01], dtype=torch.float64)
+    close(integrated(values, p, 3, 1e-6), listed(values, p, 3, 1e-6), 1e-11)
+    values[2] = 1e-8
+    with pytest.raises(OverflowError, match="groups of 3 are too many to list, and rewards"):
+        integrated(values, p, 3, 1e-6)
+
+
+def test_groups_that_are_too_many_to_list_are_integrated_over():
+    """Of 64 values, 4e9 groups of 8; of the mean advantage under the law itself 0 is left."""
+    law, g = random_law(64), torch.randn(64, generator=seeded(2), dtype=torch.float64)
+    mean = (law.exp() * g).sum()
+    limit = (g - mean) / (law.exp() * (g - mean).square()).sum().sqrt()
+    found = [group_advantages(law, g, size, 1e-6) for size in (8, 64, 512)]
+    for x in found:
+        assert abs(float((law.exp() * x).sum())) < 1e-11
+    off = [float((x - limit).abs().max()) for x in found]
+    assert off[0] > 4 * off[1] > 16 * off[2] > 0
+    drawn = torch.multinomial(law.exp(), 4 * 200_000, True, generator=seeded(1)).view(-1, 4)
+    groups_of_4 = g[drawn]
+    z = (groups_of_4[:, 0] - groups_of_4.mean(1)) / (groups_of_4.std(1) + 1e-6)
+    first = group_advantages(law, g, 4, 1e-6)
+    for y in law.topk(3).indices.tolist():
+        seen = z[drawn[:, 0] == y]
+        assert abs(float(seen.mean() - first[y])) < 5 * float(seen.std()) / len(seen) ** 0.5
+
+
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
 def test_at_the_fixed_point_of_a_group_size_the_agents_gradient_vanishes(estimator):
     ebm, problem = small_problem(beta=1.5)
@@ -155,7 +192,7 @@ def test_what_is_never_drawn_adds_no_groups(monkeypatch):
         kinds.append(count)
         return multisets(count, size)
 
-    monkeypatch.setattr(finite, "multisets", counted)
+    monkeypatch.setattr(groups, "multisets", counted)
     law = group_fixed_point(problem, "k2", 3)
     assert set(kinds) == {2}  # of four responses with different rewards
     assert law.isneginf().tolist() == [False, False, True, True]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rl_ebm.fixed_points.finite import group_advantages
+from rl_ebm.fixed_points.groups import group_advantages
 from rl_ebm.messages.arguments import shown
 from rl_ebm.soft_bellman import expectation
 from rl_ebm.studies.losses.contract import LossError
@@ -19,8 +18,6 @@ from rl_ebm.studies.losses.contract import LossError
 Returns = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(rewards (B,), log_pi_old, log_ref, mask, each (B, T)) to the return of each response or token"""
 Combine = Literal["none", "mean", "leave-one-out", "std"]
-MOST = 2**18
-"""entries of the table of all groups of a size, which is summed at every step of a flow"""
 COMBINES: dict[str, Combine] = {
     "centred": "mean",
     "leave-one-out": "leave-one-out",
@@ -77,14 +74,14 @@ class Advantages:
 
     def in_group(
         self, returns: Float[Tensor, "N *T"], log_law: Float[Tensor, "N"], size: int | None
-    ) -> Float[Tensor, "N *T"] | None:
+    ) -> Float[Tensor, "N *T"]:
         """Expected advantage of each, in a group whose others are of a law.
 
         Args:
             size: of the group; None for one without end.
 
-        Returns:
-            None where a group of that size is too large to sum over.
+        Raises:
+            OverflowError: what a group of that size has on average cannot be computed.
         """
         if self.combine == "none":
             return returns
@@ -99,8 +96,6 @@ class Advantages:
         if size is None:
             spread = expectation(log_law, (returns - mean).square()).sum().sqrt()
             return (returns - mean) / (spread + self.epsilon).clamp(min=1e-300)
-        if _multisets(len(returns.unique()), size) > MOST:
-            return None
         return group_advantages(log_law, returns, size, self.epsilon or 1e-12)
 
 
@@ -121,11 +116,6 @@ def _undivided(
     s = torch.linalg.lstsq(sides, v[:, None]).solution
     off = float((sides @ s - v[:, None]).abs().max())
     return found * float(s[1]) if off < 1e-6 and float(s[1]) > 0 else found
-
-
-def _multisets(kinds: int, size: int) -> int:
-    """Entries of the table over which :func:`group_advantages` sums."""
-    return math.comb(kinds + size - 2, size - 1) * kinds
 
 
 def advantages_of(given: str | Advantages | Returns) -> Advantages:

@@ -84,8 +84,6 @@ class PolicyGradient:
         if self.scaled and self.group is None and known.combine == "std":
             known = replace(known, combine="mean")
         gain = known.in_group(returns, log_mu, self.group)
-        if gain is None:
-            raise OverflowError(f"groups of {self.group} are too many to sum over")
         gain = gain if gain.ndim == 2 else gain[:, None].expand(r.mask.shape)
         return log_pi, old, r.log_ref, gain.masked_fill(~r.mask, 0.0), r.mask
 
