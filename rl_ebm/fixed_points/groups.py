@@ -13,10 +13,11 @@ so that with x = SS / (n - 1), s = t / (n - 1) and phi(s, c) = E[exp(-s (R - c)^
 
     E[(r - m) / (std + eps)] = int w(t) sqrt(s n / pi) int (r - c) e^{-s (r - c)^2} phi^{n-1} dc dt.
 
-Both integrands are analytic, so that the trapezoidal rule (in log t and in c) converges faster than
-any power. Large t only see groups whose values all lie close together, and are not all the same: t
-is followed until these are rarer than :data:`TOLERANCE`, and c is cut into blocks that see the
-values around them, so that narrow bells cost no more than wide ones.
+Both integrands are analytic, so that the trapezoidal rule (in c, and in a y that makes both ends of
+t fall off fast) converges faster than any power. Large t only see groups whose values all lie close
+together, and are not all the same: t is followed until these are rarer than :data:`TOLERANCE`, and
+c is cut into blocks that see the values around them, so that narrow bells cost no more than wide
+ones.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ LISTED = 2**18
 """entries of the table of all groups, up to which they are listed"""
 TOLERANCE = 1e-10
 """of an advantage"""
-FIRST, STEP = -58.0, 0.3
-"""log t where it begins, in units of the range of the values; its steps"""
+FIRST, STEP = -3.6, 0.15
+"""y where it begins, t = exp(2 y - 2 exp(-y)) in units of the range of the values; its steps"""
 FINE = 0.7
 """step of c in units of the width of the narrowest bell"""
 WIDE = 9.0
@@ -111,13 +112,16 @@ def integrated(
     """
     scale = float(values.max() - values.min())
     x, epsilon = (values - values.min()) / scale, epsilon / scale
-    until = math.log(_last(x, p, size)) + STEP
-    t = torch.arange(FIRST, until, STEP, dtype=torch.float64).exp()
+    until = math.log(_last(x, p, size)) / 2 + STEP
+    y = torch.arange(FIRST, until, STEP, dtype=torch.float64)
+    t, slope = (2 * y - 2 * (-y).exp()).exp(), 2 + 2 * (-y).exp()
     weight = 1 / (math.pi * t).sqrt()
     if epsilon:
         weight = weight - epsilon * torch.special.erfcx(epsilon * t.sqrt())
     found = torch.zeros_like(x)
-    for rate, factor in zip((t / (size - 1)).tolist(), (STEP * t * weight).tolist(), strict=True):
+    for rate, factor in zip(
+        (t / (size - 1)).tolist(), (STEP * slope * t * weight).tolist(), strict=True
+    ):
         found += factor * _mean_deviation(x, p, size, rate)
     return found
 

@@ -10,9 +10,11 @@ from torch.nn.functional import log_softmax, logsigmoid
 
 import rl_ebm
 from rl_ebm.divergences import KL_TERMS, tv
-from rl_ebm.fixed_points import Penalty, penalised
+from rl_ebm.fixed_points import Penalty, groups, penalised
+from rl_ebm.fixed_points.finite import group_fixed_point
 from rl_ebm.policies import Tabular
 from rl_ebm.soft_bellman import q_from_r, sequence_log_probs
+from rl_ebm.studies.losses import beyond
 from rl_ebm.studies.problems import problems
 
 BETA = 0.7
@@ -309,6 +311,36 @@ def test_without_a_reference_the_text_says_that_it_is_the_entropy(kind, label):
     if kind == "tiny":
         law = torch.softmax(ebm.reward_model.scores.double().flatten() / BETA, 0)
         assert found.kl_reference == pytest.approx(float((law * law.log()).sum()), abs=1e-7)
+
+
+@pytest.mark.parametrize("listed", [2**18, pytest.param(0, marks=pytest.mark.slow)])
+def test_groups_of_a_size_end_where_their_own_fixed_point_does(listed, monkeypatch):
+    """Our iteration of closed forms against the flow; groups listed, and integrated over."""
+    monkeypatch.setattr(groups, "LISTED", listed)
+    solution = rl_ebm.solve(make("tiny"))
+    loss, _ = users("k3", "loss", "token", False)
+    found = rl_ebm.audit_loss(loss, solution, advantages="group-std", groups=[3, 5])
+    (problem,) = problems(solution)
+    assert list(found.groups) == ["3", "5"]
+    for size in (3, 5):
+        law = group_fixed_point(problem, "k3", size)
+        assert found.groups[str(size)]["tv"] == pytest.approx(
+            float(tv(law, problem.log_target)), abs=1e-6
+        )
+
+
+def test_sizes_of_groups_that_are_none_are_refused_and_many_rewards_not_tried(monkeypatch):
+    solution = rl_ebm.solve(make("tiny"))
+    loss, _ = users("k3", "loss", "token", False)
+    for sizes, error in (([1], ValueError), ([2.5], TypeError), (4, TypeError), ("2", TypeError)):
+        with pytest.raises(error, match="groups"):
+            rl_ebm.audit_loss(loss, solution, groups=sizes)
+    with pytest.raises(ValueError, match="groups are of policy gradients"):
+        rl_ebm.audit_loss(loss, solution, "preference", groups=[2])
+    monkeypatch.setattr(beyond, "KINDS", 3)
+    found = rl_ebm.audit_loss(loss, solution, advantages="group-std")
+    assert found.groups["8"]["tv"] is None
+    assert "4 different returns take minutes: ask for them" in str(found)
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ from rl_ebm.policies import Policy
 from rl_ebm.studies.audit import MEASURES, any_of, is_target, measures
 from rl_ebm.studies.losses import beyond as further
 from rl_ebm.studies.losses.advantages import Advantages
-from rl_ebm.studies.losses.cases import Asked, Case, Kind, asked, cases_of, ended
+from rl_ebm.studies.losses.cases import Asked, Case, Kind, asked, cases_of, ended, sizes_of
 from rl_ebm.studies.losses.limit import Limit
 
 SURVIVORS = 5
@@ -122,6 +122,7 @@ def audit_loss(
     name: str | None = None,
     options: dict[str, Any] | None = None,
     beyond: bool = True,
+    groups: Sequence[int] | None = None,
 ) -> LossAudit:
     """What anybody's loss converges to on an EBM that can be solved: exactly, in one call.
 
@@ -142,6 +143,8 @@ def audit_loss(
         name: what the loss is called; None for the function's own name.
         options: that are told with it.
         beyond: whether to say more than the limit: ``variance``, ``groups`` and ``sampler``.
+        groups: sizes of groups of which to say the limit, of policy gradients; None for 2, 4, 8 and
+            16, as far as that takes seconds.
 
     Raises:
         TypeError: no function, no exact solution, or an argument of another kind.
@@ -149,6 +152,7 @@ def audit_loss(
             audited (:class:`rl_ebm.studies.losses.contract.LossError` says what was seen of it).
     """
     what = asked(loss, kind, advantages, sampler, start, inner_steps, lr)
+    sizes = None if groups is None else sizes_of(groups, kind)
     cases = cases_of(what, solution)
     ends = [ended(case) for case in cases]
     return LossAudit(
@@ -157,7 +161,7 @@ def audit_loss(
         **_limit(cases, ends),
         combines=cases[0].flow.rows.combination,
         gradient_at_target=further.at_target(cases),
-        **_further(what, cases, ends, beyond),
+        **_further(what, cases, ends, beyond, sizes),
         has_reference=solution.ebm.reference is not None,
     )
 
@@ -233,7 +237,11 @@ def _survivors(cases: Sequence[Case], ends: Sequence[Limit]) -> dict[str, Any] |
 
 
 def _further(
-    what: Asked, cases: Sequence[Case], ends: Sequence[Limit], beyond: bool
+    what: Asked,
+    cases: Sequence[Case],
+    ends: Sequence[Limit],
+    beyond: bool,
+    sizes: Sequence[int] | None,
 ) -> dict[str, Any]:
     """What needs more than the flow that led to the limit."""
     policy_gradient = what.kind == "policy-gradient"
@@ -256,7 +264,7 @@ def _further(
             found["other_roots"] += [float(tv(x, target)) for x in roots]
     found["variance"] = further.variances(cases)
     if policy_gradient:
-        found["groups"] = further.small_groups(cases)
+        found["groups"] = further.small_groups(cases, sizes)
         found["sampler"] = further.other_samplers(cases, ends)
         found["clipped"] = {
             "target": further.clipped(cases, lambda c: c.target),
@@ -304,5 +312,6 @@ def to_text(found: LossAudit) -> str:
     changed = [*((f"groups of {k}", v) for k, v in found.groups.items()), *found.sampler.items()]
     for what, x in changed:
         off = "" if x["tv"] is None or x["accuracy"] <= EXACT else f" ± {x['accuracy']:.1g}"
-        lines.append(f"  {what}: TV {number(x['tv'])}{off}")
+        why = f" ({x['why']})" if "why" in x else ""
+        lines.append(f"  {what}: TV {number(x['tv'])}{off}{why}")
     return "\n".join(lines)

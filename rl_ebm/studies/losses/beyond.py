@@ -27,7 +27,11 @@ from rl_ebm.studies.losses.policy_gradient import PolicyGradient
 from rl_ebm.studies.losses.responses import normalised
 
 GROUPS = (2, 4, 8, 16)
-"""sizes of groups that are looked at"""
+"""sizes of groups that are looked at, where none are asked for, of up to"""
+KINDS = 512
+"""different returns: more take minutes"""
+PLAIN_STEPS = 30
+"""of the flow itself in groups, whose field is dear"""
 BEHIND = (4, 16)
 """updates by which the sampler is late"""
 UPDATES = 200
@@ -122,9 +126,26 @@ def _mean(values: Sequence[float | Interval]) -> float | dict[str, Any]:
     return (average(drawn) if len(drawn) > 1 else drawn[0]).to_dict()
 
 
-def small_groups(cases: Sequence[Case]) -> dict[str, Any]:
-    """The limit in groups of each size: tv and accuracy; without a tv where it is not known."""
-    return {str(size): _of_groups(cases, size) for size in GROUPS}
+def small_groups(cases: Sequence[Case], asked: Sequence[int] | None) -> dict[str, Any]:
+    """The limit in groups of each size: tv and accuracy; without a tv where it is not known.
+
+    Args:
+        asked: sizes; None for those of :data:`GROUPS` that take seconds.
+    """
+    kinds = max(_kinds(case) for case in cases)
+    if asked is None and kinds > KINDS:
+        why = f"{kinds} different returns take minutes: ask for them, groups={GROUPS}"
+        return {str(size): {"tv": None, "why": why} for size in GROUPS}
+    return {str(n): _of_groups(cases, n) for n in (GROUPS if asked is None else asked)}
+
+
+def _kinds(case: Case) -> int:
+    """Different returns at the start, of groups whose advantages are no multiples of those."""
+    assert isinstance(case.flow, PolicyGradient)
+    known, r = case.flow.advantages, case.responses
+    if known.combine != "std":
+        return 0
+    return len(known.of_each(r.reward, r.at_tokens(r.start), r.log_ref, r.mask).unique())
 
 
 def _of_groups(cases: Sequence[Case], size: int) -> dict[str, Any]:
@@ -132,7 +153,7 @@ def _of_groups(cases: Sequence[Case], size: int) -> dict[str, Any]:
     for case in cases:
         assert isinstance(case.flow, PolicyGradient)
         try:
-            ends.append(ended(case, flow=replace(case.flow, group=size)))
+            ends.append(ended(case, flow=replace(case.flow, group=size), plain=PLAIN_STEPS))
         except OverflowError as error:
             return {"tv": None, "why": str(error)}
     if not all(end.settled for end in ends):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -23,7 +23,7 @@ from rl_ebm.studies.losses.kinds import (
     policy_gradient_flow,
     preference_flow,
 )
-from rl_ebm.studies.losses.limit import Limit, direction, limit_from
+from rl_ebm.studies.losses.limit import FLOW_STEPS, Limit, direction, limit_from
 from rl_ebm.studies.losses.policy_gradient import LOWEST, PolicyGradient
 from rl_ebm.studies.losses.responses import Responses, normalised, responses_of
 from rl_ebm.studies.problems import problems
@@ -80,6 +80,15 @@ def asked(
     steps = whole("inner_steps", inner_steps, 1, MOST_STEPS)
     rate = None if lr is None else finite("lr", lr, 0.0, above=True)
     return Asked(loss, kind, advantages_of(advantages), sampler, start, steps, rate)
+
+
+def sizes_of(groups: Any, kind: Kind) -> list[int]:
+    """Sizes of groups that were asked for, checked."""
+    if kind != "policy-gradient":
+        raise ValueError(f"groups are of policy gradients, and kind is {kind!r}")
+    if not isinstance(groups, Sequence) or isinstance(groups, str):
+        raise TypeError(f"groups must be a list of whole numbers, got {shown(groups)}")
+    return [whole("groups", size, 2) for size in groups]
 
 
 @dataclass(frozen=True)
@@ -169,10 +178,19 @@ def _logits(policy: Any, r: Responses, prompt: int, prompts: int) -> Float[Tenso
     return found.masked_fill(torch.isneginf(r.start), -torch.inf)
 
 
-def ended(case: Case, start: Tensor | None = None, flow: AnyFlow | None = None) -> Limit:
-    """Where the flow leads."""
+def ended(
+    case: Case,
+    start: Tensor | None = None,
+    flow: AnyFlow | None = None,
+    plain: int = FLOW_STEPS,
+) -> Limit:
+    """Where the flow leads.
+
+    Args:
+        plain: steps of the flow itself, at most.
+    """
     flow = case.flow if flow is None else flow
-    end = limit_from(flow, case.start if start is None else start, flow.rows.rough)
+    end = limit_from(flow, case.start if start is None else start, flow.rows.rough, plain)
     return _told_apart(case, flow, end) if end.settled and bool(end.dead.any()) else end
 
 

@@ -174,7 +174,7 @@ def _step(
     return new, h / 72 * (-5 * first + 6 * second + 8 * third - 9 * last), last
 
 
-def _plain_flow(flow: Field, theta: Tensor, unit: float) -> Tensor:
+def _plain_flow(flow: Field, theta: Tensor, unit: float, steps: int) -> Tensor:
     """The flow itself, until its direction is plain or its steps are used up."""
 
     def f(x: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ def _plain_flow(flow: Field, theta: Tensor, unit: float) -> Tensor:
 
     first = f(theta)
     h = 1e-2 / max(float(first.abs().max()), 1e-300)
-    for i in range(max(LEAST, min(FLOW_STEPS, WORK // (3 * flow.cost)))):
+    for i in range(max(LEAST, min(steps, WORK // (3 * flow.cost)))):
         for _ in range(40):
             new, errors, last = _step(f, theta, first, h)
             error = float(errors.abs().max())
@@ -198,11 +198,14 @@ def _plain_flow(flow: Field, theta: Tensor, unit: float) -> Tensor:
     return theta
 
 
-def limit_from(flow: Field, theta: Float[Tensor, "S A"], rough: bool = False) -> Limit:
+def limit_from(
+    flow: Field, theta: Float[Tensor, "S A"], rough: bool = False, plain: int = FLOW_STEPS
+) -> Limit:
     """Where the flow leads from some logits.
 
     Args:
         rough: whether the loss computes in float32.
+        plain: steps of the flow itself, at most.
 
     Raises:
         LossError: a loss that is NaN or infinite on the way.
@@ -213,7 +216,7 @@ def limit_from(flow: Field, theta: Float[Tensor, "S A"], rough: bool = False) ->
     rest = ROUGH_REST if rough else REST
     if unit <= 1e-11:
         return _finished(flow, theta, begin, unit)
-    theta = _plain_flow(flow, theta, unit)
+    theta = _plain_flow(flow, theta, unit, plain)
     near = flow.rest_near(theta, rest)
     if near is not None:
         now = direction(flow, near)
