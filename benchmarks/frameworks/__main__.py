@@ -162,7 +162,10 @@ def _options(x: Line) -> str:
 
 
 def _number(x: float | str | None) -> str:
-    return "?" if x is None else "∞" if x == "Infinity" else f"{float(x):.4f}"
+    if x is None or x == "Infinity":
+        return "?" if x is None else "∞"
+    tiny = 1e-7 < abs(float(x)) < 5e-5  # less is rounding of a loss in float32
+    return f"{float(x):.0e}" if tiny else f"{float(x):.4f}"
 
 
 def _note(x: Line) -> str:
