@@ -152,8 +152,9 @@ class Train:
     """of the initial weights and of everything that is drawn in training"""
     device: str | None = None
     """cpu or cuda; None for cuda where there is one"""
-    policy: Literal["transformer", "tabular"] = "transformer"
-    """a causal Transformer, or one logit row for each prefix"""
+    policy: Literal["transformer", "mlp", "tabular"] = "transformer"
+    """a causal Transformer; an MLP over the one-hot prefix, with --layers hidden layers of width
+    --hidden, for cheap steps in small spaces; or one logit row for each prefix"""
     compile: bool = False
     """put the network through torch.compile"""
     log_every: int = 20

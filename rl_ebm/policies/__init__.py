@@ -13,6 +13,7 @@ from rl_ebm.policies.checks import check
 from rl_ebm.policies.decoding import sample
 from rl_ebm.policies.expression import parse_reference
 from rl_ebm.policies.hmm import fit_hmm
+from rl_ebm.policies.mlp import MLP, MLPConfig
 from rl_ebm.policies.ngram import fit_ngram
 from rl_ebm.policies.pairs import read_pairs, write_pairs
 from rl_ebm.policies.scoring import (
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 
 # Not HuggingFace: a star import stays light.
 __all__ = [
+    "MLP",
     "AutomatonPolicy",
+    "MLPConfig",
     "Policy",
     "Tabular",
     "Trainable",

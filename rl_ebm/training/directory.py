@@ -31,7 +31,7 @@ from rl_ebm.files import (
 )
 from rl_ebm.files.tensors import holds, load_tensors, save_tensors
 from rl_ebm.packages.version import VERSION
-from rl_ebm.policies import Policy, Tabular, Trainable, Transformer
+from rl_ebm.policies import MLP, Policy, Tabular, Trainable, Transformer
 from rl_ebm.rewards import Reward
 from rl_ebm.tokens import TokenSpace
 from rl_ebm.training import kinds
@@ -208,7 +208,7 @@ def load(
     reference: Policy | None = None,
     device: torch.device | str = "cpu",
     policy: None = None,
-) -> tuple[Tabular | Transformer, EBM]: ...
+) -> tuple[Tabular | Transformer | MLP, EBM]: ...
 @overload
 def load(
     run: str | Path,

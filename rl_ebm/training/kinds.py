@@ -30,7 +30,15 @@ from rl_ebm.files import RunError
 from rl_ebm.messages.arguments import shown, whole
 from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.packages.plugins import call_installed
-from rl_ebm.policies import AutomatonPolicy, Tabular, Transformer, Uniform, fit_ngram
+from rl_ebm.policies import (
+    MLP,
+    AutomatonPolicy,
+    MLPConfig,
+    Tabular,
+    Transformer,
+    Uniform,
+    fit_ngram,
+)
 from rl_ebm.rewards import Automaton, Table
 from rl_ebm.tasks.named import find_task
 from rl_ebm.tokens import Batch, TokenSpace
@@ -168,6 +176,11 @@ _POLICIES = (
     _first(
         "tabular", Tabular, _nothing, lambda parts, space, prompts: Tabular(space, prompts),
         lambda space, prompts: Tabular(space, prompts, scale=1.0),
+    ),
+    Kind(
+        "mlp", MLP, lambda x: asdict(x.config),
+        lambda parts, space, prompts: MLP(space, MLPConfig(**parts), prompts),
+        lambda space, prompts: MLP(space, MLPConfig(layers=1, hidden=8), prompts),
     ),
 )  # fmt: skip
 KINDS: dict[str, dict[str, Kind]] = {

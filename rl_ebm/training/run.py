@@ -21,7 +21,7 @@ from rl_ebm.files import CONFIG
 from rl_ebm.files.lock import only_one
 from rl_ebm.messages.arguments import Number, Whole, flag, shown, whole
 from rl_ebm.networks.backbone import TransformerConfig
-from rl_ebm.policies import Policy, Tabular, Trainable, Transformer
+from rl_ebm.policies import MLP, MLPConfig, Policy, Tabular, Trainable, Transformer
 from rl_ebm.rewards import Reward
 from rl_ebm.rewards.base import is_called, scores_of
 from rl_ebm.training.config import TrainConfig, check_limits
@@ -63,7 +63,7 @@ def train(
     *,
     options: Any = None,
     policy: AnyModule,
-    network: TransformerConfig | str = "transformer",
+    network: TransformerConfig | MLPConfig | str = "transformer",
     steps: Whole | None = None,
     seconds: Number | None = None,
     seed: Whole = 0,
@@ -84,7 +84,7 @@ def train(
     *,
     options: Any = None,
     policy: None = None,
-    network: TransformerConfig | str = "transformer",
+    network: TransformerConfig | MLPConfig | str = "transformer",
     steps: Whole | None = None,
     seconds: Number | None = None,
     seed: Whole = 0,
@@ -94,7 +94,7 @@ def train(
     compile: bool = False,
     progress: bool | None = None,
     solve: bool | None = None,
-) -> tuple[Tabular | Transformer, AnyReport | None]: ...
+) -> tuple[Tabular | Transformer | MLP, AnyReport | None]: ...
 
 
 def train(
@@ -104,7 +104,7 @@ def train(
     *,
     options: Any = None,
     policy: torch.nn.Module | None = None,
-    network: TransformerConfig | str = "transformer",
+    network: TransformerConfig | MLPConfig | str = "transformer",
     steps: Whole | None = None,
     seconds: Number | None = None,
     seed: Whole = 0,
@@ -127,8 +127,8 @@ def train(
         policy: a policy to start from, trained in place, with float32 or float64 weights that the
             reference has no part in; None for a new one. A run with one asks for it again:
             load(run, policy=...), resume(run, policy=...).
-        network: of a new policy: sizes of the Transformer, or "transformer", "tabular", or the name
-            of a kind that is registered and needs no parts (:mod:`rl_ebm.training.kinds`).
+        network: of a new policy: sizes of a Transformer or an MLP, or the name of a kind that needs
+            no parts: "transformer", "mlp", "tabular", or yours (:mod:`rl_ebm.training.kinds`).
         steps: gradient steps, at most; 60 seconds where neither is given, in ``config`` neither.
         seconds: trained seconds, at most.
         seed: of the initial weights and of everything that is drawn.
@@ -173,7 +173,7 @@ def _description(
     agent: str,
     options: Any,
     policy: torch.nn.Module | None,
-    network: TransformerConfig | str,
+    network: TransformerConfig | MLPConfig | str,
     config: TrainConfig,
     source: dict[str, Any] | None,
     seed: Whole,
@@ -277,7 +277,7 @@ def resume(
     device: torch.device | str = "cpu",
     progress: bool | None = None,
     policy: None = None,
-) -> tuple[Tabular | Transformer, AnyReport | None, bool]: ...
+) -> tuple[Tabular | Transformer | MLP, AnyReport | None, bool]: ...
 
 
 def resume(

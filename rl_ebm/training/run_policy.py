@@ -12,7 +12,7 @@ from rl_ebm.ebm import EBM
 from rl_ebm.files import CONFIG, RunError
 from rl_ebm.messages.arguments import shown
 from rl_ebm.networks.backbone import TransformerConfig
-from rl_ebm.policies import Trainable
+from rl_ebm.policies import MLPConfig, Trainable
 from rl_ebm.policies.base import device_of
 from rl_ebm.training import kinds
 
@@ -67,15 +67,17 @@ def _by_name(config: dict[str, Any], ebm: EBM) -> Any:
 
 
 def network_config(network: object) -> dict[str, Any]:
-    """What a configuration says of a new policy: its kind, and a Transformer's sizes.
+    """What a configuration says of a new policy: its kind, and its sizes.
 
     Raises:
         TypeError: neither sizes nor a name.
     """
+    if isinstance(network, MLPConfig):
+        return {"kind": "mlp", "data": asdict(network), "tensors": []}
     if not isinstance(network, (str, TransformerConfig)):
         raise TypeError(
-            "network must be a TransformerConfig, or a name ('transformer', 'tabular', or that of "
-            f"a registered kind), got {shown(network)}"
+            "network must be a TransformerConfig, an MLPConfig, or a name ('transformer', "
+            f"'tabular', 'mlp', or that of a registered kind), got {shown(network)}"
         )
     if network == "transformer":
         network = TransformerConfig()

@@ -61,7 +61,7 @@ WRONG_FLAGS = [
     (["extra"], "extra"),
     (["--beta"], "--beta"),
     (["--reference", "me"], "uniform"),
-    (["--policy", "mlp"], "transformer"),
+    (["--policy", "lstm"], "transformer"),
     (["--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),
     (["--steps", "-1"], "steps must be >= 0, got -1"),
     (["--steps", "1.5"], "--steps"),
