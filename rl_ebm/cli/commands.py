@@ -28,6 +28,7 @@ from rl_ebm.cli.flags import (
     Verify,
     device_of_flag,
     generator_of_flag,
+    network_of_flags,
     train_flags,
 )
 from rl_ebm.ebm import EBM
@@ -35,7 +36,7 @@ from rl_ebm.exact import TooLargeError, solve, summarise
 from rl_ebm.files import write_text
 from rl_ebm.messages.words import count_text, nearest
 from rl_ebm.packages.version import VERSION
-from rl_ebm.policies import MLPConfig, Policy, TransformerConfig, log_prob, sample
+from rl_ebm.policies import Policy, log_prob, sample
 from rl_ebm.statistics.interval import Interval
 from rl_ebm.studies import frameworks
 from rl_ebm.studies.audit import audit, to_json, to_text
@@ -76,7 +77,7 @@ def run_train(args: Sequence[str]) -> int:
         a.agent,
         a.out,
         options=a.options,
-        network=_network(a.policy, a.network),
+        network=network_of_flags(a.policy, a.network, parsing.given(args)),
         config=TrainConfig(
             steps=a.steps,
             seconds=a.seconds if limits else 60.0,
@@ -91,13 +92,6 @@ def run_train(args: Sequence[str]) -> int:
     )
     _say_trained(a.out, report)
     return 0
-
-
-def _network(policy: str, sizes: TransformerConfig) -> TransformerConfig | MLPConfig | str:
-    """What makes the policy; of an MLP the flags give the hidden layers and their width."""
-    if policy == "mlp":
-        return MLPConfig(sizes.layers, sizes.hidden)
-    return sizes if policy == "transformer" else policy
 
 
 def _run_resume(args: Sequence[str]) -> int:

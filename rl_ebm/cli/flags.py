@@ -13,8 +13,7 @@ from rl_ebm.agents import entry_of
 from rl_ebm.ebm import EBM
 from rl_ebm.envs import TASKS, make_task
 from rl_ebm.messages.words import nearest
-from rl_ebm.networks.backbone import TransformerConfig
-from rl_ebm.policies import parse_reference
+from rl_ebm.policies import MLPConfig, TransformerConfig, parse_reference
 from rl_ebm.rewards import parse_reward, read_table
 from rl_ebm.tokens import TokenSpace
 
@@ -319,3 +318,23 @@ def generator_of_flag(seed: int, device: torch.device) -> torch.Generator:
     if not 0 <= seed < 2**63:
         raise ValueError(f"--seed must be in [0, 2**63), got {seed}")
     return torch.Generator(device).manual_seed(seed)
+
+
+NOT_OF_MLP = ("--dim", "--heads")
+"""sizes of a Transformer that an MLP does not have"""
+
+
+def network_of_flags(
+    policy: str, sizes: TransformerConfig, given: set[str]
+) -> TransformerConfig | MLPConfig | str:
+    """What makes the policy; of an MLP the flags give the hidden layers and their width.
+
+    Raises:
+        ValueError: a size that it does not have.
+    """
+    wrong = [flag for flag in NOT_OF_MLP if flag in given]
+    if policy == "mlp" and wrong:
+        raise ValueError(f"{wrong[0]} is no size of --policy mlp, which has --layers and --hidden")
+    if policy == "mlp":
+        return MLPConfig(sizes.layers, sizes.hidden)
+    return sizes if policy == "transformer" else policy

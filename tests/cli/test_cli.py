@@ -62,6 +62,7 @@ WRONG_FLAGS = [
     (["--beta"], "--beta"),
     (["--reference", "me"], "uniform"),
     (["--policy", "lstm"], "transformer"),
+    (["--policy", "mlp", "--dim", "32"], "--dim is no size of --policy mlp, which has --layers"),
     (["--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),
     (["--steps", "-1"], "steps must be >= 0, got -1"),
     (["--steps", "1.5"], "--steps"),

@@ -179,7 +179,7 @@ def test_a_bad_config_dies_at_construction(arguments, message):
     [
         ({"agent": "softq"}, "no agent 'softq': did you mean 'soft-q'"),
         ({"options": TeacherForcingConfig()}, "must be a SoftQConfig, got TeacherForcingConfig"),
-        ({"network": "mlp"}, "policy must be 'transformer'.* 'tabular'.* got 'mlp'"),
+        ({"network": "lstm"}, "policy must be .transformer.*tabular.*got .lstm."),
         ({"steps": -2}, "steps must be >= 0, got -2"),
     ],
 )
