@@ -313,7 +313,8 @@ def test_without_a_reference_the_text_says_that_it_is_the_entropy(kind, label):
         assert found.kl_reference == pytest.approx(float((law * law.log()).sum()), abs=1e-7)
 
 
-@pytest.mark.parametrize("listed", [2**18, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("listed", [2**18, 0])
 def test_groups_of_a_size_end_where_their_own_fixed_point_does(listed, monkeypatch):
     """Our iteration of closed forms against the flow; groups listed, and integrated over."""
     monkeypatch.setattr(groups, "LISTED", listed)
@@ -329,6 +330,7 @@ def test_groups_of_a_size_end_where_their_own_fixed_point_does(listed, monkeypat
         )
 
 
+@pytest.mark.slow
 def test_sizes_of_groups_that_are_none_are_refused_and_many_rewards_not_tried(monkeypatch):
     solution = rl_ebm.solve(make("tiny"))
     loss, _ = users("k3", "loss", "token", False)
