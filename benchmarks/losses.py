@@ -93,7 +93,7 @@ def tried(seed: int, plan: Plan) -> Outcome:
     far = math.nan if found.tv is None else found.tv
     outcome, moving = _compared(seed, case, law, train(case, plan, seed), far)
     for longer in LONGER:
-        if outcome.verdict not in ("disagree", "still moving"):
+        if outcome.verdict != "disagree":
             return outcome
         longer_plan = replace(plan, first=plan.first * longer, last=plan.last * longer)
         end = train(case, longer_plan, seed + 1)

@@ -3,7 +3,7 @@
 Its first layer reads which token stands at each place, how many there are, and which prompt is
 answered. Of one-hot inputs that is a sum of rows of a table; so all prefixes of a response cost one
 cumulative sum, one more token is one addition, and no prefix is read twice. It shares nothing
-between places: a phrase is another one at each of them, and a Transformer needs fewer responses.
+between places: a phrase is another one at each of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rl_ebm.messages.arguments import shown, whole
 from rl_ebm.messages.memory import check_fits
 from rl_ebm.messages.words import count_text
 from rl_ebm.networks.prefix_tree import PrefixTree
-from rl_ebm.policies.base import num_prompts, resolve_prompt_ids
+from rl_ebm.policies.base import num_prompts, prompt_rows
 from rl_ebm.tokens import TokenSpace, check_space
 from rl_ebm.tokens.prompts import GivenPrompts, check_prompts
 
@@ -113,13 +113,15 @@ class MLP(nn.Module):
         # The table of each place stands behind that of the place before.
         offsets = self.space.vocab_size * torch.arange(width - 1, device=tokens.device)
         read = F.embedding(tokens[:, :-1] + offsets, self.token).cumsum(1)
-        first = self.prompt[self._rows(len(tokens), prompt_ids)][:, None] + self.place[:width]
+        first = (
+            self.prompt[prompt_rows(self, len(tokens), prompt_ids)][:, None] + self.place[:width]
+        )
         out: Tensor = self.rest(first + F.pad(read, (0, 0, 1, 0)))
         return out
 
     def start(self, prompt_ids: Int64[Tensor, "B"]) -> Read:
         """Rows that have read nothing."""
-        return Read(self.prompt[self._rows(len(prompt_ids), prompt_ids)])
+        return Read(self.prompt[prompt_rows(self, len(prompt_ids), prompt_ids)])
 
     def step(self, state: Read, tokens: Int64[Tensor, "B"] | None) -> Float[Tensor, "B A"]:
         """q at the next position, after reading one token of each row (None: nothing yet)."""
@@ -146,14 +148,9 @@ class MLP(nn.Module):
             row = torch.where(tree.depth >= level, row, 0)
             there = (tree.depth >= level)[:, None]
             read = read + F.embedding(row, self.token) * there
-        first = self.prompt[self._rows(len(prompt_ids), prompt_ids)]
+        first = self.prompt[prompt_rows(self, len(prompt_ids), prompt_ids)]
         out: Tensor = self.rest(first[:, None] + read)
         return out
-
-    def _rows(self, n: int, prompt_ids: Tensor | None) -> Tensor:
-        if self.prompts is None or prompt_ids is None:
-            return resolve_prompt_ids(n, None, num_prompts(self), self.token.device)
-        return prompt_ids
 
 
 def _check_sizes(config: MLPConfig, inputs: int, outputs: int) -> None:

@@ -23,7 +23,7 @@ from rl_ebm.networks.backbone import (
 )
 from rl_ebm.networks.prefix_tree import PrefixTree
 from rl_ebm.networks.tiles import Tile
-from rl_ebm.policies.base import num_prompts, resolve_prompt_ids
+from rl_ebm.policies.base import prompt_rows
 from rl_ebm.tokens import TokenSpace, check_space
 from rl_ebm.tokens.prompts import GivenPrompts, check_prompts
 
@@ -94,7 +94,7 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "B T A"]:
         """q before every token; row t reads the prompt and ``tokens[:, :t]``."""
         self.space.check_kind(tokens, fewer=True)
-        rows = self._prompt_rows(len(tokens), prompt_ids)
+        rows = prompt_rows(self, len(tokens), prompt_ids)
         out: Tensor = (_compiled_sequence_pass() if self.compiled else Transformer._sequence_pass)(
             self, tokens, rows
         )
@@ -129,7 +129,7 @@ class Transformer(nn.Module):
         self, tree: PrefixTree, prompt_ids: Int64[Tensor, "P"]
     ) -> Float[Tensor, "P N A"]:
         """q at every node of a tree, for each of the prompts, each node evaluated once."""
-        rows = self._prompt_rows(len(prompt_ids), prompt_ids)
+        rows = prompt_rows(self, len(prompt_ids), prompt_ids)
         ids, depth = tree.tokens[tree.layout.order], tree.depth[tree.layout.order]
         out: Tensor = (_compiled_tree_pass() if self.compiled else Transformer._tree_pass)(
             self, ids[1:], depth[1:], tree.layout.tiles, rows
@@ -151,7 +151,7 @@ class Transformer(nn.Module):
 
     def start(self, prompt_ids: Int64[Tensor, "B"]) -> Cache:
         """A cache that has read nothing; the first :meth:`step` reads the prompts."""
-        return Cache(self._prompt_rows(len(prompt_ids), prompt_ids))
+        return Cache(prompt_rows(self, len(prompt_ids), prompt_ids))
 
     def step(self, cache: Cache, tokens: Int64[Tensor, "B"] | None) -> Float[Tensor, "B A"]:
         """q at the next position, after reading one token of each row (None: the prompts)."""
@@ -193,11 +193,6 @@ class Transformer(nn.Module):
         cache.position = self.context_positions[rows, -1] + 1
         out: Tensor = self.head(x[:, -1])
         return out
-
-    def _prompt_rows(self, n: int, prompt_ids: Tensor | None) -> Tensor:
-        if self.prompts is None or prompt_ids is None:
-            return resolve_prompt_ids(n, None, num_prompts(self), self.context_ids.device)
-        return prompt_ids
 
 
 @lru_cache(maxsize=1)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -264,7 +264,12 @@ def describe(role: str, thing: object) -> tuple[Any, dict[str, Tensor]]:
             f"the {role} of the kind {kind.name!r} has parts that a run cannot hold: they must be "
             "JSON values as json.loads gives them" + ("" if role == "policy" else ", or tensors")
         )
-    return {"kind": kind.name, "data": data, "tensors": sorted(tensors)}, named
+    return said_of(kind.name, data, tensors), named
+
+
+def said_of(name: str, data: Parts, tensors: Iterable[str] = ()) -> dict[str, Any]:
+    """What ``config.json`` says of a thing of a registered kind: its values, its tensors' names."""
+    return {"kind": name, "data": dict(data), "tensors": sorted(tensors)}
 
 
 def find(role: str, said: Any) -> Kind | None:

@@ -73,7 +73,7 @@ def network_config(network: object) -> dict[str, Any]:
         TypeError: neither sizes nor a name.
     """
     if isinstance(network, MLPConfig):
-        return {"kind": "mlp", "data": asdict(network), "tensors": []}
+        return kinds.said_of("mlp", asdict(network))
     if not isinstance(network, (str, TransformerConfig)):
         raise TypeError(
             "network must be a TransformerConfig, an MLPConfig, or a name ('transformer', "
