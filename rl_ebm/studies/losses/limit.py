@@ -137,20 +137,12 @@ def direction(flow: Field, theta: Tensor) -> Direction:
     mean = (log_pi.exp() * value).sum(1, keepdim=True)
     lost = allowed & visited & (log_pi < GONE) & (value < mean)
     alive = allowed & visited & ~lost
-    if bool(lost.any()):  # what only a dead action leads to is dead, whoever visits it
-        alive &= _reached(r, lost)
     # A common number at each state moves no law. Only a loss that reads logits has a say in it.
     law = log_pi.masked_fill(~alive, -torch.inf)
     level = (log_policy(law).exp() * value).sum(1, keepdim=True)
     free = gradient.sum(1, keepdim=True).abs() <= 1e-9 * gradient.abs().sum(1, keepdim=True)
     value = torch.where(free & allowed, value - level, value)
     return Direction(value, alive, lost)
-
-
-def _reached(r: Responses, dead: Bool[Tensor, "S A"]) -> Bool[Tensor, "S 1"]:
-    """Whether a state lies on some response without dead actions."""
-    ways = r.mass(r.log_law(torch.zeros_like(r.start).masked_fill(dead, -torch.inf)))
-    return ways.sum(1, keepdim=True) > 0
 
 
 def _step(
@@ -288,7 +280,7 @@ def _buried(flow: Field, theta: Tensor, now: Direction, unit: float, rest: float
     if not end.settled:
         return None
     gone = end.dead | (normalised(end.theta, flow.responses.start) <= GONE + 1)
-    return None if bool((falling & ~gone & _reached(flow.responses, gone)).any()) else end
+    return None if bool((falling & ~gone).any()) else end
 
 
 def _accelerated(
