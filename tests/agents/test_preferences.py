@@ -96,6 +96,7 @@ def reference_of(problem, p):
     return differentiable_log_probs(table, problem.space)[p]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo", "ipo"])
 def test_a_drawn_label_is_one_way_or_the_other_by_its_probability(name):
     problem = case(((2, 2, None), None, False))

@@ -129,6 +129,7 @@ def test_an_alphabet_of_bytes_is_read_as_utf_8():
         assert torch.equal(got, want)
 
 
+@pytest.mark.slow
 def test_a_trained_byte_level_tokenizer_with_blanks_and_accents():
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

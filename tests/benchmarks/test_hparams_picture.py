@@ -10,6 +10,7 @@ from benchmarks.readme.hparams import main, picture, read
 from rl_ebm.envs import make_task
 
 
+@pytest.mark.slow
 def test_runs_are_read_from_their_event_files(tmp_path):
     task = make_task("lookahead", beta=0.5)
     reports = {}

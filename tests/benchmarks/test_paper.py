@@ -256,6 +256,7 @@ def test_jobs_whose_rows_are_there_are_not_run_again(tmp_path):
         collect("squares", [*jobs, Job(4, 0)], refuses, options)
 
 
+@pytest.mark.slow
 def test_when_the_time_is_over_what_is_there_is_kept(tmp_path):
     jobs, over = [Job(2, 0), Job(3, 1)], Options(out=tmp_path, workers=1, minutes=0)
     assert collect("squares", jobs, refuses, over, partial=True) == []

@@ -136,6 +136,7 @@ def test_the_empirical_law_is_that_of_the_draws():
     assert samples.likelihood(log_p, few) == pytest.approx(float(log_p[few == 0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", traces.LOSSES)
 def test_the_trace_losses_have_the_gradient_of_the_answers_kl(kind):
     answers, space = TokenSpace(2, 2), TokenSpace(2, 3)

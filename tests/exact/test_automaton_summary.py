@@ -104,6 +104,7 @@ def test_what_cannot_be_listed_is_summarised_by_its_automaton():
     assert summary.expected_reward == pytest.approx(mean, abs=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eos", [None, 1])
 @pytest.mark.parametrize("seed", [3, 5, 6, 8])
 def test_ties_that_rounding_parts_come_in_enumeration_order(eos, seed):

@@ -25,6 +25,7 @@ def test_truth_is_that_of_every_prefix():
         assert getattr(report, name) == pytest.approx(getattr(truth, name), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth():
     found = measure(
         Options(

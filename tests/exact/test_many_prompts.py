@@ -93,6 +93,7 @@ def test_sampled_reports_keep_each_prompt_on_request_too(monkeypatch):
         assert len(report.per_prompt) == count
 
 
+@pytest.mark.slow
 def test_thousands_of_prompts_are_walked_together(monkeypatch):
     """One evaluation of the policy for many prompts, not one for each."""
     space = TokenSpace(3, 2)

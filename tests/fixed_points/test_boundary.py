@@ -203,6 +203,7 @@ def test_without_a_penalty_the_best_response_takes_all():
     assert float(tv(law, point.log_law)) < 0.02
 
 
+@pytest.mark.slow
 def test_what_the_reference_forbids_stays_forbidden():
     ebm = small_ebm((3, 2, None), forbid=True)
     problem = problem_of(ebm)

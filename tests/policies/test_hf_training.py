@@ -155,6 +155,7 @@ def test_a_run_directory_holds_the_adapter_and_is_resumed(tmp_path):
     assert not torch.equal(fresh.logits(*everything()), policy.logits(*everything()))
 
 
+@pytest.mark.slow
 def test_the_whole_model_is_trained_with_another_as_its_reference(tmp_path):
     """Without an adapter: tied embeddings, and a second model as the reference."""
     _, ebm = problem()

@@ -227,6 +227,7 @@ def drawn(batch):
     return [tuple(y[:n]) for y, n in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("face", FACES)
 @pytest.mark.parametrize("shape", [(3, 3, None), (3, 4, 1)], ids=str)
 @with_and_without_prompts

@@ -41,6 +41,7 @@ def misses(interval, truth):
     return not interval.low - 1e-9 <= truth <= interval.high + 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("listed", "repetitions"), [(True, REPETITIONS), (False, 24)])
 def test_certificates_know_what_fifty_samples_miss(listed, repetitions, monkeypatch):
     if not listed:

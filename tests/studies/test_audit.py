@@ -157,6 +157,7 @@ def test_with_prompts_the_measures_are_means(policy_gradients):
     assert abs(parts[0]["tv"] - parts[1]["tv"]) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_or_json(capsys):
     args = ["audit", "--task", "random", "--vocab-size", "2", "--max-length", "2", "--beta", "0.5"]
     assert cli.main([*args, "--reference", "uniform", "--json"]) == 0

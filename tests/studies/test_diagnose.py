@@ -72,6 +72,7 @@ def test_a_network_that_is_too_small_is_told(tmp_path):
     assert "network is the problem" in found.advice
 
 
+@pytest.mark.slow
 def test_an_objective_that_ends_on_the_boundary_has_no_further_parts(tmp_path):
     run, _ = run_of(tmp_path, "best-of-n", steps=200)
     found = diagnose(run, seconds=1.0)
@@ -106,6 +107,7 @@ def test_what_was_hardly_drawn_is_said(tmp_path):
     assert diagnose(run, 1.0).starved_mass < 0.05
 
 
+@pytest.mark.slow
 def test_what_the_reference_draws_is_not_starved_by_a_policy_that_narrows(tmp_path):
     run, _ = run_of(tmp_path, "best-of-n", steps=150, source="reference", n=64)
     found = diagnose(run, 1.0)

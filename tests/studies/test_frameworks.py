@@ -43,6 +43,7 @@ def test_rows_have_the_keys_of_the_audit_and_say_what_to_set_instead(made):
     assert third["how"] == "it draws lots"
 
 
+@pytest.mark.slow
 def test_the_command_prints_json_and_a_table(made, capsys):
     assert main([*ARGS, "--framework", "made", "--json"]) == 0
     lines = json.loads(capsys.readouterr().out)
@@ -55,6 +56,7 @@ def test_the_command_prints_json_and_a_table(made, capsys):
     assert "to end at the EBM: set penalty=True" in text
 
 
+@pytest.mark.slow
 def test_all_are_those_that_are_installed(made, capsys):
     assert main([*ARGS, "--framework", "all", "--json"]) == 0
     said = capsys.readouterr()

@@ -125,6 +125,7 @@ def test_advantages_that_cannot_be_audited(advantages, said):
         audit(squared(0.7), advantages=advantages)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "after",
     [lambda x: x, lambda x: x - x.mean(), lambda x: (x - x.mean()) * len(x) / max(len(x) - 1, 1)],
@@ -147,6 +148,7 @@ def test_rewards_of_every_scale_end_at_the_ebm(scale, beta):
     assert found.how == "flow"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scale", "beta"), [(1e4, 0.7), (1.0, 1e-2)])
 def test_what_is_too_rare_for_float64_is_not_said_to_die(scale, beta):
     found = audit(plain, solved(scale=scale, beta=beta), advantages=paid(beta))
@@ -164,6 +166,7 @@ def test_scores_in_float32_without_a_reference_end_at_the_ebm():
     assert float((found.log_laws[0] - law).abs().max()) < 1e-10
 
 
+@pytest.mark.slow
 def test_without_a_penalty_it_dies_in_a_cold_ebm_as_well():
     assert audit(plain, solved(beta=0.05)).degenerate
     found = audit(plain, solved(beta=0.03))
@@ -171,6 +174,7 @@ def test_without_a_penalty_it_dies_in_a_cold_ebm_as_well():
     assert found.is_target is False
 
 
+@pytest.mark.slow
 def test_inner_steps_lose_nothing_beside_large_logits():
     """Without a restoring force a response dies: differences of logits used to round that away."""
 

@@ -117,6 +117,7 @@ def test_the_report_of_the_end_is_the_verified_one(run):
     assert eubo == pytest.approx(report.log_z + report.kl_target_policy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [5, 9])
 def test_after_a_kill_nothing_is_shown_twice(number, tmp_path):
     run = tmp_path / "run"
