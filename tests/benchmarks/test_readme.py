@@ -86,6 +86,24 @@ def test_the_results_stand_in_the_readme():
     assert "<!-- end -->\n<!-- end -->" not in README
 
 
+def test_the_sentence_on_random_losses_says_what_their_results_say():
+    lines = (ROOT / "benchmarks" / "results" / "losses.md").read_text().splitlines()
+    head, everything = (
+        [
+            x.strip()
+            for x in next(line for line in lines if line.startswith(f"| {name} |")).split("|")
+        ]
+        for name in ("losses", "all")
+    )
+    count = dict(zip(head, everything, strict=True))
+    tried = sum(int(count[x]) for x in head[2 : head.index("not the EBM")])
+    assert count["disagree"] == count["refused"] == "0"
+    said = " ".join(README.split())
+    assert f"of {tried} random losses that were trained with on sampled batches none ended" in said
+    moving, others = count["still moving"], count["another root"]
+    assert f"but for {moving} that were still moving and {others} with several ends" in said
+
+
 def test_pictures_exist():
     pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
     assert pictures

@@ -136,6 +136,7 @@ def trained(capsys, folder, *args):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_solved_is_bounded_from_samples(capsys, tmp_path):
     folder = trained(capsys, tmp_path / "run", "--task", "pairwise", "--max-length", "40")
     code, out, err = run(capsys, "verify", folder, "--samples", "40", "--max-kl", "3")

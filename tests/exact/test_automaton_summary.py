@@ -39,6 +39,7 @@ def test_token_marginals():
                 torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_figures_and_likeliest_responses():
     known = {"entropy": 0, "expected_reward": 0, "top": 0}
     for ebm, truth, solution in solvable(range(120)):

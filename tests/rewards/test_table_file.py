@@ -368,6 +368,7 @@ def test_an_alphabet_for_integers_is_of_integers(path, alphabet, message):
 # Real files ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["six6_ref_r1.tsv", "arx_ref_r1.tsv"])
 def test_a_measured_table_is_read_quickly_and_as_the_csv_module_reads_it(name):
     if not (DATA / name).exists():

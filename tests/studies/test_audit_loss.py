@@ -66,13 +66,13 @@ def users(estimator: str, place: str, level: str, mean_tokens: bool):
 @pytest.mark.parametrize(
     ("kind", "estimator", "level", "mean_tokens"),
     [
-        ("plain", "k1", "token", False),
+        pytest.param("plain", "k1", "token", False, marks=pytest.mark.slow),
         ("plain", "k3", "sequence", False),
-        ("reference", "k2", "token", False),
+        pytest.param("reference", "k2", "token", False, marks=pytest.mark.slow),
         ("eos", "k2", "sequence", False),
         ("eos", "k2", "token", True),
-        ("eos", "k3", "token", True),
-        ("forbids", "k1", "token", False),
+        pytest.param("eos", "k3", "token", True, marks=pytest.mark.slow),
+        pytest.param("forbids", "k1", "token", False, marks=pytest.mark.slow),
         ("forbids", "k3", "token", False),
     ],
 )

@@ -272,6 +272,7 @@ def test_another_problem_in_the_place_of_a_run_is_refused(tmp_path):
         finished(first(Problem(str(table))))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_verified_is_refused_before_anything_is_trained(tmp_path):
     table = tmp_path / "large.tsv"
     rows = [f"{i:018b}\t{i % 2}\n" for i in range(2**18)]

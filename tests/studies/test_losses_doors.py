@@ -197,6 +197,7 @@ def test_groups_that_are_alike_have_no_advantage():
         assert float(found[1]) == pytest.approx((size - 1) / size**0.5, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_a_float32_loss_is_followed_as_far_as_it_goes():
     exact = audit(squared(0.7))
     rough = audit(lambda p, o, r, a, m: squared(0.7)(*(x.float() for x in (p, o, r, a)), m))
