@@ -88,7 +88,7 @@ def sizes_of(groups: Any, kind: Kind) -> list[int]:
         raise ValueError(f"groups are of policy gradients, and kind is {kind!r}")
     if not isinstance(groups, Sequence) or isinstance(groups, str):
         raise TypeError(f"groups must be a list of whole numbers, got {shown(groups)}")
-    return [whole("groups", size, 2) for size in groups]
+    return [whole("each of groups", size, 2) for size in groups]
 
 
 @dataclass(frozen=True)
