@@ -28,7 +28,7 @@ from rl_ebm.fixed_points import Problem
 from rl_ebm.policies import Tabular
 from rl_ebm.soft_bellman import expectation
 from rl_ebm.studies.audit import measures, to_json
-from rl_ebm.studies.frameworks import FRAMEWORKS, audit_framework
+from rl_ebm.studies.frameworks import FRAMEWORKS, audited
 from rl_ebm.studies.frameworks.rows import FrameworkError, Row
 from rl_ebm.studies.problems import problems
 
@@ -88,14 +88,16 @@ def store(options: Options) -> None:
     for name in options.ebms:
         solution = solve(EBMS[name].make())
         for framework in options.frameworks:
+            path = options.out / "results" / f"{name}-{framework}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines: list[Line] = []
             try:
-                lines = audit_framework(framework, solution, EBMS[name].only)
+                for line in audited(framework, solution, EBMS[name].only):
+                    lines.append(line)  # stored at once: the next may take many minutes
+                    write_text(path, json.dumps(to_json(lines), indent=1) + "\n")
             except FrameworkError as error:
                 print(f"left out: {error}", file=sys.stderr)
                 continue
-            path = options.out / "results" / f"{name}-{framework}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(to_json(lines), indent=1) + "\n")
             print(f"{path.name}: {len(lines)} rows")
 
 

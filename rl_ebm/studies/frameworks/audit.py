@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from rl_ebm.exact import Solution
@@ -55,14 +55,24 @@ def audit_framework(
     Raises:
         ValueError: another name; a framework that is not installed, too old, or changed inside.
     """
+    return list(audited(name, solution, only))
+
+
+def audited(
+    name: str, solution: Solution, only: Callable[[Row], bool] | None = None
+) -> Iterator[dict[str, Any]]:
+    """What :func:`audit_framework` returns, row by row: some take many minutes."""
     if name not in FRAMEWORKS:
         raise ValueError(_unknown(name, FRAMEWORKS))
     version = version_of(name)
     case = case_of(solution)
     with quiet():
         rows = [row for make in FRAMEWORKS[name] for row in make(case) if only is None or only(row)]
-        seen = Seen(solution.space)
-        return [_line(name, version, row, solution, seen) for row in rows]
+    seen = Seen(solution.space)
+    for row in rows:
+        with quiet():
+            line = _line(name, version, row, solution, seen)
+        yield line
 
 
 def audit_named(name: str, solution: Solution) -> tuple[list[dict[str, Any]], list[str]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rl_ebm.studies.frameworks.rows import Row
+from rl_ebm.studies.losses.preference import takes_lengths
 from rl_ebm.tokens import TokenSpace, length_mask
 
 SIZES = (0.3, 3.0, 12.0)
@@ -58,7 +59,7 @@ def fingerprint(row: Row, space: TokenSpace) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     found = []
     for size in SIZES:
-        leaves, inputs = _inputs(row.kind, space, size, generator)
+        leaves, inputs = _inputs(row, space, size, generator)
         try:
             value = row.loss(*(x * 1 for x in leaves), *inputs)
             gradients = torch.autograd.grad(value, leaves, allow_unused=True)
@@ -72,7 +73,7 @@ def fingerprint(row: Row, space: TokenSpace) -> Tensor:
 
 
 def _inputs(
-    kind: str, space: TokenSpace, size: float, generator: torch.Generator
+    row: Row, space: TokenSpace, size: float, generator: torch.Generator
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What has a gradient, and the rest, of random responses of every length."""
 
@@ -84,10 +85,12 @@ def _inputs(
     if space.eos_id is not None:
         lengths = torch.arange(BATCH) % length + 1
     mask = length_mask(lengths, length)
-    if kind == "preference":
+    if row.kind == "preference":
         chosen, rejected, *rest = (-noise().abs() - 0.01 for _ in range(4))
+        if takes_lengths(row.loss):
+            rest += [lengths, lengths.roll(1)]
         return [chosen.requires_grad_(), rejected.requires_grad_()], rest
-    if kind == "distillation":
+    if row.kind == "distillation":
         student, teacher = noise(length, space.vocab_size), noise(length, space.vocab_size)
         tokens = torch.randint(
             space.vocab_size, mask.shape, generator=generator, dtype=torch.long

@@ -9,6 +9,9 @@ of the sum or mean of a trajectory's, less the mean and over the standard deviat
 reward is ``KLComputation``'s (``RetrieveKL(add_to_reward=True)``), called once and compared: coeff
 times log pi - log ref off the reward of each token. A reward of shape (1, 1), which torchrl's own
 have, is thereby paid at every token; one of shape (T, 1) where it says, here at the last.
+
+``SFTLoss`` fits samples of the EBM; its KL is a mean over all tokens that it is given, here those
+of the responses.
 """
 
 from __future__ import annotations
@@ -53,8 +56,22 @@ INSTEAD = Instead(
 )
 
 
+SFT = f"{LLM}.SFTLoss"
+FITS: tuple[dict[str, Any], ...] = (
+    {"loss_function": "sft"},
+    {"loss_function": "sft", "kl_to_ref_coeff": "beta"},
+    {"loss_function": "minor_sft", "beta": "beta"},
+)
+FITTED = Instead(
+    SFT,
+    {"normalize_by_seq_length": False, "loss_function": "sft"},
+    'set normalize_by_seq_length=False with loss_function="sft" and kl_to_ref_coeff=None: a '
+    "response then counts once, whatever its length, and nothing but the samples' law is fitted",
+)
+
+
 def rows(case: Case) -> list[Row]:
-    """GRPO, DAPO and CISPO with the KL in the loss; GRPO with it in the reward; distillation."""
+    """GRPO and its kin with the KL in the loss; GRPO with it in the reward; what fits samples."""
     _agree(case.beta)
     found = [_row(case, "GRPOLoss", {"entropy_bonus": False})]
     for name, aggregation in product(CLASSES, AGGREGATIONS):
@@ -63,6 +80,7 @@ def rows(case: Case) -> list[Row]:
     for shape, reduced in REWARDS:
         paid = {**IN_REWARD, "reward": shape, "trajectory_return": reduced}
         found.append(_row(case, "GRPOLoss", paid, _in_reward(case.beta, shape, reduced)))
+    found += [_sft_row(case, normalised, more) for normalised in (True, False) for more in FITS]
     return [*found, *family(f"{LLM}.distillation", _distillation_rows)]
 
 
@@ -141,6 +159,16 @@ class _Distribution:
         return self.log_pi
 
 
+class _Ragged:
+    """Log-probabilities of responses, each as long as it is: what an actor returns of them."""
+
+    def __init__(self, log_pi: list[Tensor]) -> None:
+        self.log_pi = log_pi
+
+    def get(self, *_: Any, **__: Any) -> list[Tensor]:
+        return self.log_pi
+
+
 class _Student(torch.nn.Module):
     """A policy that says what it was given."""
 
@@ -179,6 +207,49 @@ def _agree(beta: float) -> None:
             f"torchrl {version_of('torchrl')} is not the release that this adapter knows: "
             f"KLComputation in {KL} was expected to take coeff * (log pi - log ref) off each token"
         )
+
+
+def _sft_row(case: Case, normalised: bool, more: dict[str, Any]) -> Row:
+    options = {"normalize_by_seq_length": normalised, **more}
+    given = {k: case.beta if v == "beta" else v for k, v in options.items()}
+    return Row(
+        SFT,
+        options,
+        "policy-gradient",
+        _sft_loss(part(LLM, "SFTLoss")(_Student(), **given)),
+        sampler="teacher",
+        default=normalised and more == FITS[0],
+        instead=FITTED,
+    )
+
+
+def _sft_loss(module: Any) -> Callable[..., Tensor]:
+    """SFTLoss as a function of the contract; each response as long as it is, as torchrl's are."""
+    tensordict, lazy_stack = part("tensordict", "TensorDict"), part("tensordict", "lazy_stack")
+
+    def loss(
+        log_pi: Tensor, log_pi_old: Tensor, log_ref: Tensor, advantages: Tensor, mask: Tensor
+    ) -> Tensor:
+        kept = [m.bool() for m in mask]
+        module.actor_network.given = _Ragged([p[m] for p, m in zip(log_pi, kept, strict=True)])
+        each = [
+            tensordict(
+                {
+                    ("history", "full"): torch.zeros(1, dtype=torch.long),  # for the actor
+                    ("next", "ref_log_probs", "full"): q[m],
+                    ("masks", "all_assistant_mask"): m[m],
+                    ("masks", "all_attention_mask"): m[m],
+                }
+            )
+            for q, m in zip(log_ref, kept, strict=True)
+        ]
+        found = module(lazy_stack(each))
+        parts = (found.loss_sft, found.loss_kl_to_ref)
+        total = torch.stack([x.reshape(()) for x in parts if x is not None]).sum()
+        assert isinstance(total, Tensor)
+        return total
+
+    return loss
 
 
 def _distillation_rows() -> list[Row]:

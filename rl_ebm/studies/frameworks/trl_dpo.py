@@ -1,8 +1,8 @@
-"""TRL's DPO with each of its losses, by its trainer's own ``_compute_loss``.
+"""TRL's DPO with each of its losses and divergences, by its trainer's own ``_compute_loss``.
 
 Pairs come from the reference, labelled by Bradley–Terry on R in reward units. A pair brings the
-log-probabilities of its two whole responses; they are laid out over ``max_length`` tokens, which
-``ipo``, ``sigmoid_norm`` and ``sft`` divide by: where lengths differ those have no limit here.
+log-probabilities of its two whole responses and their lengths, over which ``ipo``, ``sft`` and
+``sigmoid_norm`` take means: each is laid out over as many tokens.
 """
 
 from __future__ import annotations
@@ -17,47 +17,51 @@ from torch import Tensor
 
 from rl_ebm.studies.frameworks.rows import Case, Instead, Row, part
 from rl_ebm.studies.frameworks.trl_trainer import shipped, stand_in
+from rl_ebm.tokens import length_mask
 
 DPO = "trl.trainer.dpo_trainer"
 TYPES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
-BY_LENGTH = ("ipo", "sft", "sigmoid_norm")
+DIVERGENCES = ("forward_kl", "js_divergence", "alpha_divergence")
+"""of ``f_divergence_type``, besides reverse_kl, which is shipped"""
 SMOOTHING = 1e-3
 """what EXO's paper, and TRL's documentation, recommend for it; 0 is refused"""
 
 
 def rows(case: Case) -> list[Row]:
-    """Every ``loss_type``, and ``robust`` with the labels that it takes for noisy."""
+    """Every ``loss_type``, ``robust`` with labels that it takes for noisy, every divergence."""
     asked: list[dict[str, Any]] = [{"loss_type": t} for t in TYPES]
     for options in asked:
         if options["loss_type"] == "exo_pair":
             options["label_smoothing"] = SMOOTHING
     asked.append({"loss_type": "robust", "label_smoothing": 0.1})
+    asked += [{"f_divergence_type": f} for f in DIVERGENCES]
     return [_row(case, options) for options in asked]
 
 
 def _row(case: Case, options: dict[str, Any]) -> Row:
     config = part("trl.trainer.dpo_config", "DPOConfig")
+    kind = options.get("loss_type", "sigmoid")
+    given = {"beta": case.beta, **options, "loss_type": [kind]}
     trainer = stand_in(
         part(DPO, "DPOTrainer"),
         config,
-        {"beta": case.beta, **options, "loss_type": [options["loss_type"]]},
-        loss_types=[options["loss_type"]],
+        given,
+        loss_types=[kind],
         precompute_ref_logps=True,
         ref_model=None,
         _total_train_tokens=0,
         _tp_size=1,
     )
     trainer.loss_weights = [1.0]
-    by_length = options["loss_type"] in BY_LENGTH and not case.fixed_length
     return Row(
         f"{DPO}.DPOTrainer._compute_loss",
         options,
         "preference",
-        loss_of(trainer, case.max_length),
-        default=shipped(config, {**options, "loss_type": [options["loss_type"]]}),
+        loss_of(trainer, case.max_length, rough=_rough(options)),
+        default=shipped(config, given),
         instead=Instead(
             f"{DPO}.DPOTrainer._compute_loss",
             {"loss_type": "sigmoid"},
@@ -65,26 +69,45 @@ def _row(case: Case, options: dict[str, Any]) -> Row:
             "and no label_smoothing: it alone is fitted by log pi - log ref = reward / beta + a "
             "constant",
         ),
-        unknown="it divides by the length of a response, which a pair does not bring"
-        if by_length
-        else None,
     )
 
 
-def loss_of(trainer: Any, length: int) -> Callable[..., Tensor]:
-    """The trainer's loss as a function of the contract."""
+def _rough(options: dict[str, Any]) -> bool:
+    """Whether it takes float32 at most: its largest exponents are listed by dtype."""
+    return options.get("f_divergence_type") == "alpha_divergence"
 
-    def loss(chosen: Tensor, rejected: Tensor, chosen_ref: Tensor, rejected_ref: Tensor) -> Tensor:
+
+def loss_of(trainer: Any, longest: int, rough: bool = False) -> Callable[..., Tensor]:
+    """The trainer's loss as a function of the contract.
+
+    Args:
+        longest: tokens of the longest response.
+        rough: whether it is given float32.
+    """
+
+    def loss(
+        chosen: Tensor,
+        rejected: Tensor,
+        chosen_ref: Tensor,
+        rejected_ref: Tensor,
+        chosen_length: Tensor,
+        rejected_length: Tensor,
+    ) -> Tensor:
         for kept in trainer._metrics.values():
             kept.clear()
-        log_pi = torch.cat([chosen, rejected])[:, None].expand(-1, length) / length
-        ids = torch.zeros(len(log_pi), length + 1, dtype=torch.long)
-        mask = torch.ones_like(ids)
-        mask[:, 0] = 0  # the prompt
+        if rough:
+            chosen, rejected = chosen.float(), rejected.float()
+            chosen_ref, rejected_ref = chosen_ref.float(), rejected_ref.float()
+        lengths = torch.cat([chosen_length, rejected_length])
+        mask = length_mask(lengths, longest)
+        whole = torch.cat([chosen, rejected])
+        log_pi = (whole / lengths)[:, None].expand(mask.shape).masked_fill(~mask, 0.0)
+        prompt = torch.zeros(len(mask), 1, dtype=torch.long)
+        completion = torch.cat([prompt, mask.long()], 1)
         batch = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "completion_mask": mask,
+            "input_ids": torch.zeros_like(completion),
+            "attention_mask": torch.ones_like(completion),
+            "completion_mask": completion,
             "ref_chosen_logps": chosen_ref,
             "ref_rejected_logps": rejected_ref,
         }

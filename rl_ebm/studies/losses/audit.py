@@ -8,7 +8,8 @@ A loss is a plain function of float64 tensors on the CPU that returns one number
 - "distillation": ``loss(student_logits, teacher_logits, tokens, mask)``, (B, T, A) twice and (B, T)
   twice; the teacher's logits are q* of the solution;
 - "preference": ``loss(chosen_log_pi, rejected_log_pi, chosen_log_ref, rejected_log_ref)``, (B,),
-  sums over the tokens; a pair is labelled by sigmoid(R - R').
+  sums over the tokens; a pair is labelled by sigmoid(R - R'). A loss of means over tokens takes
+  two arguments more, ``chosen_length`` and ``rejected_length``, (B,) integers.
 
 Rewards and advantages are in reward units, and beta stands in the loss, as in the frameworks.
 Batches and groups are without end, steps without length; how rows make a batch is found from the

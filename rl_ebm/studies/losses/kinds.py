@@ -21,12 +21,13 @@ from rl_ebm.studies.losses.rows import ROUGH, Rows, rows_of
 AnyFlow = PolicyGradient | Distillation | Preference
 Maker = Callable[..., AnyFlow]
 PROBED = 6
-"""responses on which a loss is tried"""
+"""responses on which a loss is tried, at logits of the reference's and noise of these sizes:"""
+NEAR, FAR = 0.25, 3.0
 
 
-def probe(responses: Responses, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Places of a few responses, with every length among them, and logits near the reference."""
-    generator = torch.Generator().manual_seed(seed)
+def probe(responses: Responses) -> tuple[Tensor, Tensor, Tensor]:
+    """Places of a few responses, with every length among them; log pi near and far from p_ref."""
+    generator = torch.Generator().manual_seed(0)
     n = len(responses.reward)
     order = torch.randperm(n, generator=generator).tolist()
     seen: dict[float, int] = {}
@@ -36,27 +37,29 @@ def probe(responses: Responses, seed: int = 0) -> tuple[Tensor, Tensor]:
     while len(chosen) < 4:
         chosen.append(chosen[-1])
     noise = torch.randn(responses.start.shape, generator=generator, dtype=torch.float64)
-    return torch.tensor(chosen), normalised(responses.start + noise / 4, responses.start)
+    start = responses.start
+    near, far = (normalised(start + size * noise, start) for size in (NEAR, FAR))
+    return torch.tensor(chosen), near, far
 
 
 def policy_gradient_flow(
     function: Any, responses: Responses, advantages: Advantages, **who: Any
 ) -> PolicyGradient:
     """A loss (log_pi, log_pi_old, log_ref, advantages, mask), all (B, T)."""
-    r, (rows, table) = responses, probe(responses)
+    r, (rows, *tables) = responses, probe(responses)
     mask = r.mask[rows]
     noise = torch.randn(mask.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    log_pi = r.at_tokens(table)[rows]
-    inputs: Inputs = (
-        log_pi,
-        (log_pi + noise / 50).masked_fill(~mask, 0.0),
-        r.log_ref[rows],
-        noise.flip(0).masked_fill(~mask, 0.0),
-        mask,
-    )
+    gain = noise.flip(0).masked_fill(~mask, 0.0)
+
+    def inputs(table: Tensor) -> Inputs:
+        log_pi = r.at_tokens(table)[rows]
+        old = (log_pi + noise / 50).masked_fill(~mask, 0.0)
+        return log_pi, old, r.log_ref[rows], gain, mask
+
+    near, far = map(inputs, tables)
     loss = Loss(function, policy_gradient.NAMES)
-    combined = _combined(loss, inputs, r.lengths[rows])
-    return PolicyGradient(r, combined, advantages, scaled=is_scaled(loss, inputs), **who)
+    combined = _combined(loss, near, r.lengths[rows], far)
+    return PolicyGradient(r, combined, advantages, scaled=is_scaled(loss, near), **who)
 
 
 def is_scaled(loss: Loss, inputs: Inputs) -> bool:
@@ -78,26 +81,44 @@ def distillation_flow(
     **who: Any,
 ) -> Distillation:
     """A loss (student_logits, teacher_logits, tokens, mask): (B, T, A) twice, (B, T) twice."""
-    r, (rows, table) = responses, probe(responses)
+    r, (rows, *tables) = responses, probe(responses)
     loss = Loss(function, distillation.NAMES)
     made = Distillation(r, Rows(loss, "rows", False), teacher, student, **who)
-    inputs = tuple(x[rows] for x in made.inputs(table))
-    combined = _combined(loss, inputs, r.lengths[rows])
+    near, far = (tuple(x[rows] for x in made.inputs(table)) for table in tables)
+    combined = _combined(loss, near, r.lengths[rows], far)
     return Distillation(r, combined, teacher, student, **who)
 
 
 def preference_flow(function: Any, responses: Responses, **who: Any) -> Preference:
-    """A loss (chosen_log_pi, rejected_log_pi, chosen_log_ref, rejected_log_ref), all (B,)."""
-    r, (rows, table) = responses, probe(responses)
-    log_pi, log_ref = r.log_law(table)[rows], r.log_ref.sum(1)[rows]
-    inputs = (log_pi, log_pi.roll(1), log_ref, log_ref.roll(1))
-    loss = Loss(function, preference.NAMES, leaves=2)
-    combined = _combined(loss, inputs, torch.ones(len(rows), dtype=torch.float64))
-    return Preference(r, combined, **{"drawn": r.start} | who)
+    """A loss (chosen_log_pi, rejected_log_pi, chosen_log_ref, rejected_log_ref), all (B,).
+
+    With six arguments, the last two are the lengths; whose tokens its rows share is then tried.
+    """
+    r, (rows, *tables) = responses, probe(responses)
+    log_ref, lengths = r.log_ref.sum(1)[rows], (r.lengths[rows], r.lengths[rows].roll(1))
+    who = {"drawn": r.start} | who
+    by_length = callable(function) and preference.takes_lengths(function)
+    given = (log_ref, log_ref.roll(1), *(x.long() for x in lengths if by_length))
+    laws = [r.log_law(table)[rows] for table in tables]
+    near, far = ((log_pi, log_pi.roll(1), *given) for log_pi in laws)
+    names = preference.NAMES + (preference.LENGTHS if by_length else ())
+    loss = Loss(function, names, leaves=2)
+    if not by_length:
+        return Preference(r, _combined(loss, near, torch.ones(len(rows)).double(), far), **who)
+    failed: LossError | None = None
+    for counted in preference.COUNTED:
+        try:
+            combined = _combined(loss, near, preference.count_of(counted, *lengths), far)
+        except LossError as error:
+            failed = failed or error
+        else:
+            return Preference(r, combined, **who, counted=counted)
+    assert failed is not None
+    raise failed
 
 
-def _combined(loss: Loss, inputs: Inputs, counts: Tensor) -> Rows:
-    check_loss(loss, inputs)
+def _combined(loss: Loss, near: Inputs, counts: Tensor, far: Inputs) -> Rows:
+    check_loss(loss, near)
     if len(counts) < 4:
         raise LossError(f"a loss is tried on at least 4 responses, and there are {len(counts)}")
-    return rows_of(loss, inputs, counts)
+    return rows_of(loss, near, counts, far)

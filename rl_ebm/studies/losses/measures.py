@@ -97,9 +97,9 @@ def _of_pairs(flow: Preference, theta: Tensor, log_pi: Tensor) -> float:
     r = flow.responses
     log_mu, log_law = r.log_law(flow.who_draws(theta)), r.log_law(log_pi)
     one, total = torch.ones(r.mask.shape, dtype=torch.float64), 0.0
-    square = r.inner(one, one, log_pi)
+    square, mean = r.inner(one, one, log_pi), flow.mean_count(log_mu)
     for chosen in flow.blocks():
-        x, y = flow.slopes(log_law, chosen)
+        x, y = flow.slopes(log_law, chosen, mean)
         each = x.square() * square[chosen, None] + y.square() * square
         each += 2 * x * y * r.products(chosen, log_pi)
         total += float((flow.chances(log_mu, chosen) * each).sum())

@@ -1,13 +1,17 @@
 """The expected gradient of a preference loss, of all pairs of responses at once.
 
 Two responses are drawn from one law, and y is chosen over y' with the probability
-sigmoid(R(y) - R(y')), R in reward units (Bradley and Terry 1952).
+sigmoid(R(y) - R(y')), R in reward units (Bradley and Terry 1952). A loss that takes six arguments
+is given how many tokens both have: means over tokens (SimPO, trl's IPO) are not made of sums alone.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -18,14 +22,50 @@ from rl_ebm.studies.losses.responses import Responses, normalised
 from rl_ebm.studies.losses.rows import Rows
 
 NAMES = ("chosen_log_pi", "rejected_log_pi", "chosen_log_ref", "rejected_log_ref")
+LENGTHS = ("chosen_length", "rejected_length")
+Counted = Literal["both", "chosen", "rejected"]
+COUNTED: tuple[Counted, ...] = ("both", "chosen", "rejected")
+"""whose tokens the rows of a batch may share"""
 PAIRS = 2**17
 """pairs that a loss is given at a time"""
 SMALL = 1e-4
-"""step of a difference, nats"""
-NEWTON = 40
-"""steps of Newton's, at most"""
-LARGEST = 3.0
+"""step of a difference, nats; and"""
+ROUGH_SMALL = 1e-2
+"""of a loss that computes in float32"""
+IMPLICIT = 120
+"""implicit steps, at most"""
+LARGEST = 1.0
 """nats that log pi of a response moves in one of them, at most"""
+RATE = 1.0
+"""one over the length of the first, and"""
+FASTER = 8.0
+"""by how much the next is longer, where it may"""
+GONE = -60.0
+"""nats that a response falls before it may be dead, which these steps do not see"""
+
+
+def takes_lengths(function: Callable[..., Any]) -> bool:
+    """Whether a loss is called with the lengths of both as well: it has six arguments, not four."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a built-in function tells nothing
+        return False
+    return _binds(signature, NAMES + LENGTHS) and not _binds(signature, NAMES)
+
+
+def _binds(signature: inspect.Signature, names: tuple[str, ...]) -> bool:
+    try:
+        signature.bind(*names)
+    except TypeError:
+        return False
+    return True
+
+
+def count_of(counted: Counted | None, chosen: Tensor, rejected: Tensor) -> Tensor:
+    """What the rows of a batch may share of pairs with these lengths."""
+    if counted is None:
+        return torch.ones_like(chosen)
+    return {"chosen": chosen, "rejected": rejected, "both": chosen + rejected}[counted]
 
 
 @dataclass(frozen=True)
@@ -34,11 +74,13 @@ class Preference:
 
     Attributes:
         drawn: log pi of who draws, (S, A); None for the policy itself.
+        counted: whose tokens the rows of a batch share, where the loss is told of lengths.
     """
 
     responses: Responses
     rows: Rows
     drawn: Float[Tensor, "S A"] | None
+    counted: Counted | None = None
 
     def who_draws(self, theta: Tensor) -> Float[Tensor, "S A"]:
         return normalised(theta, self.responses.start) if self.drawn is None else self.drawn
@@ -52,11 +94,13 @@ class Preference:
         self,
         log_pi: Float[Tensor, "N"],
         chosen: Int64[Tensor, "n"],
+        mean_count: float,
         more: tuple[float, float] = (0.0, 0.0),
     ) -> tuple[Float[Tensor, "n N"], Float[Tensor, "n N"]]:
         """The loss's derivative by log pi of chosen responses and of those rejected, all others.
 
         Args:
+            mean_count: of what is counted, :meth:`mean_count` of the law that draws.
             more: added to log pi of both.
         """
         log_ref, shape = self.responses.log_ref.sum(1), (len(chosen), len(log_pi))
@@ -65,10 +109,22 @@ class Preference:
             return x[chosen, None].expand(shape).reshape(-1), x.expand(shape).reshape(-1)
 
         given = [x + y for x, y in zip(pairs(log_pi), more, strict=True)]
-        counts = torch.ones(1, dtype=torch.float64).expand(shape[0] * shape[1])
+        lengths = pairs(self.responses.lengths)
         inputs: Inputs = (*given, *pairs(log_ref))
-        first, second = self.rows.gradients(inputs, counts, 1.0)
+        if self.counted is not None:
+            inputs = (*inputs, *(x.long() for x in lengths))
+        first, second = self.rows.gradients(inputs, count_of(self.counted, *lengths), mean_count)
         return first.view(shape), second.view(shape)
+
+    def mean_count(self, log_mu: Float[Tensor, "N"]) -> float:
+        """Of a pair, in a large batch."""
+        if self.counted is None:
+            return 1.0
+        lengths, total = self.responses.lengths, 0.0
+        for chosen in self.blocks():
+            counts = count_of(self.counted, lengths[chosen, None], lengths)
+            total += float((self.chances(log_mu, chosen) * counts).sum())
+        return total
 
     def chances(
         self, log_mu: Float[Tensor, "N"], chosen: Int64[Tensor, "n"]
@@ -89,10 +145,10 @@ class Preference:
         r = self.responses
         log_mu = r.log_law(self.who_draws(theta))
         log_pi = r.log_law(normalised(theta, r.start))
-        found = torch.zeros_like(log_mu)
+        found, mean = torch.zeros_like(log_mu), self.mean_count(log_mu)
         for chosen in self.blocks():
             p = self.chances(log_mu, chosen)
-            first, second = self.slopes(log_pi, chosen)
+            first, second = self.slopes(log_pi, chosen, mean)
             found[chosen] += (p * first).sum(1)
             found += (p * second).sum(0)
         return found, log_mu
@@ -105,39 +161,41 @@ class Preference:
         return r.gradient(values, normalised(theta, r.start)), r.mass(log_mu)
 
     def rest_near(self, theta: Float[Tensor, "S A"], rest: float) -> Tensor | None:
-        """Logits where the gradient vanishes, by Newton's method; None where it fails.
+        """Logits where the gradient vanishes, down an implicit flow; None where it fails.
 
-        Any law over the responses is a policy. So the unknowns are log pi of each response: a pair
-        whose order is plain hardly curves the loss, and what goes by its gradient alone takes
-        exp(largest gap of R) steps. Where the policy itself draws, that law moves as well, and this
-        is not tried.
+        Any law over the responses is a policy. So the unknowns are log pi of each response, and
+        they follow their gradient in units of how often each is drawn: a pair whose order is plain
+        hardly curves the loss, and what goes by its gradient alone takes exp(largest gap of R)
+        steps. Steps are Euler's, backward, each as long as moves no log pi by more than
+        :data:`LARGEST`: the last ones are Newton's. Where the policy itself draws, that law moves
+        as well, and this is not tried.
         """
         r = self.responses
         if self.drawn is None:
             return None
         log_mu, log_pi = r.log_law(self.drawn), r.log_law(normalised(theta, r.start))
-        # A loss of differences alone has no level; and its sum is 0 wherever it stands.
-        level = log_mu.exp()[:, None] * log_mu.exp()
-        before = math.inf
-        for _ in range(NEWTON):
+        lowest = float(log_pi.min()) + GONE
+        before, rate = math.inf, RATE
+        for _ in range(IMPLICIT):
             try:
                 found, slope = self._curvature(log_pi, log_mu)
             except LossError:
                 return None
-            off = found - log_pi.exp() * found.sum()
+            pi = log_pi.exp()
+            off = found - pi * found.sum()
             size = float((off / log_mu.exp()).abs().max())
             if size <= rest or (size <= 1e3 * rest and size >= before / 2):
                 return r.logits(log_pi)
-            if size > 10 * before:
-                return None
             before = size
-            pi = log_pi.exp()[:, None]
-            slope = slope - pi * slope.sum(0) - torch.diag(log_pi.exp() * found.sum())
-            step, info = torch.linalg.solve_ex(slope + level, -off)
-            if int(info) or not bool(torch.isfinite(step).all()):
+            slope = slope - pi[:, None] * slope.sum(0) - torch.diag(pi * found.sum())
+            # The rows of a slope add up to 0, so that this asks for pi @ step = 0: a law stays one.
+            slope += log_mu.exp()[:, None] * pi
+            step, rate = _implicit(slope, off, (log_mu.exp() + pi) / 2, rate / FASTER)
+            if not bool(torch.isfinite(step).all()):
                 return None
-            longest = float(step.abs().max())
-            log_pi = torch.log_softmax(log_pi + step * min(1.0, LARGEST / longest), 0)
+            log_pi = torch.log_softmax(log_pi + step, 0)
+            if float(log_pi.min()) < lowest:
+                return None
         return None
 
     def _curvature(
@@ -146,17 +204,31 @@ class Preference:
         """Expected derivatives by log pi, and theirs, by differences."""
         found = torch.zeros_like(log_mu)
         slope = torch.zeros(len(log_pi), len(log_pi), dtype=torch.float64)
-        diagonal = slope.diagonal()
+        diagonal, mean = slope.diagonal(), self.mean_count(log_mu)
+        small = ROUGH_SMALL if self.rows.rough else SMALL
         for chosen in self.blocks():
             p = self.chances(log_mu, chosen)
-            first, second = self.slopes(log_pi, chosen)
+            first, second = self.slopes(log_pi, chosen, mean)
             found[chosen] += (p * first).sum(1)
             found += (p * second).sum(0)
-            p = p / SMALL
-            a, b = self.slopes(log_pi, chosen, (SMALL, 0.0))
-            c, d = self.slopes(log_pi, chosen, (0.0, SMALL))
+            p = p / small
+            a, b = self.slopes(log_pi, chosen, mean, (small, 0.0))
+            c, d = self.slopes(log_pi, chosen, mean, (0.0, small))
             diagonal[chosen] += (p * (a - first)).sum(1)
             diagonal += (p * (d - second)).sum(0)
             slope[chosen] += p * (c - first)
             slope[:, chosen] += (p * (b - second)).T
         return found, slope
+
+
+def _implicit(
+    slope: Float[Tensor, "N N"], off: Float[Tensor, "N"], units: Float[Tensor, "N"], rate: float
+) -> tuple[Tensor, float]:
+    """A backward step, shortened until no entry moves by more than :data:`LARGEST`; its rate."""
+    while True:
+        step, info = torch.linalg.solve_ex(slope + torch.diag(rate * units), -off)
+        if int(info):
+            return torch.full_like(step, torch.nan), rate
+        if float(step.abs().max()) <= LARGEST or rate > 1e6:
+            return step.clamp(-LARGEST, LARGEST), rate
+        rate = max(4 * rate, 1e-8)

@@ -77,40 +77,32 @@ class Rows:
         return tuple(found)
 
 
-def rows_of(loss: Loss, inputs: Inputs, counts: Float[Tensor, "B"]) -> Rows:
+def rows_of(loss: Loss, inputs: Inputs, counts: Float[Tensor, "B"], far: Inputs) -> Rows:
     """How these rows combine.
 
     Args:
         inputs: of at least 4 rows, no two alike, with every length that there is.
         counts: tokens of each.
+        far: the same rows at other log-probabilities. A loss that sorts its batch, or clips by its
+            largest, may couple nothing near the reference.
 
     Raises:
         LossError: in another way.
     """
-
-    def of(*rows: int) -> list[Tensor]:
-        found = loss.gradients(tuple(x[list(rows)] for x in inputs))
-        return [torch.cat([g[i].flatten() for g in found]) for i in range(len(rows))]
-
+    of = _by_each(loss, inputs)
     alone = [of(i)[0] for i in range(len(counts))]
     size = max(float(x.abs().max()) for x in alone)
     total = _is_total(of, alone, size)
-    b = [_share(of, alone, counts, i, total) for i in range(len(counts))]
-    a = [x - y / n for x, y, n in zip(alone, b, counts.tolist(), strict=True)]
+    a, b = _terms(of, alone, counts, total)
     close = _tolerance(alone)
-    for batch in _batches(len(counts)):
-        found = of(*batch)
-        scale = 1.0 if total else 1 / len(batch)
-        mean = float(counts[list(batch)].mean())
-        for i, g in zip(batch, found, strict=True):
-            off = float((g / scale - a[i] - b[i] / mean).abs().max())
-            if off > close * size:
-                raise LossError(
-                    "the loss couples the rows of a batch: in one of "
-                    f"{len(batch)} the gradient by a response is {off / size:.2g} (of the largest) "
-                    "off from that of rows that add up, or that share a token count; compute what "
-                    "is of the whole batch outside, in advantages"
-                )
+    _check(of, counts, total, (a, b), close)
+    of = _by_each(loss, far)
+    try:
+        terms = _terms(of, [of(i)[0] for i in range(len(counts))], counts, total)
+    except LossError:  # the flow says so if it comes there
+        pass
+    else:
+        _check(of, counts, total, terms, close)
     shares = max(float(x.abs().max()) for x in b)
     adds = max(float(x.abs().max()) for x in a)
     kind: Combination = "both"
@@ -119,6 +111,49 @@ def rows_of(loss: Loss, inputs: Inputs, counts: Float[Tensor, "B"]) -> Rows:
     elif adds <= close * size:
         kind = "tokens"
     return Rows(loss, kind, total, close > CLOSE)
+
+
+def _by_each(loss: Loss, inputs: Inputs) -> Of:
+    def of(*rows: int) -> list[Tensor]:
+        found = loss.gradients(tuple(x[list(rows)] for x in inputs))
+        return [torch.cat([g[i].flatten() for g in found]) for i in range(len(rows))]
+
+    return of
+
+
+def _terms(
+    of: Of, alone: list[Tensor], counts: Tensor, total: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """a and b of every row."""
+    b = [_share(of, alone, counts, i, total) for i in range(len(counts))]
+    a = [x - y / n for x, y, n in zip(alone, b, counts.tolist(), strict=True)]
+    return a, b
+
+
+def _check(
+    of: Of, counts: Tensor, total: bool, terms: tuple[list[Tensor], list[Tensor]], close: float
+) -> None:
+    """Other batches of the same rows.
+
+    Raises:
+        LossError: one of them is not what a and b say.
+    """
+    a, b = terms
+    size = max(
+        float((x + y / n).abs().max()) for x, y, n in zip(a, b, counts.tolist(), strict=True)
+    )
+    for batch in _batches(len(counts)):
+        scale = 1.0 if total else 1 / len(batch)
+        mean = float(counts[list(batch)].mean())
+        for i, g in zip(batch, of(*batch), strict=True):
+            off = float((g / scale - a[i] - b[i] / mean).abs().max())
+            if off > close * size:
+                raise LossError(
+                    "the loss couples the rows of a batch: in one of "
+                    f"{len(batch)} the gradient by a response is {off / size:.2g} (of the largest) "
+                    "off from that of rows that add up, or that share a token count; compute what "
+                    "is of the whole batch outside, in advantages"
+                )
 
 
 def _is_total(of: Of, alone: list[Tensor], size: float) -> bool:
