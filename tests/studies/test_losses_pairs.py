@@ -94,12 +94,15 @@ def test_the_variance_of_a_mean_over_tokens():
     _, _, lengths, law = known(solution)
     space = solution.space
     logits = torch.cat(reference_tables(space)).requires_grad_()
+    forced = torch.arange(3) != space.eos_id  # the last token can only end a response
+    last = torch.arange(len(logits)) >= len(logits) - space.num_prefixes(space.max_length - 1)
     tokens, count = space.sequences()
     states = space.state_ids(tokens)
     rows = []
     for i in range(space.num_sequences):
         at = states[i, : int(count[i])]
-        log_pi = logits.log_softmax(1)[at, tokens[i, : int(count[i])]].sum()
+        allowed = logits.masked_fill(last[:, None] & forced, -torch.inf)
+        log_pi = allowed.log_softmax(1)[at, tokens[i, : int(count[i])]].sum()
         (gradient,) = torch.autograd.grad(log_pi, logits)
         rows.append(gradient.flatten())
     each = torch.stack(rows) / float(law @ lengths)
