@@ -23,9 +23,9 @@ from torch import Tensor
 
 from rl_ebm.agents.registry import AgentEntry
 from rl_ebm.agents.shared.learner import token_values
-from rl_ebm.agents.shared.off_policy import OffPolicyAgent, OffPolicyOptions, fixed_point
+from rl_ebm.agents.shared.off_policy import OffPolicyOptions, fixed_point
 from rl_ebm.agents.shared.option_types import checked_options
-from rl_ebm.policies.scoring import q_values
+from rl_ebm.agents.shared.values import ValueAgent, carried_q
 from rl_ebm.soft_bellman import log_policy, soft_value
 from rl_ebm.tokens import Batch, length_mask
 
@@ -38,6 +38,8 @@ class PathConsistencyConfig(OffPolicyOptions):
     """weight of a sub-trajectory by its length k: lam^k"""
     longest: int | None = None
     """tokens of the longest sub-trajectory; None for whole responses"""
+    max_grad_norm: float | int = 1.0
+    """gradients are clipped to this norm: the loss is a mean over sub-trajectories, no sum"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,19 +96,19 @@ def path_consistency_loss(
     return 0.5 * ((weight * squares).sum((1, 2)) / weight.sum((1, 2))).mean()
 
 
-class PathConsistencyAgent(OffPolicyAgent):
+class PathConsistencyAgent(ValueAgent):
     """Path consistency; its policy's raw logits become q*, its V at the root log Z."""
 
-    logits_are_values = True
     Config = PathConsistencyConfig
 
     def loss(self, batch: Batch, r: Float[Tensor, "B T"]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of responses, and V at the root."""
-        q = q_values(self.policy, self.ebm.space, batch.tokens, batch.prompt_ids)
+        learned = self.learn_values(batch, r)
+        q = learned.q if learned.root is None else carried_q(learned, batch, r)
         v, log_pi = soft_value(q), token_values(log_policy(q), batch)
         cfg = self.config
         loss = path_consistency_loss(v, log_pi, r, batch.lengths, cfg.lam, cfg.longest)
-        return loss, {"losses/root_value": v[:, 0].detach().mean()}
+        return loss + learned.loss, {"losses/root_value": v[:, 0].detach().mean()}
 
 
 class SubTBAgent(PathConsistencyAgent):

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from rl_ebm.agents.registry import AgentEntry
 from rl_ebm.agents.shared.learner import token_values
-from rl_ebm.agents.shared.off_policy import OffPolicyAgent, OffPolicyOptions, fixed_point
+from rl_ebm.agents.shared.off_policy import OffPolicyOptions, fixed_point
 from rl_ebm.agents.shared.option_types import checked_options
+from rl_ebm.agents.shared.values import Learned, ValueAgent, carried_q
 from rl_ebm.policies.base import Policy
 from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import gather_tokens, log_policy, soft_value
@@ -108,10 +109,9 @@ def soft_q_loss(
     return 0.5 * residual.masked_fill(~length_mask(lengths, q.shape[1]), 0.0).square().sum(1).mean()
 
 
-class SoftQAgent(OffPolicyAgent):
+class SoftQAgent(ValueAgent):
     """Soft Q-learning; its policy's raw logits become q*, its V at the root log Z."""
 
-    logits_are_values = True
     Config = SoftQConfig
 
     def begin(self, teacher: Policy | None) -> None:
@@ -122,15 +122,24 @@ class SoftQAgent(OffPolicyAgent):
 
     def loss(self, batch: Batch, r: Float[Tensor, "B T"]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of responses, and V at the root."""
-        space = self.ebm.space
-        q = q_values(self.policy, space, batch.tokens, batch.prompt_ids)
+        learned = self.learn_values(batch, r)
+        q = learned.q if learned.root is None else carried_q(learned, batch, r, semi=True)
         with torch.no_grad():
             q_target = q.detach()
             if self.target is not self.policy:
-                q_target = q_values(self.target, space, batch.tokens, batch.prompt_ids)
+                q_target = self.target_q(learned, batch, r)
             returns = self.returns(q_target, batch, r)
-        loss = soft_q_loss(q, returns, batch.tokens, batch.lengths)
+        loss = soft_q_loss(q, returns, batch.tokens, batch.lengths) + learned.loss
         return loss, {"losses/root_value": soft_value(q_target[:, 0]).mean()}
+
+    def target_q(
+        self, learned: Learned, batch: Batch, r: Float[Tensor, "B T"]
+    ) -> Float[Tensor, "B T A"]:
+        """The same of the target network; it stands on the level of the online one."""
+        q = q_values(self.target, self.ebm.space, batch.tokens, batch.prompt_ids)
+        if learned.root is None:
+            return q
+        return carried_q(learned._replace(q=q), batch, r, semi=True)
 
     def returns(
         self, q: Float[Tensor, "B T A"], batch: Batch, r: Float[Tensor, "B T"]

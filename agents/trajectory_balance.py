@@ -20,15 +20,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from rl_ebm.agents.registry import AgentEntry
-from rl_ebm.agents.shared.learner import check_group_size, draw_groups, group_ids
-from rl_ebm.agents.shared.off_policy import OffPolicyAgent, OffPolicyOptions, fixed_point
+from rl_ebm.agents.shared.grouped import GroupedAgent
+from rl_ebm.agents.shared.learner import check_group_size, group_ids, prompt_means
+from rl_ebm.agents.shared.off_policy import OffPolicyOptions, fixed_point
 from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import log_policy, sequence_log_prob
 from rl_ebm.tokens import Batch
-
-GROUP = 4
-"""responses to a prompt in a step, at least, where they share a log Z and no size is given"""
 
 
 @checked_options
@@ -87,13 +85,10 @@ def batch_log_z(
 
     ``prompt_ids`` and ``num_prompts`` are those of groups where these are smaller than prompts.
     """
-    gap = log_weight - log_pi
-    total = gap.new_zeros(num_prompts).index_add(0, prompt_ids, gap)
-    count = gap.new_zeros(num_prompts).index_add(0, prompt_ids, torch.ones_like(gap))
-    return (total / count.clamp(min=1))[prompt_ids]
+    return prompt_means(log_weight - log_pi, prompt_ids, num_prompts)[0]
 
 
-class TrajectoryBalanceAgent(OffPolicyAgent):
+class TrajectoryBalanceAgent(GroupedAgent):
     """Trajectory balance with a learned log Z for each prompt, or with that of the batch."""
 
     Config = TrajectoryBalanceConfig
@@ -105,25 +100,15 @@ class TrajectoryBalanceAgent(OffPolicyAgent):
         return (self.log_z,) if self.config.log_z == "learned" else ()
 
     @property
-    def responses(self) -> int:
-        """Whole groups alone, where their size is given."""
-        n, size = int(self.config.batch_size), self.config.group_size
-        return n if size is None or self.config.log_z == "learned" else n - n % size
+    def compares(self) -> bool:
+        """Whether the batch's log Z is its responses'."""
+        return bool(self.config.log_z == "batch")
 
-    def prompts(self) -> Int64[Tensor, "B"]:
-        """Groups that share a prompt, where the batch's log Z is theirs."""
-        cfg, p = self.config, self.ebm.num_prompts
-        if cfg.log_z == "learned":
-            return super().prompts()
-        return draw_groups(cfg.batch_size, p, cfg.group_size, GROUP, self.generator)
-
-    def replayed(self) -> Batch:
-        """Responses of earlier steps; runs to the same prompt, where the log Z is theirs."""
-        cfg = self.config
-        if cfg.log_z == "learned" or self.ebm.num_prompts == 1:
-            return super().replayed()
-        run = min(cfg.group_size or GROUP, cfg.replay_batch, len(self.replay))
-        return self.replay.sample(cfg.replay_batch, self.generator, run)
+    @property
+    def group_size(self) -> int | None:
+        """Responses that share a log Z."""
+        size: int | None = self.config.group_size
+        return size
 
     def loss(self, batch: Batch, r: Float[Tensor, "B T"]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of responses, and the log Z in it."""

@@ -39,6 +39,11 @@ def learned_log_z(agent: Any) -> Float[Tensor, "P"] | None:
     return None if told is None else told()
 
 
+def values_apart(agent: object) -> bool:
+    """Whether an agent, or its class, fits a V beside the policy's weights; absent: no."""
+    return bool(getattr(agent, "values_apart", False))
+
+
 def behaviour(agent: Any) -> Behaviour | None:
     """``agent.behaviour()``; None for an agent that does not tell, or that draws nothing."""
     told = getattr(agent, "behaviour", None)

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from rl_ebm.ebm import EBM
-from rl_ebm.policies.base import Policy, Trainable, forbids_of
+from rl_ebm.policies.base import Policy, Trainable, forbids_of, value_head
 from rl_ebm.soft_bellman import gather_tokens
 from rl_ebm.tokens import Batch
 
@@ -60,7 +60,7 @@ def check_group_size(group_size: int | None, batch_size: int) -> None:
 
 
 class Learner:
-    """Adam with a schedule and gradient clipping. It never waits for the device.
+    """Adam with a schedule and gradient clipping, of a policy's V apart. It never waits.
 
     Args:
         extra: parameters that are learned beside the policy's, faster, and never clipped.
@@ -73,13 +73,23 @@ class Learner:
         max_grad_norm: float | int,
         extra: tuple[nn.Parameter, ...] = (),
     ) -> None:
-        self.parameters = [p for p in policy.parameters() if p.requires_grad]
+        head = value_head(policy)
+        self.values = [] if head is None else list(head.parameters())
+        apart = {id(p) for p in self.values}
+        self.parameters = [p for p in policy.parameters() if p.requires_grad and id(p) not in apart]
         self.peak, self.max_grad_norm = lr, max_grad_norm
         groups: list[dict[str, Any]] = [{"params": self.parameters, "factor": 1.0}]
+        if self.values:
+            groups.append({"params": self.values, "factor": 1.0})
         if extra:
             groups.append({"params": list(extra), "factor": EXTRA})
         self.optimizer = torch.optim.Adam(groups, lr=lr, fused=True)
         self.lr = lr
+
+    @property
+    def started(self) -> bool:
+        """Whether a step has been made, by this learner or by the one whose state it was given."""
+        return bool(self.optimizer.state)
 
     def descend(self, loss: Tensor, progress: float) -> dict[str, Tensor]:
         """One gradient step; the gradient's norm before clipping, detached."""
@@ -89,6 +99,8 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        if self.values:  # by themselves: what V is off by shortens no step of the policy
+            nn.utils.clip_grad_norm_(self.values, self.max_grad_norm)
         self.optimizer.step()
         return {"losses/grad_norm": norm.detach()}
 
@@ -201,6 +213,15 @@ def group_ids(
     groups = (count // size).clamp(min=1)
     first = groups.cumsum(0) - groups
     return first[prompt_ids] + place % groups[prompt_ids], len(rows) + num_prompts
+
+
+def prompt_means(
+    x: Float[Tensor, "B"], prompt_ids: Int64[Tensor, "B"], num_prompts: int
+) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
+    """Of each row, the mean of x over its prompt's rows, and how many these are."""
+    total = x.new_zeros(num_prompts).index_add(0, prompt_ids, x)
+    count = x.new_zeros(num_prompts).index_add(0, prompt_ids, torch.ones_like(x))
+    return (total / count.clamp(min=1))[prompt_ids], count[prompt_ids]
 
 
 def log_mean_exp(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 
 import torch
 
@@ -12,10 +11,10 @@ from benchmarks.peers.policies import count
 from benchmarks.peers.watch import Watch
 from rl_ebm import EBM, solve
 from rl_ebm.agents import AGENTS
+from rl_ebm.agents.shared.account import values_apart
 from rl_ebm.networks.backbone import TransformerConfig
-from rl_ebm.training.run_policy import make_policy
+from rl_ebm.training.run_policy import make_policy, network_config
 
-NETWORK = {"kind": "transformer"} | asdict(TransformerConfig())
 SHORT = {"soft-q": (30.0, 60.0), "policy-gradient": (60.0,), "vargrad": (20.0, 60.0)}
 """further runs whose learning rate falls to zero earlier"""
 SMALL_BATCHES = (
@@ -33,7 +32,8 @@ def trainer(name: str, **options: int) -> Callable[[EBM, int, Watch], None]:
 
     def train(ebm: EBM, seed: int, watch: Watch) -> None:
         entry = AGENTS[name]
-        policy = make_policy(NETWORK, ebm, seed, entry.agent.logits_are_values)
+        said = network_config(TransformerConfig(), values_apart(entry.agent))
+        policy = make_policy(said, ebm, seed, entry.agent.logits_are_values)
         generator = torch.Generator().manual_seed(seed)
         watch.start(count(policy))
         # Solving is part of the method, and asks for the reward of every response.

@@ -106,10 +106,14 @@ class PrefixTree:
         return layout(self.ancestors, self.depth, self.branching, self.regular_from)
 
     @cached_property
+    def parents(self) -> Int64[Tensor, "N"]:
+        """The node before each; node 0 stands before itself."""
+        return self.ancestors.gather(1, (self.depth - 1).clamp(min=0)[:, None])[:, 0]
+
+    @cached_property
     def is_leaf(self) -> Bool[Tensor, "N"]:
         leaf = torch.ones(len(self), dtype=torch.bool, device=self.tokens.device)
-        parents = self.ancestors.gather(1, (self.depth - 1).clamp(min=0)[:, None])[1:, 0]
-        leaf[parents] = False
+        leaf[self.parents[1:]] = False
         return leaf
 
     @cached_property

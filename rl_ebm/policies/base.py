@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from rl_ebm.automata import Machine
 from rl_ebm.messages.arguments import Int, ids_tensor, whole
 from rl_ebm.networks.prefix_tree import PrefixTree
+from rl_ebm.networks.values import ValueHead
 from rl_ebm.tokens import TokenSpace
 
 
@@ -96,6 +97,10 @@ class FullPolicy(Policy, Steps, Protocol):
     def logits_are_values(self) -> bool:
         """Whether raw logits are q, not log pi + c(s) alone; absent: no. No trial can tell."""
         ...
+
+    @property
+    def value_head(self) -> ValueHead | None:
+        """What makes q of its logits, with weights that are those of V alone; absent: None."""
 
     @property
     def crops(self) -> bool:
@@ -189,6 +194,12 @@ def forbids_of(policy: object) -> bool | None:
 def logits_are_values(policy: object) -> bool:
     """Whether a policy's raw logits are declared to be q."""
     return bool(getattr(policy, "logits_are_values", False))
+
+
+def value_head(policy: object) -> ValueHead | None:
+    """The weights of a policy's V alone; None where V is in those of its logits."""
+    head: Any = getattr(policy, "value_head", None)
+    return head if isinstance(head, ValueHead) else None
 
 
 def crops(policy: object) -> bool:

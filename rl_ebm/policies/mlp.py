@@ -20,6 +20,7 @@ from rl_ebm.messages.arguments import shown, whole
 from rl_ebm.messages.memory import check_fits
 from rl_ebm.messages.words import count_text
 from rl_ebm.networks.prefix_tree import PrefixTree
+from rl_ebm.networks.values import ValueHead
 from rl_ebm.policies.base import num_prompts, prompt_rows
 from rl_ebm.tokens import TokenSpace, check_space
 from rl_ebm.tokens.prompts import GivenPrompts, check_prompts
@@ -65,6 +66,7 @@ class MLP(nn.Module):
         config: sizes.
         prompts: what the policy answers, which it tells apart and does not read; None without.
         logits_are_values: whether its raw logits are trained to be q.
+        value_head: whether V has weights of its own; None where raw logits are q.
 
     Raises:
         ValueError: a network that does not fit into memory.
@@ -76,6 +78,7 @@ class MLP(nn.Module):
         config: MLPConfig | None = None,
         prompts: GivenPrompts | None = None,
         logits_are_values: bool = False,
+        value_head: bool | None = None,
     ) -> None:
         super().__init__()
         check_space(space)
@@ -98,6 +101,8 @@ class MLP(nn.Module):
         widths = [config.hidden] * config.layers + [space.vocab_size]
         rest = chain.from_iterable((nn.ReLU(), nn.Linear(a, b)) for a, b in pairwise(widths))
         self.rest = nn.Sequential(*rest)
+        wanted = logits_are_values if value_head is None else value_head
+        self.value_head = ValueHead(space, config.hidden, num_prompts(self)) if wanted else None
 
     @property
     def crops(self) -> bool:
@@ -107,24 +112,29 @@ class MLP(nn.Module):
     def logits(
         self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"] | None = None
     ) -> Float[Tensor, "B T A"]:
-        """q before every token; row t has read ``tokens[:, :t]``."""
+        """Logits before every token, or q; row t has read ``tokens[:, :t]``."""
         self.space.check_kind(tokens, fewer=True)
         width = tokens.shape[1]
         # The table of each place stands behind that of the place before.
         offsets = self.space.vocab_size * torch.arange(width - 1, device=tokens.device)
         read = F.embedding(tokens[:, :-1] + offsets, self.token).cumsum(1)
-        first = (
-            self.prompt[prompt_rows(self, len(tokens), prompt_ids)][:, None] + self.place[:width]
-        )
-        out: Tensor = self.rest(first + F.pad(read, (0, 0, 1, 0)))
-        return out
+        rows = prompt_rows(self, len(tokens), prompt_ids)
+        first = self.prompt[rows][:, None] + self.place[:width]
+        features: Tensor = self.rest[:-1](first + F.pad(read, (0, 0, 1, 0)))
+        out: Tensor = self.rest[-1](features)
+        if self.value_head is None:
+            return out
+        return self.value_head.of_sequences(out, features, tokens, rows)
 
     def start(self, prompt_ids: Int64[Tensor, "B"]) -> Read:
         """Rows that have read nothing."""
         return Read(self.prompt[prompt_rows(self, len(prompt_ids), prompt_ids)])
 
     def step(self, state: Read, tokens: Int64[Tensor, "B"] | None) -> Float[Tensor, "B A"]:
-        """q at the next position, after reading one token of each row (None: nothing yet)."""
+        """Logits of the next position, after reading one token of each row (None: nothing yet).
+
+        Of q log pi alone, which is what one draws by.
+        """
         if tokens is not None:
             row = tokens + self.space.vocab_size * state.length
             state.total = state.total + F.embedding(row, self.token)
@@ -148,9 +158,13 @@ class MLP(nn.Module):
             row = torch.where(tree.depth >= level, row, 0)
             there = (tree.depth >= level)[:, None]
             read = read + F.embedding(row, self.token) * there
-        first = self.prompt[prompt_rows(self, len(prompt_ids), prompt_ids)]
-        out: Tensor = self.rest(first[:, None] + read)
-        return out
+        rows = prompt_rows(self, len(prompt_ids), prompt_ids)
+        first = self.prompt[rows]
+        features: Tensor = self.rest[:-1](first[:, None] + read)
+        out: Tensor = self.rest[-1](features)
+        if self.value_head is None:
+            return out
+        return self.value_head.of_tree(out, features, tree, rows)
 
 
 def _check_sizes(config: MLPConfig, inputs: int, outputs: int) -> None:

@@ -1,4 +1,4 @@
-"""A causal Transformer policy: q of every prefix from one pass."""
+"""A causal Transformer policy: logits of every prefix from one pass, and V beside them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from rl_ebm.networks.backbone import (
 )
 from rl_ebm.networks.prefix_tree import PrefixTree
 from rl_ebm.networks.tiles import Tile
-from rl_ebm.policies.base import prompt_rows
+from rl_ebm.networks.values import ValueHead
+from rl_ebm.policies.base import num_prompts, prompt_rows
 from rl_ebm.tokens import TokenSpace, check_space
 from rl_ebm.tokens.prompts import GivenPrompts, check_prompts
 
@@ -48,6 +49,7 @@ class Transformer(nn.Module):
         config: sizes.
         prompts: what the policy answers, a list of int sequences; None without prompts.
         logits_are_values: whether its raw logits are trained to be q.
+        value_head: whether V has weights of its own; None where raw logits are q.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Transformer(nn.Module):
         config: TransformerConfig | None = None,
         prompts: GivenPrompts | None = None,
         logits_are_values: bool = False,
+        value_head: bool | None = None,
     ) -> None:
         super().__init__()
         check_space(space)
@@ -71,6 +74,8 @@ class Transformer(nn.Module):
         self.register_buffer("context_real", context.real, persistent=False)
         self.backbone = Backbone(context.num_ids, context.width + space.max_length, config)
         self.head = nn.Linear(config.dim, space.vocab_size)
+        wanted = logits_are_values if value_head is None else value_head
+        self.value_head = ValueHead(space, config.dim, num_prompts(self)) if wanted else None
 
     context_ids: Tensor
     context_positions: Tensor
@@ -113,9 +118,11 @@ class Transformer(nn.Module):
             # A padded position sees itself, so that its softmax is no 0 / 0.
             eye = torch.eye(length, dtype=torch.bool, device=ids.device)
             attend = masked(((look & real[:, None, :]) | eye)[:, None])
-        features = self.backbone(ids, positions, attend)
-        out: Tensor = self.head(features[:, self.context_width - 1 :])
-        return out
+        features = self.backbone(ids, positions, attend)[:, self.context_width - 1 :]
+        out: Tensor = self.head(features)
+        if self.value_head is None:
+            return out
+        return self.value_head.of_sequences(out, features, tokens, rows)
 
     @property
     def tree_bytes_per_node(self) -> int:
@@ -131,21 +138,24 @@ class Transformer(nn.Module):
         """q at every node of a tree, for each of the prompts, each node evaluated once."""
         rows = prompt_rows(self, len(prompt_ids), prompt_ids)
         ids, depth = tree.tokens[tree.layout.order], tree.depth[tree.layout.order]
-        out: Tensor = (_compiled_tree_pass() if self.compiled else Transformer._tree_pass)(
+        features = (_compiled_tree_pass() if self.compiled else Transformer._tree_pass)(
             self, ids[1:], depth[1:], tree.layout.tiles, rows
-        )
-        return out[:, tree.layout.place]
+        )[:, tree.layout.place]
+        out: Tensor = self.head(features)
+        if self.value_head is None:
+            return out
+        return self.value_head.of_tree(out, features, tree, rows)
 
     def _tree_pass(
         self, tokens: Tensor, depth: Tensor, tiles: Sequence[Tile], rows: Tensor
     ) -> Tensor:
-        """q at the root and at further nodes, in the order of their tiles."""
+        """Features of the root and of further nodes, in the order of their tiles."""
         ids = torch.cat([self.context_ids[rows], tokens.expand(len(rows), -1)], dim=1)
         start = self.context_positions[rows]
         positions = torch.cat([start, start[:, -1:] + depth], dim=1)
         features = self.backbone(ids, positions, tiled(tiles, self.context_real[rows]))
-        out: Tensor = self.head(features[:, self.context_width - 1 :])
-        return out
+        found: Tensor = features[:, self.context_width - 1 :]
+        return found
 
     # Decoding with a cache ---------------------------------------------------------------------
 
@@ -154,7 +164,10 @@ class Transformer(nn.Module):
         return Cache(prompt_rows(self, len(prompt_ids), prompt_ids))
 
     def step(self, cache: Cache, tokens: Int64[Tensor, "B"] | None) -> Float[Tensor, "B A"]:
-        """q at the next position, after reading one token of each row (None: the prompts)."""
+        """Logits of the next position, after reading one token of each row (None: the prompts).
+
+        Of q log pi alone, which is what one draws by.
+        """
         if tokens is None:
             return self._prefill(cache)
         assert cache.position is not None

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from rl_ebm.agents import AGENTS, entry_of, make_options, meant
+from rl_ebm.agents.shared.account import values_apart
 from rl_ebm.ebm import EBM
 from rl_ebm.envs import TASKS, make_task
 from rl_ebm.files import RunError, check_folder, write_text
@@ -41,6 +42,7 @@ from rl_ebm.training.directory import CONFIG, METRICS, SCORES, STATE, describe_e
 from rl_ebm.training.loop import MAX_EVALUATED, NonFiniteError
 from rl_ebm.training.metrics_csv import read_rows
 from rl_ebm.training.run import resume, train
+from rl_ebm.training.run_policy import network_config
 from rl_ebm.training.stopping import Terminated, sigterm_raises
 from rl_ebm.verification.figures import FIGURES
 
@@ -205,12 +207,13 @@ def finished(job: Job) -> bool:
         return False
     config = read_config(job.run)
     ebm, source = job.problem.make()
+    apart = values_apart(entry_of(job.agent).agent)
     same = (
         config["ebm"] == json.loads(json.dumps(describe_ebm(ebm, source)))
         and _same_scores(job.run, ebm)
         and config["agent"]["name"] == job.agent
         and config["agent"]["options"] == asdict(job.plan.config(job.agent))
-        and config["policy"] == {"kind": "transformer"} | asdict(job.plan.network)
+        and config["policy"] == network_config(job.plan.network, apart)
         and config["train"]["seed"] == job.seed
         and config["train"]["steps"] == job.plan.steps(job.agent)
         and config["train"]["seconds"] == job.plan.seconds

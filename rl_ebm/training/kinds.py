@@ -120,7 +120,21 @@ def _reference(parts: Parts, space: TokenSpace, prompts: GivenPrompts) -> Automa
 
 
 def _transformer(parts: Parts, space: TokenSpace, prompts: GivenPrompts) -> Transformer:
-    return Transformer(space, TransformerConfig(**parts), prompts)
+    return Transformer(space, *_sizes(TransformerConfig, parts, prompts))
+
+
+def _mlp(parts: Parts, space: TokenSpace, prompts: GivenPrompts) -> MLP:
+    return MLP(space, *_sizes(MLPConfig, parts, prompts))
+
+
+def _sizes(config: Callable[..., Any], parts: Parts, prompts: GivenPrompts) -> tuple[Any, ...]:
+    """Of a network: V of the first runs, which do not say, has no head of its own."""
+    sizes = {name: part for name, part in parts.items() if name != HEAD}
+    return config(**sizes), prompts, False, bool(parts.get(HEAD, False))
+
+
+def _network(thing: Transformer | MLP) -> Parts:
+    return asdict(thing.config) | ({} if thing.value_head is None else {HEAD: True})
 
 
 def _nothing(thing: Any) -> Parts:
@@ -146,6 +160,8 @@ def _some_transformer(space: TokenSpace, prompts: GivenPrompts) -> Transformer:
     return Transformer(space, TransformerConfig(layers=1, heads=2, dim=8, hidden=8), prompts)
 
 
+HEAD = "value_head"
+"""the part of a network that says whether V has weights of its own"""
 TASK = "task"
 """the kind of the rewards of named tasks, which a folder holds by name and seed"""
 _REWARDS = (
@@ -171,15 +187,14 @@ _REFERENCES = (
 )  # fmt: skip
 _POLICIES = (
     _first(
-        "transformer", Transformer, lambda x: asdict(x.config), _transformer, _some_transformer
+        "transformer", Transformer, _network, _transformer, _some_transformer
     ),
     _first(
         "tabular", Tabular, _nothing, lambda parts, space, prompts: Tabular(space, prompts),
         lambda space, prompts: Tabular(space, prompts, scale=1.0),
     ),
     Kind(
-        "mlp", MLP, lambda x: asdict(x.config),
-        lambda parts, space, prompts: MLP(space, MLPConfig(**parts), prompts),
+        "mlp", MLP, _network, _mlp,
         lambda space, prompts: MLP(space, MLPConfig(layers=1, hidden=8), prompts),
     ),
 )  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rl_ebm.agents import entry_of
+from rl_ebm.agents.shared.account import values_apart
 from rl_ebm.agents.shared.trained import check_apart, check_weights
 from rl_ebm.ebm import EBM, check_ebm
 from rl_ebm.exact import Solution, TooLargeError, find_machines
@@ -185,7 +186,7 @@ def _description(
         raise ValueError(f"seed must be in [0, 2**63), got {seed}")
     entry = entry_of(agent)
     options = options_of(agent, options, policy)
-    of_network = network_config(network)
+    of_network = network_config(network, values_apart(entry.agent))
     return {
         "ebm": describe_ebm(ebm, source),
         "policy": of_network if policy is None else policy_config(policy),

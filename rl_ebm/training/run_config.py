@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from rl_ebm.agents import AGENTS
 from rl_ebm.files import CONFIG, RunError, read_text
 from rl_ebm.networks.backbone import TransformerConfig
-from rl_ebm.training.kinds import GIVEN, KINDS, TASK
+from rl_ebm.training.kinds import GIVEN, HEAD, KINDS, TASK
 
 Number = float | int
 _SPACE = {"vocab_size": int, "max_length": int, "eos_id": int | None}
@@ -75,7 +75,7 @@ def _check_config(config: dict[str, Any]) -> None:
     if "data" not in policy and policy["kind"] not in _plain("policy"):
         raise ValueError(f"policy.kind is {json.dumps(policy['kind'])[:40]}")
     if policy["kind"] == "transformer":
-        _check(policy, _hints(TransformerConfig), "policy", all_needed=False)
+        _check(policy, _hints(TransformerConfig) | {HEAD: bool}, "policy", all_needed=False)
     _check(agent, _AGENT, "agent")
     if agent["name"] in AGENTS:  # another one may be registered elsewhere
         hints = _hints(AGENTS[agent["name"]].config)

@@ -66,14 +66,18 @@ def _by_name(config: dict[str, Any], ebm: EBM) -> Any:
     return policy
 
 
-def network_config(network: object) -> dict[str, Any]:
+def network_config(network: object, apart: bool) -> dict[str, Any]:
     """What a configuration says of a new policy: its kind, and its sizes.
+
+    Args:
+        apart: whether V is to have weights of its own, where it can.
 
     Raises:
         TypeError: neither sizes nor a name.
     """
+    head = {kinds.HEAD: True} if apart else {}
     if isinstance(network, MLPConfig):
-        return kinds.said_of("mlp", asdict(network))
+        return kinds.said_of("mlp", asdict(network) | head)
     if not isinstance(network, (str, TransformerConfig)):
         raise TypeError(
             "network must be a TransformerConfig, an MLPConfig, or a name ('transformer', "
@@ -82,8 +86,10 @@ def network_config(network: object) -> dict[str, Any]:
     if network == "transformer":
         network = TransformerConfig()
     if isinstance(network, TransformerConfig):
-        return {"kind": "transformer"} | asdict(network)
-    return {"kind": network}
+        return {"kind": "transformer"} | asdict(network) | head
+    return (
+        kinds.said_of("mlp", asdict(MLPConfig()) | head) if network == "mlp" else {"kind": network}
+    )
 
 
 def policy_config(policy: object) -> dict[str, Any]:

@@ -261,6 +261,7 @@ LIES = {
 UNTRIED = {
     "prompts": "the EBM's door compares them",
     "logits_are_values": "any logits are those of some values",
+    "value_head": "it is of gradients: q that it makes is compared as any is",
     "read_tensors": "it is of weights, not of logits",
     "to": "it is of devices",
 }
