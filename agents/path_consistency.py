@@ -17,6 +17,8 @@ arXiv 2209.12782, Eq. 8) has these weights, with the flow log F(s) = V(s); detai
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -47,6 +49,8 @@ class PathConsistencyConfig(OffPolicyOptions):
             raise ValueError(f"lam must be a finite number > 0, got {self.lam}")
         if self.longest is not None and self.longest < 1:
             raise ValueError(f"longest must be >= 1, or None for no limit, got {self.longest}")
+
+    values_apart: ClassVar[bool] = True
 
 
 @checked_options

@@ -53,6 +53,11 @@ class SoftQConfig(OffPolicyOptions):
         if self.n_step is not None and self.n_step < 1:
             raise ValueError(f"n_step must be >= 1, or None for lambda-returns, got {self.n_step}")
 
+    @property
+    def values_apart(self) -> bool:
+        """Whole paths alone carry V; shorter returns bootstrap, by a V in the same weights."""
+        return self.lam == 1 and self.n_step is None
+
 
 def lambda_returns(
     r: Float[Tensor, "B T"],
@@ -127,12 +132,12 @@ class SoftQAgent(ValueAgent):
         with torch.no_grad():
             q_target = q.detach()
             if self.target is not self.policy:
-                q_target = self.target_q(learned, batch, r)
+                q_target = self._target_q(learned, batch, r)
             returns = self.returns(q_target, batch, r)
         loss = soft_q_loss(q, returns, batch.tokens, batch.lengths) + learned.loss
         return loss, {"losses/root_value": soft_value(q_target[:, 0]).mean()}
 
-    def target_q(
+    def _target_q(
         self, learned: Learned, batch: Batch, r: Float[Tensor, "B T"]
     ) -> Float[Tensor, "B T A"]:
         """The same of the target network; it stands on the level of the online one."""

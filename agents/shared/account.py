@@ -39,9 +39,9 @@ def learned_log_z(agent: Any) -> Float[Tensor, "P"] | None:
     return None if told is None else told()
 
 
-def values_apart(agent: object) -> bool:
-    """Whether an agent, or its class, fits a V beside the policy's weights; absent: no."""
-    return bool(getattr(agent, "values_apart", False))
+def values_apart(options: object) -> bool:
+    """Whether an agent with these options learns a V beside the policy's weights; absent: no."""
+    return bool(getattr(options, "values_apart", False))
 
 
 def behaviour(agent: Any) -> Behaviour | None:

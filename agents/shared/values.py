@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from rl_ebm.agents.shared.grouped import GroupedAgent
 from rl_ebm.agents.shared.learner import log_mean_exp, prompt_means, token_values
 from rl_ebm.networks.values import flow_of
-from rl_ebm.policies.base import value_head
+from rl_ebm.policies.base import Policy, value_head
 from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import log_policy, soft_value
 from rl_ebm.tokens import Batch
@@ -81,11 +81,12 @@ def carried_q(
 
 
 class ValueAgent(GroupedAgent):
-    """An agent whose loss reads q of the policy as :meth:`learn_values` gives it."""
+    """An agent whose loss reads q of the policy as :meth:`learn_values` gives it.
+
+    Its options say by ``values_apart`` whether networks get a V of their own, where they can.
+    """
 
     logits_are_values = True
-    values_apart = True
-    """whether its networks get a V of their own, where they can"""
 
     @property
     def group_size(self) -> int | None:
@@ -96,6 +97,16 @@ class ValueAgent(GroupedAgent):
     def compares(self) -> bool:
         """Whether there is a level to fit."""
         return value_head(self.policy) is not None
+
+    def begin(self, teacher: Policy | None) -> None:
+        """Check that V is where the options want it."""
+        super().begin(teacher)
+        if self.compares and not self.config.values_apart:
+            raise ValueError(
+                "the options ask for values that are handed back step by step, and the policy has "
+                "a V of its own, made of log pi, with nothing to hand back: make it with "
+                "value_head=False, or leave lam and n_step out"
+            )
 
     def learn_values(self, batch: Batch, r: Float[Tensor, "B T"]) -> Learned:
         """What a batch says of V; its level is moved."""
@@ -114,7 +125,7 @@ class ValueAgent(GroupedAgent):
                 shift = off.sum(0) / batch.mask.sum(0).clamp(min=1)
                 head.place.add_(shift)
             at_root = v[:, 0] + shift[0]
-            log_z = self.log_z(found, mean, batch)
+            log_z = self._own_log_z(found, mean, batch)
             moved = (log_z - at_root) * rows / (rows + TRUSTED)
             # All rows of a prompt say the same: whichever writes last.
             head.level[batch.prompt_ids] = head.level[batch.prompt_ids] + moved
@@ -122,7 +133,7 @@ class ValueAgent(GroupedAgent):
         off = F.huber_loss(v + shift, wanted, reduction="none").masked_fill(~batch.mask, 0.0)
         return Learned(q, torch.where(rows < 2, at_root, mean), off.sum(1).mean())
 
-    def log_z(
+    def _own_log_z(
         self, found: Float[Tensor, "B"], mean: Float[Tensor, "B"], batch: Batch
     ) -> Float[Tensor, "B"]:
         """log Z of each row's prompt, by the policy's own draws; the mean where there are none.

@@ -32,14 +32,15 @@ def trainer(name: str, **options: int) -> Callable[[EBM, int, Watch], None]:
 
     def train(ebm: EBM, seed: int, watch: Watch) -> None:
         entry = AGENTS[name]
-        said = network_config(TransformerConfig(), values_apart(entry.agent))
+        config = entry.config(**options)
+        said = network_config(TransformerConfig(), values_apart(config))
         policy = make_policy(said, ebm, seed, entry.agent.logits_are_values)
         generator = torch.Generator().manual_seed(seed)
         watch.start(count(policy))
         # Solving is part of the method, and asks for the reward of every response.
         teacher = solve(ebm) if entry.needs_teacher else None
         reward_calls = 0 if teacher is None else ebm.num_prompts * ebm.space.num_sequences
-        agent = entry.agent(ebm, policy, entry.config(**options), generator, teacher)
+        agent = entry.agent(ebm, policy, config, generator, teacher)
         updates = 0
         while True:
             batch = agent.sample()

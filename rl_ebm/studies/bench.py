@@ -207,7 +207,7 @@ def finished(job: Job) -> bool:
         return False
     config = read_config(job.run)
     ebm, source = job.problem.make()
-    apart = values_apart(entry_of(job.agent).agent)
+    apart = values_apart(job.plan.config(job.agent))
     same = (
         config["ebm"] == json.loads(json.dumps(describe_ebm(ebm, source)))
         and _same_scores(job.run, ebm)

@@ -186,7 +186,7 @@ def _description(
         raise ValueError(f"seed must be in [0, 2**63), got {seed}")
     entry = entry_of(agent)
     options = options_of(agent, options, policy)
-    of_network = network_config(network, values_apart(entry.agent))
+    of_network = network_config(network, values_apart(options))
     return {
         "ebm": describe_ebm(ebm, source),
         "policy": of_network if policy is None else policy_config(policy),

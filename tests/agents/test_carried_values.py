@@ -229,7 +229,7 @@ def test_a_response_that_is_alone_with_its_prompt_is_held_against_the_level():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", AGENT_NAMES)
-@pytest.mark.parametrize("kind", [KINDS[1], KINDS[2]], ids=["eos", "prompts"])
+@pytest.mark.parametrize("kind", [KINDS[1]], ids=["eos"])
 def test_they_end_at_the_solution_with_v_and_the_reference_in_it(name, kind):
     problem = case(kind)
     policy = Headed(problem)
@@ -248,6 +248,18 @@ def test_they_end_at_the_solution_with_v_and_the_reference_in_it(name, kind):
             ]
             off += math.exp(log_p) * math.fsum(gaps) / len(gaps) / len(problem.truth)
     assert off < 0.1
+
+
+@pytest.mark.parametrize("options", [{"lam": 0.5}, {"n_step": 2}])
+def test_values_that_are_handed_back_stay_in_the_weights_of_log_pi(options, tmp_path):
+    problem = case(KINDS[0])
+    with pytest.raises(ValueError, match="value_head=False"):
+        SoftQAgent(problem.ebm, Headed(problem), SoftQConfig(**options))
+    config = SoftQConfig(batch_size=8, **options)
+    policy, _ = rl_ebm.train(problem.ebm, "soft-q", options=config, steps=2)
+    assert policy.value_head is None
+    policy, _ = rl_ebm.train(problem.ebm, "vargrad", steps=1)
+    assert policy.value_head is None
 
 
 def test_vs_own_weights_are_clipped_by_themselves():
@@ -271,7 +283,7 @@ def test_a_run_of_before_has_v_in_its_logits_and_goes_on_so(tmp_path, monkeypatc
         return rl_ebm.train(ebm, "soft-q", options=SoftQConfig(batch_size=16), **kept)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SoftQAgent, "values_apart", False)
+        patch.setattr(SoftQConfig, "values_apart", False)
         run("old", 5)
     policy, _ = load(tmp_path / "old")
     assert policy.value_head is None

@@ -143,6 +143,7 @@ INNER_METHODS = {
     # Members that are read by limits_of and summarise.
     "limits", "summary",
     # Within a training step.
+    "learn_values",
     "counts", "update", "loss", "terms", "log_pi", "log_weights", "position_means", "returns",
     "chosen",
     "drawn_from",
