@@ -16,7 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rl_ebm.messages.arguments import shown, whole
+from rl_ebm.messages.arguments import flag, shown, whole
 from rl_ebm.messages.memory import check_fits
 from rl_ebm.messages.words import count_text
 from rl_ebm.networks.prefix_tree import PrefixTree
@@ -90,6 +90,7 @@ class MLP(nn.Module):
             )
         self.space, self.config = space, config
         self.prompts = None if prompts is None else check_prompts(prompts)
+        flag("logits_are_values", logits_are_values)
         self.logits_are_values = logits_are_values
         inputs = (space.max_length - 1) * space.vocab_size
         _check_sizes(config, inputs + space.max_length + num_prompts(self), space.vocab_size)
@@ -101,6 +102,7 @@ class MLP(nn.Module):
         widths = [config.hidden] * config.layers + [space.vocab_size]
         rest = chain.from_iterable((nn.ReLU(), nn.Linear(a, b)) for a, b in pairwise(widths))
         self.rest = nn.Sequential(*rest)
+        flag("value_head", value_head, unset=True)
         wanted = logits_are_values if value_head is None else value_head
         self.value_head = ValueHead(space, config.hidden, num_prompts(self)) if wanted else None
 

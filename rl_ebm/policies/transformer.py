@@ -11,6 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rl_ebm.messages.arguments import flag
 from rl_ebm.networks.backbone import (
     Attend,
     Backbone,
@@ -66,6 +67,7 @@ class Transformer(nn.Module):
         check_config(config)
         self.space, self.config = space, config
         self.prompts = None if prompts is None else check_prompts(prompts)
+        flag("logits_are_values", logits_are_values)
         self.logits_are_values = logits_are_values
         context = Context(self.prompts, space.vocab_size)
         self.context_width, self.context_padded = context.width, context.padded
@@ -74,6 +76,7 @@ class Transformer(nn.Module):
         self.register_buffer("context_real", context.real, persistent=False)
         self.backbone = Backbone(context.num_ids, context.width + space.max_length, config)
         self.head = nn.Linear(config.dim, space.vocab_size)
+        flag("value_head", value_head, unset=True)
         wanted = logits_are_values if value_head is None else value_head
         self.value_head = ValueHead(space, config.dim, num_prompts(self)) if wanted else None
 
