@@ -19,8 +19,8 @@ from rl_ebm.messages.arguments import Int, Number, shown, whole
 from rl_ebm.packages.plugins import Registry
 from rl_ebm.policies import Policy, Uniform
 from rl_ebm.rewards.base import Prompts, Reward
+from rl_ebm.tasks import chains, planted
 from rl_ebm.tasks import drawn as scores
-from rl_ebm.tasks import planted
 from rl_ebm.tokens import TokenSpace
 
 
@@ -161,6 +161,13 @@ BUILT_IN = (
         max_length=3,
         reward=planted.star,
         prompts=planted.STAR_PROMPTS,
+    ),
+    Task(
+        "potts",
+        "couplings of neighbours, 8e28 responses: beyond enumeration, exact as an automaton",
+        vocab_size=64,
+        max_length=16,
+        reward=chains.potts,
     ),
 )
 

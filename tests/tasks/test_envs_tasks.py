@@ -74,7 +74,34 @@ def test_pairwise_is_the_sum_over_pairs(a, t, task_seed):
     assert torch.equal(moved, got)
 
 
+@pytest.mark.parametrize(("a", "t", "eos_id"), [(3, 4, None), (4, 3, 2), (3, 1, None)])
+def test_potts_is_the_sum_over_neighbours_and_is_solved_as_a_list_is(a, t, eos_id):
+    ebm = make_task("potts", vocab_size=a, max_length=t, eos_id=eos_id, task_seed=5, beta=0.8)
+    rng = np.random.default_rng(5)
+    h, j = 1.5 * rng.standard_normal(a), 1.5 * rng.standard_normal((a, a))
+    tokens, lengths = ebm.space.sequences()
+    want = []
+    for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True):
+        y = row[:n]
+        want.append(h[y[0]] + math.fsum(j[x, z] for x, z in itertools.pairwise(y)))
+    got = ebm.reward(tokens, lengths, torch.zeros_like(lengths))
+    np.testing.assert_allclose(got.numpy(), want, rtol=0, atol=1e-12)
+    log_z = np.logaddexp.reduce(np.array(want) / 0.8)
+    assert float(solve(ebm).log_z) == pytest.approx(log_z, abs=1e-10)
+
+
+def test_potts_is_solved_where_nothing_can_be_listed():
+    """By the transfer matrix, in float64 and log space, without an automaton."""
+    rng = np.random.default_rng(0)
+    h, j = 1.5 * rng.standard_normal(64), 1.5 * rng.standard_normal((64, 64))
+    v = np.zeros(64)
+    for _ in range(15):
+        v = np.logaddexp.reduce(j + v, 1)
+    assert float(solve(make_task("potts")).log_z) == pytest.approx(np.logaddexp.reduce(h + v))
+
+
 def test_default_sizes():
+    assert make_task("potts").space == TokenSpace(64, 16)
     assert make_task("pairwise").space == TokenSpace(4, 8)
     assert make_task("prompts").space == TokenSpace(4, 4)
 
