@@ -38,6 +38,10 @@ class Task:
     reward: Callable[[TokenSpace, int], Tensor | Reward | Callable[..., Tensor]]
     """(space, task_seed) to a reward"""
     prompts: Prompts | None = None
+    eos_id: int | None = None
+    """the id that ends a response where none is asked for"""
+    reference: Callable[[TokenSpace, int], Policy] | None = None
+    """(space, task_seed) to p_ref where none is asked for; None for the counting measure"""
 
 
 class Pairwise:
@@ -169,6 +173,15 @@ BUILT_IN = (
         max_length=16,
         reward=chains.potts,
     ),
+    Task(
+        "phrases",
+        "one phrase wanted and one not, over bigrams that were fitted: 1e55 responses, exact",
+        vocab_size=256,
+        max_length=24,
+        reward=chains.phrases,
+        eos_id=0,
+        reference=chains.fitted,
+    ),
 )
 
 
@@ -232,10 +245,11 @@ def make_task(
         name: one of :data:`TASKS`, or a task of your own.
         vocab_size: A; None for the task's own.
         max_length: T; None for the task's own.
-        eos_id: the id that ends a response; None for responses of exactly T tokens.
+        eos_id: the id that ends a response; None for the task's own, of most none: responses of
+            exactly T tokens.
         beta: temperature, in reward units per nat.
-        reference: p_ref: a policy, "uniform" (over the allowed tokens of each state), or None
-            for the counting measure.
+        reference: p_ref: a policy, "uniform" (over the allowed tokens of each state), or None for
+            the task's own, of most the counting measure.
         task_seed: of what the task draws.
 
     Raises:
@@ -248,8 +262,10 @@ def make_task(
     space = TokenSpace(
         task.vocab_size if vocab_size is None else vocab_size,
         task.max_length if max_length is None else max_length,
-        eos_id,
+        task.eos_id if eos_id is None else eos_id,
     )
+    if reference is None and task.reference is not None:
+        reference = task.reference(space, task_seed)
     if isinstance(reference, str):
         if reference != "uniform":
             raise ValueError(

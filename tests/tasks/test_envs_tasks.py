@@ -10,6 +10,7 @@ import torch
 from rl_ebm import solve
 from rl_ebm.envs import TASKS, Task, make_task
 from rl_ebm.policies import Tabular, Uniform
+from rl_ebm.tasks import chains
 from rl_ebm.tasks.named import find_ebm
 from rl_ebm.tokens import TokenSpace
 
@@ -98,6 +99,49 @@ def test_potts_is_solved_where_nothing_can_be_listed():
     for _ in range(15):
         v = np.logaddexp.reduce(j + v, 1)
     assert float(solve(make_task("potts")).log_z) == pytest.approx(np.logaddexp.reduce(h + v))
+
+
+def test_phrases_are_paid_where_they_occur_over_bigrams_of_a_text():
+    ebm = make_task("phrases", vocab_size=4, max_length=4, task_seed=2)
+    space = ebm.space
+    assert space == TokenSpace(4, 4, 0)
+    tokens, lengths = space.sequences()
+    rewards = ebm.reward(tokens, lengths, torch.zeros_like(lengths))
+    text = chains.text(space, 2)
+    seen = {}
+    for row, n in zip(text.tokens.tolist(), text.lengths.tolist(), strict=True):
+        for pair in itertools.pairwise(row[:n]):
+            if 0 not in pair:
+                seen[pair] = seen.get(pair, 0) + 1
+    unwanted = max(seen, key=seen.get)
+    paid = set()
+    for row, n, r in zip(tokens.tolist(), lengths.tolist(), rewards.tolist(), strict=True):
+        pairs = set(itertools.pairwise(row[:n]))
+        more = r + 8 * (unwanted in pairs)
+        assert more in (0.0, 12.0)
+        paid |= {frozenset(pairs)} if more == 12.0 else set()
+    (wanted,) = frozenset.intersection(*paid)
+    assert 0 not in wanted
+    assert seen.get(wanted, 0) <= sorted(seen.values())[len(seen) // 2]
+    log_p = ebm.log_ref(tokens, lengths, torch.zeros_like(lengths)).double().sum(1)
+    assert float(log_p.logsumexp(0)) == pytest.approx(0.0, abs=1e-6)
+    assert float(solve(ebm).log_z) == pytest.approx(float((log_p + rewards).logsumexp(0)), abs=1e-5)
+    rows = text.tokens[text.lengths > 1][:, :2].tolist()
+    first = [b for a, b in rows if a == 1]
+    share = sum(b == 2 for b in first) / len(first)
+    one = torch.tensor([[1, 2, 0, 0]])
+    told = ebm.log_ref(one, torch.tensor([3]), torch.tensor([0]))[0, 1].exp()
+    assert float(told) == pytest.approx(share, abs=0.03)
+    other = make_task("phrases", vocab_size=4, max_length=3, reference="uniform")
+    assert isinstance(other.reference, Uniform)
+
+
+def test_phrases_matter_at_their_own_size():
+    """KL(target, reference) = E[R] / beta - log Z: neither nothing nor all that can be paid."""
+    solution = solve(make_task("phrases"))
+    batch = solution.sample(2000, torch.Generator().manual_seed(0))
+    mean = float(solution.ebm.score(batch).reward.double().mean())
+    assert 2 < mean - float(solution.log_z) < 10
 
 
 def test_default_sizes():
