@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from rl_ebm.agents.shared.grouped import GroupedAgent
 from rl_ebm.agents.shared.learner import log_mean_exp, prompt_means, token_values
 from rl_ebm.networks.values import flow_of
-from rl_ebm.policies.base import Policy, value_head
+from rl_ebm.policies.base import Policy, prompt_rows, value_head
 from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import log_policy, soft_value
 from rl_ebm.tokens import Batch
@@ -126,9 +126,12 @@ class ValueAgent(GroupedAgent):
                 head.place.add_(shift)
             at_root = v[:, 0] + shift[0]
             log_z = self._own_log_z(found, mean, batch)
-            moved = (log_z - at_root) * rows / (rows + TRUSTED)
-            # All rows of a prompt say the same: whichever writes last.
-            head.level[batch.prompt_ids] = head.level[batch.prompt_ids] + moved
+            # A policy that reads no prompts has one level for all of them.
+            levels = prompt_rows(self.policy, len(batch), batch.prompt_ids)
+            gap, told = prompt_means(log_z - at_root, levels, len(head.level))
+            moved = gap * told / (told + TRUSTED)
+            # All rows of a level say the same: whichever writes last.
+            head.level[levels] = head.level[levels] + moved
             wanted = carried_values(at_root + moved, log_pi, r)
         off = F.huber_loss(v + shift, wanted, reduction="none").masked_fill(~batch.mask, 0.0)
         return Learned(q, torch.where(rows < 2, at_root, mean), off.sum(1).mean())

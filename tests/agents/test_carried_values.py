@@ -227,6 +227,21 @@ def test_a_response_that_is_alone_with_its_prompt_is_held_against_the_level():
     assert float(gradient[2].abs().max()) == 0.0
 
 
+def test_a_policy_that_reads_no_prompts_has_one_level_for_them():
+    problem = case(KINDS[2])
+    policy = MLP(problem.space, MLPConfig(1, 8), logits_are_values=True)
+    agent = SoftQAgent(problem.ebm, policy, SoftQConfig(lr=1e-9))
+    agent.update(problem.batch())
+    batch = problem.batch()
+    q = rl_ebm.policies.scoring.q_values(policy, problem.space, batch.tokens, None).detach()
+    mine = q.log_softmax(-1).gather(-1, batch.tokens[..., None])[..., 0].sum(1)
+    found = []
+    for truth in problem.truth:
+        found += [math.fsum(truth.r[y[:t]][a] for t, a in enumerate(y)) for y in truth.sequences]
+    want = float((torch.tensor(found) - mine).mean())
+    assert float(q[0, 0].logsumexp(0)) == pytest.approx(want, abs=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", AGENT_NAMES)
 @pytest.mark.parametrize("kind", [KINDS[1]], ids=["eos"])

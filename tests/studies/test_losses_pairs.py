@@ -11,6 +11,7 @@ from torch.nn.functional import logsigmoid
 import rl_ebm
 from rl_ebm.divergences import tv
 from rl_ebm.policies import Tabular
+from rl_ebm.studies.losses import preference
 from rl_ebm.studies.losses.contract import LossError
 from rl_ebm.studies.problems import problems
 
@@ -149,6 +150,54 @@ def test_a_loss_that_sorts_its_batch_couples_its_rows():
 
     with pytest.raises(LossError, match="couples the rows"):
         rl_ebm.audit_loss(aot, solved(), "preference", beyond=False)
+
+
+@pytest.mark.parametrize("pairs", [2**17, 4, 20])
+def test_a_mean_over_tokens_beside_one_over_pairs(pairs, monkeypatch):
+    """-log sigmoid of the gap and -log pi of the chosen one per token: the stationary law, by
+    bisection of nothing: its gradient by every log pi vanishes, as a sum over pairs in Python.
+    However the pairs are cut into batches."""
+    monkeypatch.setattr(preference, "PAIRS", pairs)
+    solution = solved()
+
+    def loss(chosen, rejected, chosen_ref, rejected_ref, chosen_length, rejected_length):
+        gap = chosen - chosen_ref - rejected + rejected_ref
+        return -logsigmoid(BETA * gap).mean() - chosen.sum() / chosen_length.sum()
+
+    found = rl_ebm.audit_loss(loss, solution, "preference", beyond=False)
+    assert found.combines == "both"
+    reward, log_ref, lengths, law = known(solution)
+    u = found.log_laws[0] - log_ref
+    slopes = [0.0] * len(u)
+    mean = float(law @ lengths)
+    for y in range(len(u)):
+        for z in range(len(u)):
+            p = 2 * math.exp(log_ref[y] + log_ref[z]) / (1 + math.exp(reward[z] - reward[y]))
+            push = BETA / (1 + math.exp(BETA * (u[y] - u[z])))
+            slopes[y] -= p * (push + 1 / mean)
+            slopes[z] += p * push
+    total = math.fsum(slopes)
+    for y, slope in enumerate(slopes):
+        assert slope == pytest.approx(math.exp(found.log_laws[0][y]) * total, abs=1e-10)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-4, 1e8])
+def test_a_factor_of_the_loss_moves_no_limit(scale):
+    def dpo(chosen, rejected, chosen_ref, rejected_ref):
+        return -scale * logsigmoid(BETA * (chosen - chosen_ref - rejected + rejected_ref)).mean()
+
+    found = rl_ebm.audit_loss(dpo, solved(), "preference", beyond=False)
+    assert found.is_target
+    assert found.tv < 1e-10
+
+
+def test_a_loss_that_fails_far_from_where_it_goes_is_audited():
+    def dpo(chosen, rejected, chosen_ref, rejected_ref):
+        gap = chosen - chosen_ref - rejected + rejected_ref
+        assert float(gap.detach().abs().max()) < 9
+        return -logsigmoid(BETA * gap).mean()
+
+    assert rl_ebm.audit_loss(dpo, solved(), "preference", beyond=False).is_target
 
 
 def test_lengths_are_given_where_six_arguments_are_taken():

@@ -209,10 +209,10 @@ def limit_from(
     if unit <= 1e-11:
         return _finished(flow, theta, begin, unit)
     theta = _plain_flow(flow, theta, unit, plain)
-    near = flow.rest_near(theta, rest)
+    near = flow.rest_near(theta, rest * min(unit, 1.0))
     if near is not None:
         now = direction(flow, near)
-        if now.size <= 1e3 * rest * max(unit, 1.0):
+        if now.size <= 1e3 * rest * unit:
             return _finished(flow, near, now, now.size, unit)
     return _to_rest(flow, theta, unit, rest)
 
@@ -338,8 +338,8 @@ def _slide(flow: Field, theta: Tensor, unit: float) -> Limit:
 
 
 def _finished(flow: Field, theta: Tensor, now: Direction, size: float, unit: float = 1.0) -> Limit:
-    """At rest; its accuracy in nats, where D was of the size of a large unit at the start."""
+    """At rest; its accuracy in nats, where D was of the size of a unit at the start."""
     r = flow.responses
-    size /= max(unit, 1.0)
+    size /= unit if unit > 0 else 1.0
     theta = theta.masked_fill(torch.isneginf(r.start) | now.lost, -torch.inf)
     return Limit(theta, r.log_law(normalised(theta, r.start)), now.lost, size)

@@ -37,7 +37,7 @@ IMPLICIT = 120
 LARGEST = 1.0
 """nats that log pi of a response moves in one of them, at most"""
 RATE = 1.0
-"""one over the length of the first, and"""
+"""one over the length of the first, in units of the loss's own curvature, and"""
 FASTER = 8.0
 """by how much the next is longer, where it may"""
 GONE = -60.0
@@ -175,7 +175,7 @@ class Preference:
             return None
         log_mu, log_pi = r.log_law(self.drawn), r.log_law(normalised(theta, r.start))
         lowest = float(log_pi.min()) + GONE
-        before, rate = math.inf, RATE
+        before, rate = math.inf, 0.0
         for _ in range(IMPLICIT):
             try:
                 found, slope = self._curvature(log_pi, log_mu)
@@ -184,13 +184,15 @@ class Preference:
             pi = log_pi.exp()
             off = found - pi * found.sum()
             size = float((off / log_mu.exp()).abs().max())
-            if size <= rest or (size <= 1e3 * rest and size >= before / 2):
-                return r.logits(log_pi)
-            before = size
             slope = slope - pi[:, None] * slope.sum(0) - torch.diag(pi * found.sum())
             # The rows of a slope add up to 0, so that this asks for pi @ step = 0: a law stays one.
             slope += log_mu.exp()[:, None] * pi
-            step, rate = _implicit(slope, off, (log_mu.exp() + pi) / 2, rate / FASTER)
+            units = (log_mu.exp() + pi) / 2
+            if size <= rest or (size <= 1e3 * rest and size >= before / 2):
+                return r.logits(_newton(log_pi, slope, off))
+            before = size
+            rate = rate or RATE * float((slope.diagonal().abs() / units).max())
+            step, rate = _implicit(slope, off, units, rate / FASTER)
             if not bool(torch.isfinite(step).all()):
                 return None
             log_pi = torch.log_softmax(log_pi + step, 0)
@@ -232,3 +234,12 @@ def _implicit(
         if float(step.abs().max()) <= LARGEST or rate > 1e6:
             return step.clamp(-LARGEST, LARGEST), rate
         rate = max(4 * rate, 1e-8)
+
+
+def _newton(
+    log_pi: Float[Tensor, "N"], slope: Float[Tensor, "N N"], off: Float[Tensor, "N"]
+) -> Float[Tensor, "N"]:
+    """The rest, one step further than implicit ones get: what they shorten them by is left out."""
+    step, info = torch.linalg.solve_ex(slope, -off)
+    small = not int(info) and float(step.abs().max()) <= LARGEST
+    return torch.log_softmax(log_pi + step, 0) if small else log_pi

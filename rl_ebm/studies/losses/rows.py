@@ -29,6 +29,7 @@ ROUGH = 1e-3
 NEAR = 3e-2
 """the same, in a loss that leaves float32"""
 
+
 Of = Callable[..., list[Tensor]]
 """row numbers to the gradient by each row of that batch"""
 
@@ -41,12 +42,16 @@ class Rows:
         combination: of the rows of a batch.
         total: whether f is 1: the loss is a sum over its rows, and no mean.
         rough: whether it computes in float32.
+        spare: two rows, the shortest and the longest that it was tried on, and
+        lengths: what they count: beside rows that are all as long one tells a from b.
     """
 
     loss: Loss
     combination: Combination
     total: bool
     rough: bool = False
+    spare: Inputs = ()
+    lengths: tuple[float, ...] = ()
 
     def gradients(self, inputs: Inputs, counts: Float[Tensor, "N"], mean_count: float) -> Inputs:
         """G_i / f of every row, in a large batch whose mean count of tokens is given."""
@@ -61,13 +66,25 @@ class Rows:
         return self._both(inputs, counts, mean_count, first)
 
     def _both(self, inputs: Inputs, counts: Tensor, mean_count: float, first: Inputs) -> Inputs:
-        """From two batches with other mean counts: the second has the longest row n times more."""
-        n = len(counts)
-        rows = torch.cat([torch.arange(n), counts.argmax().expand(n)])
-        if float(counts.min()) == float(counts.max()):
-            return tuple(g * (1.0 if self.total else n) for g in first)
-        second = self.loss.gradients(tuple(x[rows] for x in inputs))
-        x, y = n / float(counts.sum()), 2 * n / float(counts[rows].sum())
+        """From two batches with other mean counts: the second has one row n times more.
+
+        That is the longest one, or where all are as long a row that is not of them.
+        """
+        n, x = len(counts), len(counts) / float(counts.sum())
+        more: Inputs
+        if float(counts.min()) < float(counts.max()):
+            longest = int(counts.argmax())
+            more, length = tuple(x[longest, None] for x in inputs), float(counts[longest])
+        else:
+            other = [i for i, length in enumerate(self.lengths) if length != float(counts[0])]
+            if not other:  # there is one length
+                return tuple(g * (1.0 if self.total else n) for g in first)
+            more, length = tuple(x[other[0], None] for x in self.spare), self.lengths[other[0]]
+        batch = tuple(
+            torch.cat([x, y.expand(n, *x.shape[1:])]) for x, y in zip(inputs, more, strict=True)
+        )
+        second = self.loss.gradients(batch)
+        y = 2 * n / (float(counts.sum()) + n * length)
         found = []
         for g, h in zip(first, second, strict=True):
             if not self.total:
@@ -96,13 +113,10 @@ def rows_of(loss: Loss, inputs: Inputs, counts: Float[Tensor, "B"], far: Inputs)
     a, b = _terms(of, alone, counts, total)
     close = _tolerance(alone)
     _check(of, counts, total, (a, b), close)
-    of = _by_each(loss, far)
-    try:
-        terms = _terms(of, [of(i)[0] for i in range(len(counts))], counts, total)
-    except LossError:  # the flow says so if it comes there
-        pass
-    else:
-        _check(of, counts, total, terms, close)
+    kept = _kept(_by_each(loss, far), counts)
+    if kept is not None:
+        there = _terms(kept, [kept(i)[0] for i in range(len(counts))], counts, total)
+        _check(kept, counts, total, there, close)
     shares = max(float(x.abs().max()) for x in b)
     adds = max(float(x.abs().max()) for x in a)
     kind: Combination = "both"
@@ -110,7 +124,9 @@ def rows_of(loss: Loss, inputs: Inputs, counts: Float[Tensor, "B"], far: Inputs)
         kind = "rows"
     elif adds <= close * size:
         kind = "tokens"
-    return Rows(loss, kind, total, close > CLOSE)
+    ends = [int(counts.argmin()), int(counts.argmax())]
+    spare, lengths = tuple(x[ends] for x in inputs), tuple(counts[ends].tolist())
+    return Rows(loss, kind, total, close > CLOSE, spare, lengths)
 
 
 def _by_each(loss: Loss, inputs: Inputs) -> Of:
@@ -119,6 +135,26 @@ def _by_each(loss: Loss, inputs: Inputs) -> Of:
         return [torch.cat([g[i].flatten() for g in found]) for i in range(len(rows))]
 
     return of
+
+
+def _kept(of: Of, counts: Tensor) -> Of | None:
+    """The gradients of all batches that are looked at; None of a loss that fails on one of them.
+
+    What it says there it says again if the flow ever comes there.
+    """
+    n = len(counts)
+    pairs = [(i, j) for i in range(n) if (j := _other(counts, i)) is not None]
+    try:
+        known = {rows: of(*rows) for rows in [*((i,) for i in range(n)), *pairs, *_batches(n)]}
+    except Exception:
+        return None
+    return lambda *rows: known[rows]
+
+
+def _other(counts: Tensor, i: int) -> int | None:
+    """A row of another length; None where there is none."""
+    other = (counts != counts[i]).nonzero()
+    return int(other[0]) if len(other) else None
 
 
 def _terms(
@@ -185,10 +221,9 @@ def _is_total(of: Of, alone: list[Tensor], size: float) -> bool:
 
 def _share(of: Of, alone: list[Tensor], counts: Tensor, i: int, total: bool) -> Tensor:
     """b of a row, from a batch with a row of another length; 0 where there is none."""
-    other = (counts != counts[i]).nonzero()
-    if len(other) == 0:
+    j = _other(counts, i)
+    if j is None:
         return torch.zeros_like(alone[i])
-    j = int(other[0])
     beside = of(i, j)[0] * (1.0 if total else 2.0)
     return (alone[i] - beside) / (1 / float(counts[i]) - 2 / float(counts[i] + counts[j]))
 
