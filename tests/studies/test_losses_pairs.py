@@ -112,7 +112,7 @@ def test_the_variance_of_a_mean_over_tokens():
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "js", "alpha"])
-@pytest.mark.parametrize("eos", [True, False])
+@pytest.mark.parametrize("eos", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_scores_of_other_divergences(name, eos):
     """-log sigmoid of beta (f'(pi / p_ref) differences) is least where f' = R / beta + c, exactly
     (Wang et al. 2023, f-DPO): c is what makes it a law. These losses are not convex in log pi."""
@@ -152,11 +152,13 @@ def test_a_loss_that_sorts_its_batch_couples_its_rows():
         rl_ebm.audit_loss(aot, solved(), "preference", beyond=False)
 
 
-@pytest.mark.parametrize("pairs", [2**17, 4, 20])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("pairs", [pytest.param(2**17, marks=SLOW), 20])
 def test_a_mean_over_tokens_beside_one_over_pairs(pairs, monkeypatch):
-    """-log sigmoid of the gap and -log pi of the chosen one per token: the stationary law, by
-    bisection of nothing: its gradient by every log pi vanishes, as a sum over pairs in Python.
-    However the pairs are cut into batches."""
+    """-log sigmoid of the gap, and -log pi of the chosen one by token: the expected gradient by
+    every log pi, a sum over pairs in Python, is a number times pi, however pairs make batches."""
     monkeypatch.setattr(preference, "PAIRS", pairs)
     solution = solved()
 
@@ -181,7 +183,7 @@ def test_a_mean_over_tokens_beside_one_over_pairs(pairs, monkeypatch):
         assert slope == pytest.approx(math.exp(found.log_laws[0][y]) * total, abs=1e-10)
 
 
-@pytest.mark.parametrize("scale", [1e-8, 1e-4, 1e8])
+@pytest.mark.parametrize("scale", [1e-8, pytest.param(1e8, marks=SLOW)])
 def test_a_factor_of_the_loss_moves_no_limit(scale):
     def dpo(chosen, rejected, chosen_ref, rejected_ref):
         return -scale * logsigmoid(BETA * (chosen - chosen_ref - rejected + rejected_ref)).mean()
