@@ -190,7 +190,7 @@ responses uniformly). Mean over seeds ± 95% interval, in brackets the half-widt
 {table(head, lines)}
 
 **Does the ARM still reach the EBM?** At the end {"; ".join(f"`{agent}` leaves {min(x):.2g} to {max(x):.2g} % of KL(target, uniform)" for agent, x in shares.items())}, over all
-settings and seeds: rewards alone do nearly as well as exact samples here, and better where their batches teach more than once (where a curve flattens at its end, the learning rate falls to 0). KL in nats for a whole response; seconds are those of training. The EBM here is the solved chain itself, no trained network. In a chain the future enters
+settings and seeds (where a curve flattens at its end, the learning rate falls to 0). KL in nats for a whole response; seconds are those of training. The EBM here is the solved chain itself, no trained network. In a chain the future enters
 q* as one number for each next token, V of the state that it leads to, whatever came before it: this scales the alphabet, the length
 and the number of sequences, and asks for no planning that depends on the whole prefix.
 """
