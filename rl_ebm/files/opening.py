@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -178,9 +178,24 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         raise
 
 
-def another_policy(path: Path) -> str:
-    """The sentence about weights that do not fit."""
-    return f"{path} holds the weights of another policy than {CONFIG} says"
+def another_policy(path: Path, names: Iterable[str] = ()) -> str:
+    """The sentence about weights that do not fit.
+
+    Args:
+        names: of weights that one of the two policies alone has.
+    """
+    return f"{path} holds the weights of another policy than {CONFIG} says{only_one(names)}"
+
+
+def only_one(names: Iterable[str]) -> str:
+    """What only one of two policies has, for a sentence; and what to do where that is its V."""
+    first, *others = [*sorted(names), ""]
+    if not first:
+        return ""
+    told = f" (only one of them has {first}{' and more' if others[1:] else ''}"
+    if first.startswith("value_head."):
+        told += ": make the one that you pass with value_head=True, or False"
+    return told + ")"
 
 
 def gone(run: Path) -> RunError:

@@ -80,7 +80,7 @@ def load_tensors(
             there = {name: entry[1] for name, entry in entries.items()}
             there |= {name: there[other] for name, other in same.items()}
             if shapes is not None and there != shapes:
-                raise RunError(another_policy(path))
+                raise RunError(another_policy(path, set(there) ^ set(shapes)))
             check_size(path, os.fstat(file.fileno()).st_size)
             found = {n: _read(file, start + at, d, shape) for n, (d, shape, at) in entries.items()}
     except FileNotFoundError:

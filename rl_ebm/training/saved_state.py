@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl_ebm.files import STATE, RunError
+from rl_ebm.files import STATE, RunError, only_one
 from rl_ebm.training.checkpoint import Stored
 
 _ADAM = {"step", "exp_avg", "exp_avg_sq"}
@@ -52,7 +52,10 @@ def check_state(saved: dict[str, Any], run: Any) -> None:
     try:
         _check_parts(saved, run.generator.get_state())
         if saved["kind"] != run.kind():
-            raise MisfitError("it is of another agent or network")
+            own = run.agent.policy.state_dict()
+            raise MisfitError(
+                f"it is of another agent or network{only_one(set(saved['policy']) ^ set(own))}"
+            )
         _check_like(saved["policy"], dict(run.agent.policy.state_dict()), "policy", None)
         optimizer = getattr(run.agent.learner, "optimizer", None)
         _check_like(saved["agent"], dict(run.agent.state_dict()), "agent", optimizer)

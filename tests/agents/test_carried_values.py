@@ -227,6 +227,21 @@ def test_a_response_that_is_alone_with_its_prompt_is_held_against_the_level():
     assert float(gradient[2].abs().max()) == 0.0
 
 
+def test_a_policy_that_is_passed_again_without_its_v_is_told_so(tmp_path):
+    ebm = make_task("random", vocab_size=3, max_length=2)
+    config, options = MLPConfig(1, 8), SoftQConfig(batch_size=8)
+
+    class Mine(MLP):
+        """Of no kind that a folder knows."""
+
+    policy = Mine(ebm.space, config, logits_are_values=True)
+    rl_ebm.train(ebm, "soft-q", tmp_path / "r", options=options, policy=policy, steps=2)
+    for again in (load, resume):
+        with pytest.raises(rl_ebm.RunError, match="value_head=True, or False"):
+            again(tmp_path / "r", policy=Mine(ebm.space, config))
+    load(tmp_path / "r", policy=Mine(ebm.space, config, value_head=True))
+
+
 def test_a_policy_that_reads_no_prompts_has_one_level_for_them():
     problem = case(KINDS[2])
     policy = MLP(problem.space, MLPConfig(1, 8), logits_are_values=True)
