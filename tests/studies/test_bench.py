@@ -61,8 +61,9 @@ def test_every_run_scores_the_same_number_of_responses(tmp_path):
     for job in todo:  # the same weights before the first step, for each task and seed
         start = rows_of(job)[0]
         assert start["step"] == 0
-        first.setdefault((start["task"], start["seed"]), set()).add(start["kl_target_policy"])
-    assert all(len(values) == 1 for values in first.values())
+        first.setdefault((start["task"], start["seed"]), []).append(start["kl_target_policy"])
+    for values in first.values():  # up to rounding: q is log pi + V, with a V beside it
+        assert max(values) - min(values) < 1e-6 * max(values)
     assert len({min(v) for v in first.values()}) == 4
     # KL(policy, reference), by another route.
     job = todo[-1]
