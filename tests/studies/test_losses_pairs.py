@@ -202,6 +202,17 @@ def test_a_loss_that_fails_far_from_where_it_goes_is_audited():
     assert rl_ebm.audit_loss(dpo, solved(), "preference", beyond=False).is_target
 
 
+def test_a_loss_that_fails_where_it_goes_is_told_in_a_sentence():
+    def dpo(chosen, rejected, chosen_ref, rejected_ref):
+        gap = chosen - chosen_ref - rejected + rejected_ref
+        if float(gap.detach().abs().max()) > 2:
+            raise ValueError("too far")
+        return -logsigmoid(BETA * gap).mean()
+
+    with pytest.raises(LossError, match="ValueError: too far"):
+        rl_ebm.audit_loss(dpo, solved(), "preference", beyond=False)
+
+
 def test_lengths_are_given_where_six_arguments_are_taken():
     seen = []
 

@@ -40,7 +40,12 @@ class Loss:
             LossError: what :func:`check_loss` looks for, wherever it shows first.
         """
         leaves, given = self._given(inputs)
-        value = self._value(given)
+        try:
+            value = self._value(given)
+        except LossError:
+            raise
+        except Exception as error:
+            raise LossError(_failed(error, inputs)) from error
         found = torch.autograd.grad(value, leaves, allow_unused=True)
         found = tuple(
             torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)

@@ -146,7 +146,7 @@ def _kept(of: Of, counts: Tensor) -> Of | None:
     pairs = [(i, j) for i in range(n) if (j := _other(counts, i)) is not None]
     try:
         known = {rows: of(*rows) for rows in [*((i,) for i in range(n)), *pairs, *_batches(n)]}
-    except Exception:
+    except LossError:
         return None
     return lambda *rows: known[rows]
 
