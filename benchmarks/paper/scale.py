@@ -101,9 +101,11 @@ def measure(job: Scale) -> Rows:
 def picture(rows: Rows, settings: list[tuple[int, int, bool]]) -> Figure:
     figure = Figure(figsize=(3.3 * len(settings), 3.6), layout="constrained")
     axes = figure.subplots(1, len(settings), sharey=True, squeeze=False)[0]
+    agents = list(dict.fromkeys(r["agent"] for r in rows))  # of one colour everywhere
     for (v, t, shared), ax in zip(settings, axes, strict=True):
         mine = select(rows, vocab_size=v, max_length=t, shared=shared)
-        for colour, agent in enumerate(dict.fromkeys(r["agent"] for r in mine)):
+        for agent in dict.fromkeys(r["agent"] for r in mine):
+            colour = agents.index(agent)
             runs = select(mine, agent=agent)
             for i, run in enumerate(dict.fromkeys(r["run"] for r in runs)):
                 line = select(runs, run=run)
@@ -123,7 +125,10 @@ def picture(rows: Rows, settings: list[tuple[int, int, bool]]) -> Figure:
         ax.set(yscale="log", xlabel="steps", title=f"V={v}, T={t}, {KINDS[shared]}")
         ax.title.set_fontsize(9)
     axes[0].set_ylabel("KL(target, policy) (nats, 95% intervals)")
-    axes[0].legend(fontsize=8)
+    named = max(axes, key=lambda ax: len(ax.get_legend_handles_labels()[1]))
+    figure.legend(
+        *named.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=6
+    )
     return figure
 
 
