@@ -35,6 +35,7 @@ OBJECTIVES = (
     "soft_q",
     "path_consistency",
     "trajectory_balance",
+    "tree_backup",
     "monte_carlo",
     "policy_gradient",
     "ppo",

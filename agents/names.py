@@ -58,6 +58,12 @@ ELSEWHERE = {
         "tbv": "",
         "rebel": "its loss is the mean of the squares of all pairwise differences",
     },
+    "tree-backup": {
+        "treesample": "it backs up exactly over what was seen",
+        "tree sample": "it backs up exactly over what was seen",
+        "mapo": "its memory is a tree, summed exactly",
+        "mcts": "",
+    },
     "monte-carlo": {
         "q#": "",
         "q sharp": "",

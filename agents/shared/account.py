@@ -1,6 +1,6 @@
-"""What an agent can say of itself: the log Z that it has learned, and who draws its responses.
+"""What an agent can say of itself: the log Z that it learned, who draws, which rewards it knows.
 
-Both are methods that an agent may have, used where they are there: nothing is guessed from its
+All are methods that an agent may have, used where they are there: nothing is guessed from its
 attributes, options or checkpoints.
 """
 
@@ -16,6 +16,7 @@ from rl_ebm.ebm import EBM
 from rl_ebm.policies.base import Policy
 from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import soft_value
+from rl_ebm.tokens import Batch
 
 
 class Behaviour(NamedTuple):
@@ -48,6 +49,18 @@ def behaviour(agent: Any) -> Behaviour | None:
     """``agent.behaviour()``; None for an agent that does not tell, or that draws nothing."""
     told = getattr(agent, "behaviour", None)
     return None if told is None else told()
+
+
+def scored(agent: Any, ebm: EBM, batch: Batch) -> tuple[Batch, int]:
+    """Responses with their rewards, and how many rewards had to be asked for.
+
+    ``agent.score(batch)`` says both of an agent that remembers rewards; absent: all are asked for.
+    """
+    told = getattr(agent, "score", None)
+    if told is None:
+        return ebm.score(batch), len(batch)
+    found: tuple[Batch, int] = told(batch)
+    return found
 
 
 @torch.no_grad()

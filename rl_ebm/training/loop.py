@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rl_ebm.agents import Agent
+from rl_ebm.agents.shared.account import scored
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import LISTED, Solution
 from rl_ebm.files import METRICS, POLICY, REPORT, STATE, RunError, own_files, write_text
@@ -81,7 +82,7 @@ class Trainer:
         self.ebm, self.agent, self.generator, self.config = ebm, agent, generator, config
         self.solution, self.run, self.description = solution, run, description
         self.progress_bar = progress
-        self.step = self.reward_calls = 0
+        self.step = self.reward_calls = self.looked_up = 0
         self.solution_calls = calls_of(solution)
         self.seconds = 0.0  # of training, over all the run's processes
         self.tokens = torch.zeros((), dtype=torch.int64, device=ebm.device)
@@ -197,8 +198,9 @@ class Trainer:
             metrics = self.agent.update(None, self.progress)
             self.tokens += self.ebm.num_prompts * self.ebm.space.num_states
         else:
-            batch = self.ebm.score(batch)
-            self.reward_calls += len(batch)
+            batch, asked = scored(self.agent, self.ebm, batch)
+            self.reward_calls += asked
+            self.looked_up += len(batch) - asked
             metrics = self.agent.update(batch, self.progress)
             self.tokens += batch.lengths.sum()
             metrics |= batch_charts(self.agent, batch, self.ebm.num_prompts)
@@ -272,6 +274,8 @@ class Trainer:
             "reward_calls": self.reward_calls,
             "solution_calls": self.solution_calls,
         }
+        if self.looked_up:
+            row["looked_up"] = self.looked_up
         self.metrics_file.write(row | dict(values))
         self.board.scalars({k: v for k, v in values.items() if math.isfinite(v)}, tokens)
 
@@ -302,6 +306,7 @@ class Trainer:
             "seconds": self.seconds,
             "tokens": int(self.tokens),
             "reward_calls": self.reward_calls,
+            "looked_up": self.looked_up,
             "complete": self.complete,
             "kind": self.kind(),
             "policy": self.agent.policy.state_dict(),
@@ -359,6 +364,7 @@ class Trainer:
         self.step, self.seconds = state["step"], float(state["seconds"])
         self.tokens.fill_(state["tokens"])
         self.reward_calls, self.complete = state["reward_calls"], state["complete"]
+        self.looked_up = int(state.get("looked_up", 0))  # older runs had none
         self.kept_rows, self.kept_events = state["metrics_rows"], state["event_sizes"]
         self.saved_step = self.step
 

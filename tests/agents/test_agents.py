@@ -41,6 +41,7 @@ OPTIONS = {
     "detailed-balance": OFF_POLICY,
     "trajectory-balance": OFF_POLICY,
     "vargrad": OFF_POLICY,
+    "tree-backup": {k: v for k, v in OFF_POLICY.items() if not k.startswith("replay")},
     "monte-carlo": OFF_POLICY,
     "best-of-n": {"batch_size": 12, "n": 2},
     "sampled-teacher": {"batch_size": 12, "method": "mcmc"},
@@ -56,6 +57,7 @@ OTHER_METRICS = {
     "detailed-balance": {"losses/root_value"},
     "trajectory-balance": {"losses/log_z"},
     "vargrad": {"losses/log_z"},
+    "tree-backup": {"losses/log_z", "tree/responses", "tree/unseen"},
     "monte-carlo": {"losses/log_mean_weight"},
 }
 OTHER_METRICS |= {n: {"losses/elbo"} for n in ON_POLICY_AGENTS if n not in OTHER_METRICS}

@@ -1,0 +1,224 @@
+r"""Exact backups over all responses that were seen; a response's own return for what was not.
+
+The tree of the seen (:class:`rl_ebm.agents.shared.seen_tree.SeenTree`) has, below each child of a
+state, the summed weight W of the seen responses and the policy's mass U of the others. With
+V(s_t) = log Z + sum_{k < t} (log pi - r), the carried value, what the others weigh can be taken
+for what the policy says, exp V U, or be judged by the return D of a response that went there:
+
+    known:  e(s, a)   = V(s+a) - log(W(s+a) + U(s+a) exp V(s+a))        of every action a,
+    own:    e_y(s, a) = V(s+a) - log(W(s+a) + U(s+a) exp(V(s+a) - D)),  D = log Z + log pi(y) - r,
+
+the error of the policy's value below s+a either way. The gradient of a response y is
+
+    sum_t [ sum_a pi(a|s_t) e(s_t, a) grad log pi(a|s_t)
+            + (e_y - e)(s_t, a_t) grad log pi(a_t|s_t) ]
+
+with the tree as it was before y: the known part is summed over all actions, and the drawn one adds
+what it does not know (a control variate: for the policy's own draws the two terms of e cancel in
+expectation). Where nothing was seen W = 0 and U = 1, so e = 0 and e_y = D: this is VarGrad. Where
+everything was seen U = 0 and V - log W = log pi*(s+a) of prefixes is the exact gradient of the KL
+of each state's tokens, without noise. At the EBM e = e_y = 0 whatever was seen, and whoever drew.
+
+Kin: TreeSample (Buesing et al. 2020, arXiv 1910.06862) backs values up exactly through a tree, to
+sample from it, with a learned value at its frontier; tree backups (Precup et al. 2000) sum over the
+actions that were not taken; Liang et al. 2018 (arXiv 1807.02322) enumerate a memory and sample
+outside of it. Exactness rests on a deterministic environment and a deterministic reward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rl_ebm.agents.registry import AgentEntry
+from rl_ebm.agents.shared.grouped import GroupedAgent
+from rl_ebm.agents.shared.learner import prompt_means, token_values
+from rl_ebm.agents.shared.off_policy import OffPolicyOptions, fixed_point
+from rl_ebm.agents.shared.option_types import checked_options
+from rl_ebm.agents.shared.seen_tree import Backup, SeenTree
+from rl_ebm.networks.values import flow_of
+from rl_ebm.policies.base import Policy
+from rl_ebm.policies.scoring import q_values
+from rl_ebm.soft_bellman import gather_tokens, log_policy
+from rl_ebm.tokens import Batch
+
+
+@checked_options
+class TreeBackupConfig(OffPolicyOptions):
+    """Options of the agent ``tree-backup``."""
+
+    memory: int = 2**20
+    """prefixes that the tree keeps, at most; the responses that cost least are forgotten"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.replay_size or self.anneal:
+            raise ValueError(
+                "tree-backup keeps every response with the weight that it has: leave replay_size, "
+                "replay_batch and anneal at 0"
+            )
+        if not 1 <= self.memory <= 2**28:
+            raise ValueError(f"memory must be in [1, 2**28] prefixes, got {self.memory}")
+
+
+def known_error(
+    log_seen: Float[Tensor, "*n"], log_unseen: Float[Tensor, "*n"]
+) -> Float[Tensor, "*n"]:
+    """V - log(W + U exp V): how much too high a value is, by what was seen below it, nats.
+
+    Args:
+        log_seen: log W - V.
+        log_unseen: log U, or log U - D with a return's own D in the place of the value.
+    """
+    return -torch.logaddexp(log_seen, log_unseen)
+
+
+def tree_backup_loss(
+    log_pi: Float[Tensor, "B T A"],
+    batch: Batch,
+    known: Float[Tensor, "B T A"],
+    own: Float[Tensor, "B T"],
+) -> Float[Tensor, ""]:
+    """Half the squared errors, of all actions by the policy and of the drawn ones beside them.
+
+    Its gradient is that of the module's docstring; sum over tokens, mean over rows.
+
+    Args:
+        log_pi: with gradient.
+        batch: the responses.
+        known: e of every action, without gradient.
+        own: e_y - e of the drawn ones, without gradient.
+    """
+    pi = log_pi.detach().exp()
+    real = batch.mask
+    every = (known + (log_pi - log_pi.detach())).masked_fill(pi == 0, 0.0)
+    drawn = token_values(log_pi, batch)
+    one = own + (drawn - drawn.detach())
+    errors = (pi * every.square()).sum(-1) + one.square()
+    return 0.5 * errors.masked_fill(~real, 0.0).sum(1).mean()
+
+
+def tree_errors(
+    log_z: Float[Tensor, "B"],
+    batch: Batch,
+    r: Float[Tensor, "B T"],
+    log_pi: Float[Tensor, "B T A"],
+    tree: Backup,
+) -> tuple[Float[Tensor, "B T A"], Float[Tensor, "B T"]]:
+    """e of every action, and e_y - e of the drawn ones; 0 past the end.
+
+    Args:
+        log_z: of each row's prompt, from which values are carried.
+        batch: the responses.
+        r: immediate log-weights of their tokens.
+        log_pi: of the policy at their states, without gradient.
+        tree: what was known before these responses.
+    """
+    ahead = r - token_values(log_pi, batch)  # 0 past the end
+    value = (log_z[:, None] + flow_of(-ahead))[..., None] + log_pi
+    seen, unseen = tree.log_w - value, tree.u.log()
+    # An action that the policy does not have weighs nothing, here and in the loss.
+    off = torch.isneginf(log_pi) | ~batch.mask[..., None]
+    known = known_error(seen, unseen).masked_fill(off, 0.0)
+    drawn, others = (gather_tokens(x, batch.tokens) for x in (seen, unseen))
+    own = known_error(drawn, others - (log_z - ahead.sum(1))[:, None])
+    return known, (own - gather_tokens(known, batch.tokens)).masked_fill(~batch.mask, 0.0)
+
+
+class TreeBackupAgent(GroupedAgent):
+    """Exact backups over the seen; its policy's logits become log pi*, up to a constant."""
+
+    Config = TreeBackupConfig
+    kept = ("log_z",)
+
+    @property
+    def group_size(self) -> int | None:
+        """All responses to a prompt in a step share a log Z."""
+        return None
+
+    def begin(self, teacher: Policy | None) -> None:
+        """An empty tree.
+
+        Raises:
+            ValueError: a memory without room for the responses of a step.
+        """
+        super().begin(teacher)
+        space, prompts = self.ebm.space, self.ebm.num_prompts
+        least = 2 * (prompts + self.responses * space.max_length)
+        if self.config.memory < least:
+            raise ValueError(
+                f"memory must hold the prefixes of two steps, {least}, got {self.config.memory}: "
+                "give more, or a smaller batch_size"
+            )
+        self.tree = SeenTree(prompts, space.vocab_size, self.config.memory, self.ebm.device)
+        self.log_z = torch.zeros(prompts, dtype=torch.float64, device=self.ebm.device)
+
+    def score(self, batch: Batch) -> tuple[Batch, int]:
+        """The batch with its rewards, and how many of them had to be asked for."""
+        batch = batch.clean()
+        rewards = self.tree.rewards(batch)
+        rows = rewards.isnan().nonzero()[:, 0]
+        named = torch.cat([batch.prompt_ids[:, None], batch.lengths[:, None], batch.tokens], 1)
+        _, same = named[rows].unique(dim=0, return_inverse=True)
+        count = int(same.max()) + 1 if len(same) else 0
+        first = same.new_full((count,), len(rows)).scatter_reduce(
+            0, same, torch.arange(len(rows), device=rows.device), "amin"
+        )
+        if count:
+            asked = self.ebm.score(batch.take(rows[first])).rewards()
+            rewards[rows] = asked.double()[same]
+        return batch.with_reward(rewards), count
+
+    def loss(self, batch: Batch, r: Float[Tensor, "B T"]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of responses, and what the tree knows; the responses are kept in it."""
+        q = q_values(self.policy, self.ebm.space, batch.tokens, batch.prompt_ids)
+        log_pi = log_policy(q)
+        with torch.no_grad():
+            rows = log_pi.double()
+            self.tree.forget(batch.tokens.numel(), self.log_z)
+            before = self.tree.backup(self.tree.path(batch), rows)
+            r = r.double()
+            found = (r - token_values(rows, batch)).sum(1)
+            mean, _ = prompt_means(found, batch.prompt_ids, self.ebm.num_prompts)
+            log_z = torch.logaddexp(before.root_log_w, before.root_u.log() + mean)
+            self.log_z[batch.prompt_ids] = log_z  # all rows of a prompt say the same
+            known, own = tree_errors(log_z, batch, r, rows, before)
+            self._keep(batch, r, rows)
+        metrics = {
+            "losses/log_z": self.log_z[batch.prompt_ids].mean(),
+            "tree/responses": torch.tensor(float(self.tree.responses)),
+            "tree/unseen": before.root_u.mean(),
+        }
+        return tree_backup_loss(log_pi, batch, known.to(q.dtype), own.to(q.dtype)), metrics
+
+    def _keep(self, batch: Batch, r: Float[Tensor, "B T"], rows: Float[Tensor, "B T A"]) -> None:
+        """Add responses to the tree; only where some are new is there more to back up."""
+        count = self.tree.responses
+        path = self.tree.add(batch, r)
+        if self.tree.responses > count:
+            self.tree.backup(path, rows)
+
+    def learned_log_z(self) -> Float[Tensor, "P"]:
+        """log Z of each prompt by the tree and the last returns; 0 before the first."""
+        return self.log_z
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"tree": self.tree.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.tree.load_state_dict(state["tree"])
+
+
+ENTRIES = {
+    "tree-backup": AgentEntry(
+        TreeBackupAgent,
+        TreeBackupConfig,
+        "exact backups over all responses that were seen, own returns for the rest",
+        "Buesing et al. 2020, arXiv 1910.06862",
+        fixed_point=fixed_point,
+    ),
+}
