@@ -181,25 +181,19 @@ class TreeBackupAgent(GroupedAgent):
             self.tree.forget(batch.tokens.numel(), self.log_z)
             before = self.tree.backup(self.tree.path(batch), rows)
             r = r.double()
-            found = (r - token_values(rows, batch)).sum(1)
+            drawn = token_values(rows, batch)
+            found = (r - drawn).sum(1)
             mean, _ = prompt_means(found, batch.prompt_ids, self.ebm.num_prompts)
             log_z = torch.logaddexp(before.root_log_w, before.root_u.log() + mean)
             self.log_z[batch.prompt_ids] = log_z  # all rows of a prompt say the same
             known, own = tree_errors(log_z, batch, r, rows, before)
-            self._keep(batch, r, rows)
+            self.tree.add(batch, r, drawn)
         metrics = {
             "losses/log_z": self.log_z[batch.prompt_ids].mean(),
             "tree/responses": torch.tensor(float(self.tree.responses)),
             "tree/unseen": before.root_u.mean(),
         }
         return tree_backup_loss(log_pi, batch, known.to(q.dtype), own.to(q.dtype)), metrics
-
-    def _keep(self, batch: Batch, r: Float[Tensor, "B T"], rows: Float[Tensor, "B T A"]) -> None:
-        """Add responses to the tree; only where some are new is there more to back up."""
-        count = self.tree.responses
-        path = self.tree.add(batch, r)
-        if self.tree.responses > count:
-            self.tree.backup(path, rows)
 
     def learned_log_z(self) -> Float[Tensor, "P"]:
         """log Z of each prompt by the tree and the last returns; 0 before the first."""

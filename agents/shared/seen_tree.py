@@ -108,30 +108,55 @@ class SeenTree:
             nodes.append(self.table.find(self._edge(nodes[-1], batch, t)))
         return torch.stack(nodes, 1)
 
-    def add(self, batch: Batch, r: Float[Tensor, "B T"]) -> Int64[Tensor, "B T1"]:
-        """Keep responses, each once; their nodes as of :meth:`path`.
-
-        What is above them is as it was until :meth:`backup` of their paths.
+    def add(
+        self, batch: Batch, r: Float[Tensor, "B T"], log_pi: Float[Tensor, "B T"]
+    ) -> Int64[Tensor, "B T1"]:
+        """Keep responses, each once, and carry them up to the roots; their nodes as :meth:`path`.
 
         Args:
             batch: scored responses.
-            r: immediate log-weights of their tokens.
+            r: immediate log-weights of their tokens, 0 past the end.
+            log_pi: log pi(a_t|s_t) of their tokens, 0 past the end.
         """
         nodes = [batch.prompt_ids]
+        fresh = torch.zeros_like(batch.lengths, dtype=torch.bool)
         for t in range(batch.tokens.shape[1]):
             key = self._edge(nodes[-1], batch, t)
             node = self.table.find(key)
-            new = (key >= 0) & (node < 0)
+            end, new = batch.lengths == t + 1, (key >= 0) & (node < 0)
             if bool(new.any()):
                 keys, rows = key[new].unique(return_inverse=True)
                 ends = torch.zeros_like(keys, dtype=torch.bool)
-                ends[rows] = batch.lengths[new] == t + 1
+                ends[rows] = end[new]
                 node[new] = self._append(keys, ends)[rows]
-            real, end = key >= 0, batch.lengths == t + 1
-            self.columns["r"][node[real]] = r[real, t].double()
+                fresh |= new & end
+            there = node[key >= 0]
+            self.columns["r"][there] = r[key >= 0, t].double()
+            self.columns["pi"][there] = log_pi[key >= 0, t].double().exp()
             self.columns["reward"][node[end]] = batch.rewards()[end].double()
             nodes.append(node)
-        return torch.stack(nodes, 1)
+        path = torch.stack(nodes, 1)
+        ends = path.gather(1, batch.lengths[:, None])[:, 0]
+        rows = fresh.nonzero()[:, 0]
+        leaves, same = ends[rows].unique(return_inverse=True)
+        first = rows.new_full((len(leaves),), len(batch)).scatter_reduce(0, same, rows, "amin")
+        self._carry(path[first], r[first].double(), log_pi[first].double())
+        return path
+
+    def _carry(
+        self, path: Int64[Tensor, "n T1"], r: Float[Tensor, "n T"], log_pi: Float[Tensor, "n T"]
+    ) -> None:
+        """Let all states above new responses have their weights and their mass."""
+        log_w, u = self.columns["log_w"], self.columns["u"]
+        below, mass = (x.flip(1).cumsum(1).flip(1) for x in (r, log_pi))
+        for t in range(r.shape[1]):
+            real = path[:, t + 1] >= 0
+            nodes, segment = path[real, t].unique(return_inverse=True)
+            more = segment_logsumexp(below[real, t][None], segment, len(nodes))[0]
+            log_w[nodes] = torch.logaddexp(log_w[nodes], more)
+            gone = torch.zeros_like(more).index_add(0, segment, mass[real, t].exp())
+            # What rounding leaves where nothing is left is put right by the next backup.
+            u[nodes] = (u[nodes] - gone).clamp(min=0.0)
 
     def rewards(self, batch: Batch) -> Float[Tensor, "B"]:
         """R of responses that were seen; NaN of others."""
@@ -149,7 +174,7 @@ class SeenTree:
         """Back values up along paths, from their ends to the roots.
 
         Args:
-            path: of :meth:`path` or :meth:`add`.
+            path: of :meth:`path`.
             log_pi: log pi(.|s_t) of the policy as it is, without gradient.
         """
         states, pi = path[:, :-1], log_pi.double().exp()

@@ -11,7 +11,7 @@ from brute_force import log_softmax
 from toy_policies import close, logits_by_prefix, responses, seeded
 
 from rl_ebm.agents.shared.key_table import KeyTable
-from rl_ebm.agents.shared.learner import immediate_log_weights
+from rl_ebm.agents.shared.learner import immediate_log_weights, token_values
 from rl_ebm.agents.shared.seen_tree import SeenTree
 from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import log_policy
@@ -31,9 +31,15 @@ def read(problem, policy, batch):
 
 
 def put(tree, problem, policy, batch):
-    """Add responses and back up; what the tree has at their states."""
+    """Back up, add responses, and back up again, which changes nothing more at their states."""
     r, rows = read(problem, policy, batch)
-    return tree.backup(tree.add(batch, r), rows)
+    tree.backup(tree.path(batch), rows)
+    path = tree.add(batch, r, token_values(rows, batch))
+    before = {name: tree.columns[name][: tree.size].clone() for name in ("log_w", "u")}
+    found = tree.backup(path, rows)
+    for name, column in before.items():
+        close(tree.columns[name][: tree.size], column, 1e-12)
+    return found
 
 
 def some(problem, count, seed=0):

@@ -10,7 +10,7 @@ from agent_cases import KIND_IDS, KINDS, case, gradient, log_probs, make, train,
 from toy_policies import close, responses, seeded
 
 import rl_ebm
-from rl_ebm.agents.shared.learner import immediate_log_weights
+from rl_ebm.agents.shared.learner import immediate_log_weights, token_values
 from rl_ebm.agents.tree_backup import tree_backup_loss, tree_errors
 from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import log_policy
@@ -26,9 +26,8 @@ def filled(agent, batch):
     """The agent, with a tree of these responses."""
     with torch.no_grad():
         q = q_values(agent.policy, agent.ebm.space, batch.tokens, batch.prompt_ids)
-        agent.tree.backup(
-            agent.tree.add(batch, immediate_log_weights(agent.ebm, batch, None)), log_policy(q)
-        )
+        r = immediate_log_weights(agent.ebm, batch, None)
+        agent.tree.add(batch, r, token_values(log_policy(q), batch))
     return agent
 
 
