@@ -13,7 +13,7 @@ from benchmarks.peers.contender import Contender
 from benchmarks.peers.processes import Run
 from benchmarks.peers.report import INTRO, settings
 from benchmarks.peers.watch import Rows
-from rl_ebm.studies.bench import write_rows
+from rl_ebm.studies.bench_rows import write_rows
 from rl_ebm.training.checkpoint import write_text
 
 NOTES = "not_run.json"

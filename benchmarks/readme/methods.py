@@ -23,9 +23,10 @@ import tyro
 from benchmarks.support.machine import describe
 from rl_ebm.agents import AGENTS
 from rl_ebm.networks.backbone import TransformerConfig
-from rl_ebm.studies.bench import RESULTS as CSV
-from rl_ebm.studies.bench import Plan, Problem, Rows, last_of, read_options, run
+from rl_ebm.studies.bench import Plan, Problem, read_options, run
 from rl_ebm.studies.bench_report import targets, write_report
+from rl_ebm.studies.bench_rows import RESULTS as CSV
+from rl_ebm.studies.bench_rows import Rows, last_of
 from rl_ebm.studies.seeds import geometric_interval
 from rl_ebm.training.checkpoint import write_text
 

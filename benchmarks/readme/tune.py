@@ -24,7 +24,8 @@ import tyro
 from benchmarks.support.machine import describe
 from rl_ebm.agents import AGENTS
 from rl_ebm.networks.backbone import TransformerConfig
-from rl_ebm.studies.bench import Plan, Problem, Rows, last_of, run
+from rl_ebm.studies.bench import Plan, Problem, run
+from rl_ebm.studies.bench_rows import Rows, last_of
 from rl_ebm.training.checkpoint import write_text
 
 RESULTS = Path(__file__).parents[1] / "results"

@@ -84,6 +84,7 @@ def run_train(args: Sequence[str]) -> int:
             log_every=a.log_every,
             eval_every=a.eval_every,
             checkpoint_every=a.checkpoint_every,
+            samples=a.samples,
         ),
         seed=a.seed,
         overwrite=a.overwrite,
@@ -258,6 +259,7 @@ def run_bench(args: Sequence[str]) -> int:
         a.seconds,
         a.network,
         read_options(a.options),
+        a.samples,
     )
     try:
         rows, failed = bench(plan, a.out, a.workers)

@@ -163,6 +163,9 @@ class Train:
     checkpoint_every: float = 5.0
     """seconds between two checkpoints, at least; longer where saving a large network would take
     more than a tenth of the time"""
+    samples: int | None = None
+    """responses of target and policy each that a verification on the way draws where prefixes are
+    too many to be listed; None for 100, fewer of long ones"""
     target: Target = field(default_factory=Target)
     network: TransformerConfig = field(default_factory=TransformerConfig)
 
@@ -243,7 +246,8 @@ class Bench:
     agents: str = "soft-q,path-consistency,trajectory-balance,vargrad,policy-gradient,grpo,dpg"
     """names that rl-ebm agents lists, separated by commas"""
     tasks: str = "random,zipf,peaked,pairwise,planted,lookahead,sparse,star"
-    """named tasks, or paths of tables (scaled to [0, 1]), separated by commas"""
+    """named tasks, or paths of tables (scaled to [0, 1]), separated by commas; potts and phrases
+    are beyond enumeration"""
     seeds: int = 3
     """runs of each agent on each task"""
     calls: int = 1_000_000
@@ -251,13 +255,17 @@ class Bench:
     seconds: float | None = None
     """trained seconds after which a run ends though calls are left"""
     beta: float = 1.0
-    """temperature of all tasks, in reward units per nat; the reference is uniform"""
+    """temperature of all tasks, in reward units per nat; the reference is uniform where a task has
+    none of its own"""
     task_seed: int = 0
     """seed of what the tasks draw"""
     options: Path | None = None
     """JSON file, {agent: {option: value}}: options that are not the defaults"""
     workers: int = 2
     """runs at a time, each with one thread"""
+    samples: int = 1000
+    """responses of target and policy each by which a task beyond enumeration (potts, phrases) is
+    verified, with an interval around each figure; the others are verified exactly"""
     network: TransformerConfig = field(default_factory=TransformerConfig)
 
 

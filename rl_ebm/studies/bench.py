@@ -7,7 +7,6 @@ run again, and what was interrupted goes on.
 
 from __future__ import annotations
 
-import csv
 import json
 import signal
 import sys
@@ -16,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from rl_ebm.agents import AGENTS, entry_of, make_options, meant
 from rl_ebm.agents.shared.account import values_apart
 from rl_ebm.ebm import EBM
 from rl_ebm.envs import TASKS, make_task
+from rl_ebm.exact import find_machines, solve
 from rl_ebm.files import RunError, check_folder, write_text
 from rl_ebm.files.lock import only_one
 from rl_ebm.files.tensors import holds
@@ -36,19 +35,16 @@ from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.policies import Uniform
 from rl_ebm.rewards import read_table
 from rl_ebm.rewards.base import scores_of
+from rl_ebm.statistics.interval import check_samples
+from rl_ebm.studies.bench_rows import RANKED, RESULTS, Rows, bracket, looks, samples_of, write_rows
+from rl_ebm.studies.seeds import between
 from rl_ebm.training.checkpoint import outline
 from rl_ebm.training.config import TrainConfig
 from rl_ebm.training.directory import CONFIG, METRICS, SCORES, STATE, describe_ebm, read_config
-from rl_ebm.training.loop import MAX_EVALUATED, NonFiniteError
-from rl_ebm.training.metrics_csv import read_rows
+from rl_ebm.training.loop import MAX_EVALUATED, NonFiniteError, looks_at_all
 from rl_ebm.training.run import resume, train
 from rl_ebm.training.run_policy import network_config
 from rl_ebm.training.stopping import Terminated, sigterm_raises
-from rl_ebm.verification.figures import FIGURES
-
-RESULTS = "results.csv"
-BENCHED = tuple(figure for figure in FIGURES if figure.benched)
-Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -66,11 +62,10 @@ class Problem:
         return self.name if self.name in TASKS else Path(self.name).stem
 
     def make(self) -> tuple[EBM, dict[str, Any]]:
-        """The EBM with the uniform reference, and where it is from."""
+        """The EBM, and where it is from; the reference is uniform where a task has none."""
         if self.name in TASKS:
-            ebm = make_task(
-                self.name, beta=self.beta, reference="uniform", task_seed=self.task_seed
-            )
+            given = "uniform" if TASKS[self.name].reference is None else None
+            ebm = make_task(self.name, beta=self.beta, reference=given, task_seed=self.task_seed)
             return ebm, {"task": self.name, "task_seed": self.task_seed}
         table = read_table(Path(self.name), None, "minmax", "error")
         ebm = EBM(table.space, table.scores, self.beta, Uniform(table.space))
@@ -89,6 +84,8 @@ class Plan:
         seconds: after which a run ends though calls are left; None for no limit.
         network: sizes of the Transformer.
         options: of each agent, where they are not its defaults.
+        samples: responses of target and policy each of a look at a run on a task beyond
+            enumeration; the others are verified at every prefix.
     """
 
     agents: tuple[str, ...]
@@ -98,6 +95,7 @@ class Plan:
     seconds: float | None = None
     network: TransformerConfig = field(default_factory=TransformerConfig)
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    samples: int = 1000
 
     def __post_init__(self) -> None:
         if not isinstance(self.network, TransformerConfig):
@@ -130,6 +128,7 @@ class Plan:
                 )
         if self.calls < 1:
             raise ValueError(f"calls must be >= 1, got {self.calls}")
+        check_samples(self.samples, 2, ": one has no spread")
         for name in self.options:
             if name not in self.agents:
                 hint = "" if name in AGENTS else meant(name, self.agents)
@@ -151,6 +150,11 @@ class Plan:
         of 4,096 responses a step."""
         size = getattr(self.config(agent), "batch_size", 4096)
         return max(1, self.calls // size)
+
+    def training(self, agent: str, ebm: EBM) -> TrainConfig:
+        """When a run ends, and how it is looked at."""
+        samples = None if looks_at_all(ebm) else self.samples
+        return TrainConfig(self.steps(agent), self.seconds, eval_every=2.0, samples=samples)
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,7 @@ def jobs(plan: Plan, out: Path) -> list[Job]:
 
 
 def measure(job: Job) -> Rows:
-    """Train a run, or what is left of it; its exact metrics by step."""
+    """Train a run, or what is left of it; what its verifications found, by step."""
     if not finished(job):
         if (job.run / CONFIG).exists():
             resume(job.run, progress=False)
@@ -187,9 +191,7 @@ def measure(job: Job) -> Rows:
                 job.run,
                 options=job.plan.config(job.agent),
                 network=job.plan.network,
-                config=TrainConfig(
-                    steps=job.plan.steps(job.agent), seconds=job.plan.seconds, eval_every=2.0
-                ),
+                config=job.plan.training(job.agent, ebm),
                 seed=job.seed,
                 source=source,
                 progress=False,
@@ -208,6 +210,7 @@ def finished(job: Job) -> bool:
     config = read_config(job.run)
     ebm, source = job.problem.make()
     apart = values_apart(job.plan.config(job.agent))
+    ends = job.plan.training(job.agent, ebm)
     same = (
         config["ebm"] == json.loads(json.dumps(describe_ebm(ebm, source)))
         and _same_scores(job.run, ebm)
@@ -215,13 +218,14 @@ def finished(job: Job) -> bool:
         and config["agent"]["options"] == asdict(job.plan.config(job.agent))
         and config["policy"] == network_config(job.plan.network, apart)
         and config["train"]["seed"] == job.seed
-        and config["train"]["steps"] == job.plan.steps(job.agent)
-        and config["train"]["seconds"] == job.plan.seconds
+        and config["train"]["steps"] == ends.steps
+        and config["train"]["seconds"] == ends.seconds
+        and config["train"].get("samples") == ends.samples
     )
     if not same:
         raise RunError(
-            f"{job.run} holds a run of another problem, or with other options, network or budget: "
-            "give another --out, or delete it"
+            f"{job.run} holds a run of another problem, or with other options, network, budget or "
+            "samples: give another --out, or delete it"
         )
     if not (job.run / STATE).exists():
         return False
@@ -237,60 +241,40 @@ def _same_scores(run: Path, ebm: EBM) -> bool:
 
 
 def rows_of(job: Job) -> Rows:
-    """What a run's metrics say of each exact verification."""
-    found = []
-    path = job.run / METRICS
-    try:
-        for row in read_rows(path)[1]:
-            if not row.get("exact/kl_target_policy"):
-                continue
-            exact = {f.key: float(row[f"exact/{f.key}"]) for f in BENCHED}
-            # log Z - KL(pi, p*) = E[R] / beta - KL(pi, p_ref)
-            kl_reference = exact["expected_reward_policy"] / job.problem.beta - float(
-                row["eval/elbo"]
-            )
-            found.append(
-                {
-                    "task": job.problem.label,
-                    "agent": job.agent,
-                    "seed": job.seed,
-                    "step": int(row["step"]),
-                    "seconds": float(row["seconds"]),
-                    "reward_calls": int(row["reward_calls"]),
-                    **exact,
-                    "kl_reference": kl_reference,
-                }
-            )
-    except FileNotFoundError:
-        raise RunError(f"{path} is missing: delete {job.run} to run it again") from None
-    except (KeyError, ValueError) as error:
-        if isinstance(error, RunError):
-            raise
-        raise RunError(f"{path} is damaged ({error}): delete {job.run} to run it again") from None
-    return found
+    """What a run's metrics say of each verification.
+
+    Raises:
+        RunError: there are none, or they are damaged.
+    """
+    of = {"task": job.problem.label, "agent": job.agent, "seed": job.seed}
+    return looks(job.run / METRICS, of, job.problem.beta)
 
 
 def run(plan: Plan, out: Path, workers: int = 2) -> tuple[Rows, list[str]]:
     """Every run of a plan, ``workers`` at a time with one thread each.
 
     ``results.csv`` is written after each, so that what was interrupted is not lost. A run whose
-    loss stops being finite has failed; the others go on.
+    loss stops being finite, or whose agent cannot train on its task, has failed; the others go on.
 
     Returns:
         the rows of all runs, and a line for each that failed.
 
     Raises:
-        ValueError: a problem with too many states to be verified.
+        ValueError: a problem with too many states to be listed, and no automaton that tells
+            what is true of them.
         RunError: a run of another benchmark is in the place of one.
     """
     for problem in plan.problems:
         ebm, _ = problem.make()
-        states = ebm.num_prompts * ebm.space.num_states
-        if states > MAX_EVALUATED:
+        if looks_at_all(ebm):
+            continue
+        if find_machines(ebm) is None:
+            states = ebm.num_prompts * ebm.space.num_states
             raise ValueError(
                 f"{problem.label} has {states:,} states, and a benchmark verifies every run: at "
-                f"most {MAX_EVALUATED:,} can be"
+                f"most {MAX_EVALUATED:,} can be, or those of an automaton"
             )
+        solve(ebm)  # what does not fit is told before anything is trained
     out.mkdir(parents=True, exist_ok=True)
     todo = jobs(plan, out)
     with only_one(out), sigterm_raises():
@@ -324,7 +308,9 @@ def _run_all(plan: Plan, out: Path, todo: list[Job], workers: int) -> tuple[Rows
                 i = running.pop(future)
                 try:
                     found[i] = future.result()
-                except NonFiniteError as error:
+                except ValueError as error:
+                    if isinstance(error, RunError) and not isinstance(error, NonFiniteError):
+                        raise
                     job = todo[i]
                     failed[i] = f"{job.problem.label}, {job.agent}, seed {job.seed}: {error}"
                 else:
@@ -362,24 +348,6 @@ def read_options(path: Path | None) -> dict[str, dict[str, Any]]:
     return found
 
 
-def write_rows(path: Path, rows: Rows) -> None:
-    """A CSV file, whole or not at all."""
-    text = StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
-
-
-def last_of(rows: Sequence[dict[str, Any]], **fields: Any) -> Rows:
-    """The last row of each run that has these values, by seed."""
-    last = {}
-    for row in rows:
-        if all(row[k] == v for k, v in fields.items()):
-            last[row["task"], row["agent"], row["seed"]] = row
-    return list(last.values())
-
-
 def _begin() -> None:
     """One thread for each process, which Ctrl-C ends without a word of its own."""
     torch.set_num_threads(1)
@@ -389,8 +357,9 @@ def _begin() -> None:
 def _say(job: Job, rows: Rows, done: int, total: int) -> None:
     end = "failed"
     if rows:
-        kl, seconds = rows[-1]["kl_policy_target"], rows[-1]["seconds"]
-        end = f"KL(policy, target) {kl:.3g}, {seconds:.0f} s"
+        kl, seconds = rows[-1][RANKED], rows[-1]["seconds"]
+        ends = "" if samples_of(rows) is None else f" {between(*bracket(rows[-1], RANKED))}"
+        end = f"KL(policy, target) {kl:.3g}{ends}, {seconds:.0f} s"
     print(
         f"[{done:3d}/{total}] {job.problem.label:12s} {job.agent:22s} seed {job.seed}: {end}",
         file=sys.stderr,

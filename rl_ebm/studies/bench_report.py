@@ -14,20 +14,33 @@ from matplotlib.figure import Figure
 
 from rl_ebm.agents import entry_of
 from rl_ebm.ebm import EBM
-from rl_ebm.exact import solve, summarise
+from rl_ebm.exact import lists, solve, summarise
+from rl_ebm.exact.dispatch import TooLargeError
+from rl_ebm.messages.words import count_text
 from rl_ebm.studies.audit import is_target
-from rl_ebm.studies.bench import BENCHED, Plan, Problem, Rows, last_of
+from rl_ebm.studies.bench import Plan, Problem
+from rl_ebm.studies.bench_rows import (
+    BENCHED,
+    RANKED,
+    Rows,
+    bracket,
+    bracket_of_mean,
+    last_of,
+    samples_of,
+)
 from rl_ebm.studies.problems import problems
-from rl_ebm.studies.seeds import interval
+from rl_ebm.studies.seeds import between, interval
 from rl_ebm.training.checkpoint import write_text
+from rl_ebm.training.loop import looks_at_all
 from rl_ebm.verification.entry import REWARD
 
 FLOOR = 1e-9
 """smallest KL that a curve shows, nats"""
-RANKED = "kl_policy_target"
-"""what agents are ordered by"""
+Color = tuple[float, float, float, float]
 SWEEP = torch.logspace(-1.5, 1.5, 25).tolist()
 """beta of the frontier, in units of the benchmark's"""
+SPARSE = 3
+"""of these one in so many where E[R] is not read off a list, which takes seconds each"""
 
 
 def write_report(plan: Plan, rows: Rows, out: Path, failed: Sequence[str] = ()) -> str:
@@ -42,19 +55,21 @@ def write_report(plan: Plan, rows: Rows, out: Path, failed: Sequence[str] = ()) 
         figure = picture(plan, problem, mine)
         name = f"{problem.label}.png"
         figure.savefig(out / name, dpi=110)
-        sections.append(
-            f"## {problem.label}\n\n{table(plan, problem, mine)}\n\n![{problem.label}]({name})"
-        )
+        parts = [f"## {problem.label}", *estimated(problem, mine), table(plan, problem, mine)]
+        sections.append("\n\n".join([*parts, f"![{problem.label}]({name})"]))
     budget = f"{plan.calls:,} responses scored"
     if plan.seconds is not None:
         budget += f", at most {plan.seconds:g} s"
     network = plan.network
+    how = "Exact KL in nats"
+    if samples_of(rows) is not None:
+        how = "KL in nats, exact unless a section says how it was estimated,"
     text = "\n\n".join(
         [
             "# Benchmark",
             f"Budget of each run: {budget}. The same Transformer ({network.layers} layers, width "
-            f"{network.dim}) with the same initial weights for each seed; one thread a run. Exact "
-            "KL in nats at the end, mean ± half-width of its 95% interval over "
+            f"{network.dim}) with the same initial weights for each seed; one thread a run. "
+            f"{how} at the end, mean ± half-width of its 95% interval over "
             f"{len(plan.seeds)} seeds (Student's t). *Ends at the EBM* is about the objective: "
             "whether its exact expected gradient converges to p* (`rl-ebm audit`).",
             *sections,
@@ -67,6 +82,25 @@ def write_report(plan: Plan, rows: Rows, out: Path, failed: Sequence[str] = ()) 
     return text
 
 
+def estimated(problem: Problem, rows: Rows) -> list[str]:
+    """A paragraph on what the numbers of a task beyond enumeration are; none where it is exact."""
+    samples = samples_of(rows)
+    if samples is None:
+        return []
+    ebm, _ = problem.make()
+    return [
+        f"Estimated from {samples:,} exact samples of the target and as many of each policy: there "
+        f"are {count_text(ebm.space.num_sequences)} responses. ± is the half-width over the seeds' "
+        "estimates: what other seeds would change. In brackets, from the mean of the runs' lower "
+        "ends to that of their upper ones, is what other samples of these very policies would "
+        "change: each run has a 95% interval of its own (asymptotic for KLs; an open end is "
+        "infinite). Neither contains the other: runs that end at the same step are verified on the "
+        "same samples of the target. Lines whose brackets overlap are put in no order by these "
+        "samples. *Ends at the EBM* is known here where an objective states it: no gradient flow "
+        "is followed over so many responses."
+    ]
+
+
 def table(plan: Plan, problem: Problem, rows: Rows) -> str:
     """One line for each agent, the smallest KL(policy, target) first."""
     compared = [figure for figure in BENCHED if figure.unit != REWARD]
@@ -77,7 +111,7 @@ def table(plan: Plan, problem: Problem, rows: Rows) -> str:
         ends = last_of(rows, agent=agent)
         if not ends:  # all of its runs failed
             continue
-        cells = [interval([row[figure.key] for row in ends]) for figure in compared]
+        cells = [_cell(ends, figure.key) for figure in compared]
         middle = statistics.median(row[RANKED] for row in ends)
         calls = statistics.median(row["reward_calls"] for row in ends)
         seconds = interval([row["seconds"] for row in ends])
@@ -94,30 +128,46 @@ def table(plan: Plan, problem: Problem, rows: Rows) -> str:
     )
 
 
+def _cell(ends: Rows, key: str) -> str:
+    """Over the seeds, with the runs' own intervals in brackets where they are estimates."""
+    told = interval([row[key] for row in ends])
+    return told if samples_of(ends) is None else f"{told} {between(*bracket_of_mean(ends, key))}"
+
+
 def targets(plan: Plan, problem: Problem) -> dict[str, bool | None]:
     """Whether each agent's objective, with its options, has the EBM as its fixed point.
 
-    None where that is not known: an agent without a stated limit, a flow that did not settle, or
-    responses of reward -inf.
+    None where that is not known: an agent without a stated limit, a flow that did not settle,
+    responses of reward -inf, or more of them than are listed.
     """
     ebm, _ = problem.make()
     solution = solve(ebm)
     entries = [(a, entry_of(a), plan.config(a)) for a in plan.agents]
-    if solution.forbids_responses:
+    if solution.forbids_responses or not lists(solution):
         return {a: entry.ends_at_target(config) for a, entry, config in entries}
     cases = problems(solution)
     return {a: is_target([e.limit(config, c) for c in cases], cases) for a, e, config in entries}
 
 
 def frontier(ebm: EBM) -> tuple[list[float], list[float]]:
-    """KL(p*, p_ref) and E[R] of the exact solution as beta goes up and down: nothing is better."""
+    """KL(p*, p_ref) and E[R] of the exact solution as beta goes up and down: nothing is better.
+
+    Without the points that have no exact solution: an automaton's reward with a hidden part is
+    solved at beta = 1 alone, and E[R] is not known there.
+    """
     kls, rewards = [], []
-    for factor in SWEEP:
+    every = 1 if looks_at_all(ebm) else SPARSE
+    for factor in SWEEP[::every]:
         beta = ebm.beta * factor
         other = EBM(ebm.space, ebm.reward_model, beta, ebm.reference, ebm.prompts)
-        solution = solve(other)
+        try:
+            solution = solve(other)
+        except TooLargeError:
+            continue
         parts = [summarise(solution, 0, prompt) for prompt in range(ebm.num_prompts)]
         gains = [p.expected_reward for p in parts if p.expected_reward is not None]
+        if not gains:
+            continue
         # KL(p*, p_ref) = E[R] / beta - log Z
         kls.append(statistics.fmean(gains) / beta - float(solution.log_z.mean()))
         rewards.append(statistics.fmean(gains))
@@ -135,41 +185,47 @@ def picture(plan: Plan, problem: Problem, rows: Rows) -> Figure:
         for axes, key in ((by_calls, "reward_calls"), (by_seconds, "seconds")):
             _curves(axes, mine, key, plan.seeds, color, agent)
         ends = last_of(mine)
-        pareto.scatter(
-            [row["kl_reference"] for row in ends],
-            [row["expected_reward_policy"] for row in ends],
-            color=color,
-            s=18,
-            label=agent,
-            zorder=3,
-        )
+        _points(pareto, ends, color, agent)
     ebm, _ = problem.make()
     pareto.plot(*frontier(ebm), color="0.4", linewidth=1.2, label="exact frontier")
     pareto.set(xlabel="KL(policy, reference) (nats)", ylabel="E[R]", title="Reward against KL")
+    told = "exact KL(policy, target) (nats)"
+    if samples_of(rows) is not None:
+        told = "KL(policy, target) (nats), each run's 95% interval of sampling"
     for axes, label in ((by_calls, "responses scored"), (by_seconds, "trained seconds")):
-        axes.set(yscale="log", xlabel=label, ylabel="exact KL(policy, target) (nats)")
+        axes.set(yscale="log", xlabel=label, ylabel=told)
         axes.grid(alpha=0.3)
     by_calls.set_title(f"{problem.label}, beta = {problem.beta:g}: one line a seed")
     pareto.legend(fontsize=7)
     return figure
 
 
+def _points(axes: Axes, ends: Rows, color: Color, label: str) -> None:
+    """E[R] against KL(policy, reference) of each run, with their intervals where there are any."""
+    kls = [row["kl_reference"] for row in ends]
+    rewards = [row["expected_reward_policy"] for row in ends]
+    axes.scatter(kls, rewards, color=color, s=18, label=label, zorder=3)
+    if samples_of(ends) is None:
+        return
+    for row, kl, reward in zip(ends, kls, rewards, strict=True):
+        axes.plot(bracket(row, "kl_reference"), (reward, reward), color=color, linewidth=0.8)
+        axes.plot((kl, kl), bracket(row, "expected_reward_policy"), color=color, linewidth=0.8)
+
+
 def _curves(
-    axes: Axes,
-    rows: Rows,
-    key: str,
-    seeds: Sequence[int],
-    color: tuple[float, float, float, float],
-    label: str,
+    axes: Axes, rows: Rows, key: str, seeds: Sequence[int], color: Color, label: str
 ) -> None:
     for i, seed in enumerate(seeds):
         line = [row for row in rows if row["seed"] == seed]
-        values = [row["kl_policy_target"] for row in line]
-        shown = [max(v, FLOOR) if math.isfinite(v) else math.nan for v in values]
-        axes.plot(
-            [row[key] for row in line],
-            shown,
-            color=color,
-            linewidth=1.1,
-            label=label if i == 0 else None,
-        )
+        at = [row[key] for row in line]
+        shown = [_shown(row[RANKED]) for row in line]
+        axes.plot(at, shown, color=color, linewidth=1.1, label=label if i == 0 else None)
+        if samples_of(line) is not None:
+            low, high = zip(*(bracket(row, RANKED) for row in line), strict=True)
+            band = [_shown(x) for x in low], [_shown(x) for x in high]
+            axes.fill_between(at, *band, color=color, alpha=0.25, linewidth=0)
+
+
+def _shown(kl: float) -> float:
+    """Where a curve has a KL; nowhere where it is infinite."""
+    return max(kl, FLOOR) if math.isfinite(kl) else math.nan

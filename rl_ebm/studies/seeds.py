@@ -34,6 +34,17 @@ def interval(values: Sequence[float]) -> str:
     return f"{_short(mean, digits)} ± {_short(half, 1)}"
 
 
+def between(low: float, high: float) -> str:
+    """An interval by its ends, as text: with as many digits as tell them apart, two at least."""
+    digits = 2
+    if math.isfinite(high - low) and high > low:
+        digits = max(2, 2 + _place(max(abs(low), abs(high))) - _place(high - low))
+    ends = [
+        _short(x, digits) if math.isfinite(x) else ("∞" if x > 0 else "-∞") for x in (low, high)
+    ]
+    return f"[{ends[0]}, {ends[1]}]"
+
+
 def _place(x: float) -> int:
     """The power of ten of a number's first digit."""
     return math.floor(math.log10(abs(x)))

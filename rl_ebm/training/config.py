@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rl_ebm.messages.arguments import Int, Number, Whole, is_number, shown, whole
+from rl_ebm.statistics.interval import check_samples
 
 LOG_SECONDS = 10.0
 """after so long without a row of metrics the next step is logged"""
@@ -31,6 +32,9 @@ class TrainConfig:
     checkpoint_every: Number = 5.0
     """seconds between two checkpoints, at least; longer where saving a large network would take
     more than a tenth of the time"""
+    samples: Int | None = None
+    """responses of target and policy each that a verification on the way draws where prefixes are
+    too many to be listed; None for 100, fewer of long ones"""
 
     def __post_init__(self) -> None:
         every = whole("log_every", self.log_every)
@@ -43,6 +47,9 @@ class TrainConfig:
             if not (is_number(value) and value > 0):
                 raise ValueError(f"{name} must be > 0 seconds, got {shown(value)}")
             object.__setattr__(self, name, float(value))
+        if self.samples is not None:
+            samples = check_samples(self.samples, 2, ": one has no spread")
+            object.__setattr__(self, "samples", samples)
 
     @property
     def endless(self) -> bool:

@@ -32,13 +32,19 @@ from rl_ebm.training.reward_calls import calls_of
 from rl_ebm.training.saved_state import check_state
 from rl_ebm.training.stopping import Asked, Interrupted, stops_between_steps
 from rl_ebm.verification.along_samples import samples_at
-from rl_ebm.verification.sampled_report import AnyReport
+from rl_ebm.verification.sampled_report import AnyReport, SampledReport
 from rl_ebm.verification.verify import logit_errors, verify
 
 MAX_EVALUATED = 2**17
 """more states than this are listed only when asked to: it would take longer than training"""
 SMALL = 2**20
 """parameters below which a checkpoint, of up to 16 MB, is never put off"""
+
+
+def looks_at_all(ebm: EBM) -> bool:
+    """Whether looks at a run go through every prefix, unasked; else along samples."""
+    states = ebm.num_prompts * ebm.space.num_states
+    return states <= MAX_EVALUATED and states * ebm.space.vocab_size <= LISTED
 
 
 class NonFiniteError(RunError):
@@ -88,8 +94,7 @@ class Trainer:
         self.tokens = torch.zeros((), dtype=torch.int64, device=ebm.device)
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=ebm.device)
         self.report: AnyReport | None = None
-        states = ebm.num_prompts * ebm.space.num_states
-        self.lists = states <= MAX_EVALUATED and states * ebm.space.vocab_size <= LISTED
+        self.lists = looks_at_all(ebm)
         self.evaluates = solution is not None and (self.lists or not solution.lists_all)
         self.board: Board | None = None
         self.metrics_file: MetricsFile | None = None
@@ -249,7 +254,8 @@ class Trainer:
         self.check_finite()
         policy: Any = self.agent.policy
         try:
-            samples = None if self.lists else samples_at(self.solution.space.max_length)
+            most = self.config.samples or samples_at(self.solution.space.max_length)
+            samples = None if self.lists else most
             generator = torch.Generator(self.solution.device).manual_seed(self.step)
             report = verify(policy, self.solution, samples=samples, generator=generator)
             self.report = report
@@ -259,11 +265,16 @@ class Trainer:
         # What bounds log Z from both sides (arXiv 2512.15605, App. A.8), here exactly.
         values["eval/elbo"] = report.log_z - values["exact/kl_policy_target"]
         values["eval/eubo"] = report.log_z + values["exact/kl_target_policy"]
-        self._write(values)
+        ends: dict[str, float] = {}
+        if isinstance(report, SampledReport):
+            ends = {f"sampled/{name}": value for name, value in report.ends().items()}
+            ends["sampled/num_samples"] = report.num_samples
+        self._write(values, ends)
         if pictures and self.lists and self.board is not None:
             self.board.states(logit_errors(policy, self.solution), int(self.tokens))
 
-    def _write(self, values: Mapping[str, float]) -> None:
+    def _write(self, values: Mapping[str, float], ends: Mapping[str, float] | None = None) -> None:
+        """A row of metrics.csv, and curves of ``values`` alone."""
         if self.metrics_file is None or self.board is None:
             return
         tokens = int(self.tokens)
@@ -276,7 +287,7 @@ class Trainer:
         }
         if self.looked_up:
             row["looked_up"] = self.looked_up
-        self.metrics_file.write(row | dict(values))
+        self.metrics_file.write(row | dict(values) | dict(ends or {}))
         self.board.scalars({k: v for k, v in values.items() if math.isfinite(v)}, tokens)
 
     def _bar(self) -> Any:

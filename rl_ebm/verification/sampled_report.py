@@ -59,6 +59,11 @@ class SampledReport(Figures[Interval]):
         """Everything that is estimated, by its key."""
         return {k: x for k, x in by_key(self).items() if isinstance(x, Interval)}
 
+    def ends(self) -> dict[str, float]:
+        """The ends of all intervals, as ``KEY/low`` and ``KEY/high``; infinite where open."""
+        found = self.intervals().items()
+        return {f"{k}/{end}": getattr(x, end) for k, x in found for end in ("low", "high")}
+
     def __str__(self) -> str:
         values = by_key(self)
         shown = [(f.told or f.label, x) for f in FIGURES if (x := values.get(f.key)) is not None]

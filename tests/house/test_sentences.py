@@ -101,7 +101,7 @@ swept = {
     },
     **{
         f"TrainConfig {k}": lambda v, k=k: rl_ebm.TrainConfig(**({"steps": 1} | {k: v}))
-        for k in ("steps", "seconds", "log_every", "eval_every", "checkpoint_every")
+        for k in ("steps", "seconds", "log_every", "eval_every", "checkpoint_every", "samples")
     },
     "Tabular": lambda v: policies.Tabular(v),
     "Tabular prompts": lambda v: policies.Tabular(S, v),

@@ -21,8 +21,9 @@ from rl_ebm.cli import commands as cli
 from rl_ebm.fixed_points import boundary
 from rl_ebm.policies import Tabular, TransformerConfig, Uniform
 from rl_ebm.studies import seeds as intervals
-from rl_ebm.studies.bench import Plan, Problem, finished, jobs, last_of, measure, rows_of, run
+from rl_ebm.studies.bench import Plan, Problem, finished, jobs, measure, rows_of, run
 from rl_ebm.studies.bench_report import frontier, targets, write_report
+from rl_ebm.studies.bench_rows import last_of
 from rl_ebm.training.checkpoint import RunError
 from rl_ebm.training.directory import load
 
