@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from benchmarks.peers.watch import Watch
 from rl_ebm import EBM
+from rl_ebm.policies import Uniform
 
 TARGET = "p*"
 """what a method's fixed point is called where it is the EBM"""
@@ -32,6 +33,8 @@ class Contender:
             watch ends it.
         limit: seconds that this one is given, where it is less than the others have.
         spreads: whether the library spreads its work over all cores and has no switch for it.
+        one_length: whether it is for responses of one length alone, without an EOS.
+        uniform: whether its reference can be the uniform one alone.
     """
 
     name: str
@@ -45,6 +48,8 @@ class Contender:
     train: Callable[[EBM, int, Watch], None]
     limit: float | None = None
     spreads: bool = False
+    one_length: bool = False
+    uniform: bool = False
 
     @property
     def ends_at_target(self) -> bool:
@@ -55,6 +60,14 @@ class Contender:
     def installed(self) -> bool:
         """Whether the running interpreter has its library; nothing is imported."""
         return importlib.util.find_spec(self.module) is not None
+
+    def cannot(self, ebm: EBM) -> str:
+        """Why it cannot be run on an EBM, in one sentence; "" where it can."""
+        if self.one_length and ebm.space.eos_id is not None:
+            return "cannot do this task: its responses end with an EOS, and here it has one length"
+        if self.uniform and not isinstance(ebm.reference, Uniform):
+            return "cannot do this task: its reference is the uniform law that the model starts as"
+        return ""
 
     @property
     def how_to_install(self) -> str:

@@ -10,17 +10,19 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.peers.contender import Contender
+from benchmarks.peers.crossings import KL
 from benchmarks.peers.processes import Run
 from benchmarks.peers.report import INTRO, settings
 from benchmarks.peers.watch import Rows
-from rl_ebm.studies.bench_rows import write_rows
+from rl_ebm.studies.bench_rows import SAMPLES, bracket, samples_of, write_rows
+from rl_ebm.studies.seeds import between
 from rl_ebm.training.checkpoint import write_text
 
 NOTES = "not_run.json"
 WHY = "why.md"
 """written by hand: who wins, and why"""
 TEXTS = ("task", "contender", "version")
-WHOLE = ("seed", "threads", "parameters", "updates", "reward_calls")
+WHOLE = ("seed", "threads", "parameters", "updates", "reward_calls", SAMPLES)
 
 
 def read_rows(path: Path) -> Rows:
@@ -91,8 +93,9 @@ class Results:
         if contender in self.notes:
             return f"{contender}: {self.notes[contender]}"
         row = [row for row in self.rows if row["contender"] == contender][-1]
+        ends = "" if samples_of([row]) is None else f" {between(*bracket(row, KL))}"
         return (
-            f"{contender}: KL(policy, target) {row['kl_policy_target']:.3g} after "
+            f"{contender}: KL(policy, target) {row[KL]:.3g}{ends} after "
             f"{row['seconds']:.0f} s, {row['updates']:,} updates"
         )
 

@@ -16,7 +16,10 @@ import numpy as np
 import torch
 from gfnx.environment.sequence import FixedAutoregressiveSequenceEnvironment
 
+from benchmarks.peers.machines import Table, log_weights, tables
+from rl_ebm import EBM
 from rl_ebm.tokens import TokenSpace
+from rl_ebm.training.loop import looks_at_all
 
 
 class LogWeights(gfnx.base.BaseRewardModule):
@@ -38,10 +41,28 @@ class LogWeights(gfnx.base.BaseRewardModule):
         return jnp.exp(self.log_reward(state, env_params))
 
 
+class AutomatonWeights(gfnx.base.BaseRewardModule):
+    """Log-weights that automata add up along a response: where nobody can list them."""
+
+    def __init__(self, tables: list[Table]) -> None:
+        self.tables = tables
+
+    def init(self, rng_key: Any, dummy_state: Any) -> Any:
+        return {}
+
+    def log_reward(self, state: Any, env_params: Any) -> Any:
+        # Of a prefix, whose pad is no token, nothing is read.
+        tokens = jnp.minimum(state.tokens, self.tables[0].log_weight.shape[1] - 1)
+        return log_weights(tokens, self.tables, jnp).astype(jnp.float32)
+
+    def reward(self, state: Any, env_params: Any) -> Any:
+        return jnp.exp(self.log_reward(state, env_params))
+
+
 class Sequences(FixedAutoregressiveSequenceEnvironment):
     """Its environment of responses of fixed length; ids A, A + 1, A + 2 are pad, start and end."""
 
-    def __init__(self, rewards: LogWeights, space: TokenSpace) -> None:
+    def __init__(self, rewards: LogWeights | AutomatonWeights, space: TokenSpace) -> None:
         a = space.vocab_size
         super().__init__(
             rewards, space.max_length, a, a + 3, pad_token=a, bos_token=a + 1, eos_token=a + 2
@@ -50,6 +71,14 @@ class Sequences(FixedAutoregressiveSequenceEnvironment):
     @property
     def name(self) -> str:
         return "responses"
+
+
+def environment(ebm: EBM) -> Sequences:
+    """Its environment on an EBM: with all log-weights where they are listed, else by automata."""
+    if not looks_at_all(ebm):
+        return Sequences(AutomatonWeights(tables(ebm)), ebm.space)
+    listed = ebm.log_weight(ebm.space.sequences()[0]).numpy()
+    return Sequences(LogWeights(listed, ebm.space.vocab_size), ebm.space)
 
 
 class Mlp(eqx.Module):

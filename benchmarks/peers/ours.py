@@ -12,6 +12,7 @@ from benchmarks.peers.watch import Watch
 from rl_ebm import EBM, solve
 from rl_ebm.agents import AGENTS
 from rl_ebm.agents.shared.account import values_apart
+from rl_ebm.exact import lists
 from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.training.run_policy import make_policy, network_config
 
@@ -37,9 +38,11 @@ def trainer(name: str, **options: int) -> Callable[[EBM, int, Watch], None]:
         policy = make_policy(said, ebm, seed, entry.agent.logits_are_values)
         generator = torch.Generator().manual_seed(seed)
         watch.start(count(policy))
-        # Solving is part of the method, and asks for the reward of every response.
+        # Solving is part of the method, and asks for the reward of every response; not of an
+        # automaton, which tells its rewards.
         teacher = solve(ebm) if entry.needs_teacher else None
-        reward_calls = 0 if teacher is None else ebm.num_prompts * ebm.space.num_sequences
+        listed = teacher is not None and lists(teacher)
+        reward_calls = ebm.num_prompts * ebm.space.num_sequences if listed else 0
         agent = entry.agent(ebm, policy, config, generator, teacher)
         updates = 0
         while True:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.entries import CONTENDERS
+from benchmarks.peers.watch import DRAWN
 from benchmarks.peers.worker import NOT_INSTALLED
 from rl_ebm.studies.bench import Problem
 
@@ -28,6 +29,7 @@ class Run:
     seconds: float
     looks: int
     threads: int
+    samples: int = DRAWN
 
 
 def command(run: Run, interpreter: str, out: Path) -> list[str]:
@@ -43,6 +45,7 @@ def command(run: Run, interpreter: str, out: Path) -> list[str]:
         f"--seconds={run.seconds}",
         f"--looks={run.looks}",
         f"--threads={run.threads}",
+        f"--samples={run.samples}",
         f"--out={out}",
     ]
 

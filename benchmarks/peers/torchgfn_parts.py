@@ -5,6 +5,8 @@ Imported only where torchgfn is installed.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from gfn.actions import Actions
 from gfn.env import DiscreteEnv
@@ -113,6 +115,23 @@ class CarryPolicy:
         lengths = torch.arange(1, space.max_length)
         self.places = torch.cat([torch.arange(int(n)) for n in lengths]).long()
         self.ends = torch.cat([torch.zeros(1), lengths.cumsum(0)]).long()
+
+    def start(self, prompt_ids: Tensor) -> list[Any]:
+        """Its cache, and the tokens of the prefixes so far."""
+        carry = self.model.init_carry(len(prompt_ids), prompt_ids.device)
+        return [carry, prompt_ids.new_zeros(len(prompt_ids), 0)]
+
+    @torch.no_grad()
+    def step(self, state: list[Any], tokens: Tensor | None) -> Tensor:
+        """Of the next token, after the start or one more token of each row."""
+        carry, prefix = state
+        if tokens is None:
+            read = torch.full((len(prefix), 1), self.model.vocab_size)
+        else:
+            read = prefix = torch.cat([prefix, tokens[:, None]], dim=1)
+        rows, carry = self.model(read, carry)
+        state[:] = carry, prefix
+        return rows[:, -1, : self.vocab_size]
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, prompt_ids: Tensor | None = None) -> Tensor:

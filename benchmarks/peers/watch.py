@@ -9,9 +9,13 @@ from typing import Any
 import torch
 
 from rl_ebm import verify
-from rl_ebm.exact import Solution
+from rl_ebm.exact import Solution, lists
 from rl_ebm.policies import Policy
+from rl_ebm.studies.bench_rows import SAMPLES
+from rl_ebm.verification.sampled_report import AnyReport, SampledReport
 
+DRAWN = 1000
+"""responses of target and policy each of a look, where they are too many to be listed"""
 FIGURES = ("kl_policy_target", "kl_target_policy", "tv")
 Rows = list[dict[str, Any]]
 
@@ -33,6 +37,16 @@ def grid(limit: float, looks: int) -> list[float]:
     return sorted({*steps, *ratios, limit / 3, limit})
 
 
+def figures_of(report: AnyReport) -> dict[str, float]:
+    """What a row keeps of a report, to six digits: with the ends of intervals where it has any."""
+    found = {name: report.scalars()[name] for name in FIGURES}
+    if isinstance(report, SampledReport):
+        ends = report.ends()
+        found |= {f"{k}_{end}": ends[f"{k}/{end}"] for k in FIGURES for end in ("low", "high")}
+    rounded = {name: float(f"{value:.6g}") for name, value in found.items()}
+    return rounded | ({SAMPLES: report.num_samples} if isinstance(report, SampledReport) else {})
+
+
 class Watch:
     """Measures one run.
 
@@ -44,6 +58,7 @@ class Watch:
         limit: seconds of training.
         looks: about how many times the policy is verified.
         clock: what tells the time.
+        samples: responses of target and policy each of a look, where they are not all listed.
     """
 
     def __init__(
@@ -52,8 +67,10 @@ class Watch:
         limit: float,
         looks: int = 50,
         clock: Callable[[], float] = time.perf_counter,
+        samples: int = DRAWN,
     ) -> None:
         self.solution, self.limit, self.clock = solution, limit, clock
+        self.samples = None if lists(solution) else samples
         self.parameters = 0
         self.rows: Rows = []
         self._due = grid(limit, looks)
@@ -92,14 +109,14 @@ class Watch:
         self._trained, self._since = seconds, None
         # Methods draw from global generators: looking must not move them.
         with torch.random.fork_rng(devices=[]):
-            report = verify(policy, self.solution)
-        figures = {name: getattr(report, name) for name in FIGURES}
+            generator = torch.Generator().manual_seed(updates)
+            report = verify(policy, self.solution, samples=self.samples, generator=generator)
         self.rows.append(
             {
                 "seconds": round(seconds, 3),
                 "updates": updates,
                 "reward_calls": reward_calls,
-                **{name: float(f"{value:.6g}") for name, value in figures.items()},
+                **figures_of(report),
             }
         )
         self._due = [due for due in self._due if due > seconds]

@@ -118,8 +118,8 @@ def make_rows(static: Any, vocab_size: int) -> Callable[[Any, torch.Tensor], tor
 
     def rows(weights: Any, prefixes: torch.Tensor) -> torch.Tensor:
         obs = observations(prefixes, vocab_size)
-        # Two shapes in all, so that few are compiled.
-        room = (256 if len(obs) <= 256 else CHUNK) - len(obs)
+        # Three shapes in all, so that few are compiled.
+        room = next(size for size in (256, 1024, CHUNK) if len(obs) <= size) - len(obs)
         padded = np.pad(obs, ((0, room), (0, 0)), mode="edge")
         return torch.from_numpy(np.array(evaluate(weights, padded)[: len(obs)]))
 
@@ -137,8 +137,7 @@ def trainer(settings: Settings) -> Callable[[EBM, int, Watch], None]:
         from benchmarks.peers import gfnx_parts as parts
 
         space = ebm.space
-        log_weights = ebm.log_weight(space.sequences()[0]).numpy()
-        env = parts.Sequences(parts.LogWeights(log_weights, space.vocab_size), space)
+        env = parts.environment(ebm)
         key, model_key, env_key = jax.random.split(jax.random.PRNGKey(seed), 3)
         env_params = env.init(env_key)
         if settings.network == "its MLP":
@@ -175,6 +174,7 @@ def contender(settings: Settings) -> Contender:
         fixed_point=TARGET,
         train=trainer(settings),
         spreads=True,
+        one_length=True,
     )
 
 

@@ -86,6 +86,7 @@ def contender(name: str, entropy: str, entropy_is_beta: bool) -> Contender:
         source="the defaults of `PPO`; 4 environments as in the example of its documentation",
         fixed_point=FIXED_POINT,
         train=trainer(entropy_is_beta),
+        one_length=True,
     )
 
 

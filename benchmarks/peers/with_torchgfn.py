@@ -128,6 +128,7 @@ def contender(
         source=source,
         fixed_point=TARGET,
         train=trainer(loss, network, batch),
+        one_length=True,
     )
 
 

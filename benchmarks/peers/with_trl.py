@@ -184,6 +184,8 @@ def contender(method: Method, own: bool) -> Contender:
         + ("; batch and learning rate by us: its own are for large pretrained models" * own),
         fixed_point=TARGET if method == "RLOO" else GRPO_FIXED_POINT,
         train=trainer(method, own),
+        one_length=True,
+        uniform=True,
     )
 
 

@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from benchmarks.peers.entries import CONTENDERS
-from benchmarks.peers.watch import TimeUp, Watch
+from benchmarks.peers.watch import DRAWN, TimeUp, Watch
 from rl_ebm import solve
 from rl_ebm.studies.bench import Problem
 
@@ -45,6 +45,8 @@ class Options:
     """about how many verifications"""
     threads: int = 2
     """processor cores"""
+    samples: int = DRAWN
+    """responses of target and policy each of a verification beyond enumeration"""
 
 
 def limit_threads(threads: int, by_cores: bool) -> None:
@@ -61,7 +63,8 @@ def main(options: Options) -> int:
         return NOT_INSTALLED
     limit_threads(options.threads, by_cores=contender.spreads)
     ebm, _ = Problem(options.task, options.beta).make()
-    watch = Watch(solve(ebm), contender.seconds(options.seconds), options.looks)
+    limit = contender.seconds(options.seconds)
+    watch = Watch(solve(ebm), limit, options.looks, samples=options.samples)
     torch.manual_seed(options.seed)
     with contextlib.suppress(TimeUp):
         contender.train(ebm, options.seed, watch)

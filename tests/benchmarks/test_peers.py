@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peer_cases import Clock, contender, look_of, row, run_of
 
 from benchmarks.peers import watch as watch_module
 from benchmarks.peers.__main__ import Options, main
-from benchmarks.peers.contender import TARGET, Contender
-from benchmarks.peers.crossings import at, crossing, first_below, speed, winner
+from benchmarks.peers.crossings import crossed, crossing, look_at, speed, winner
 from benchmarks.peers.entries import CONTENDERS, find
 from benchmarks.peers.files import Results, assemble, read_rows
 from benchmarks.peers.policies import PrefixPolicy
@@ -35,51 +35,12 @@ EBM = make_task("random", vocab_size=2, max_length=3, reference="uniform")
 SOLUTION = solve(EBM)
 
 
-class Clock:
-    """Tells a time that only moves when it is told to."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def contender(**changes) -> Contender:
-    known = Contender("a", "rl-ebm", "rl_ebm", None, "a table", "b", "c", TARGET, lambda *_: None)
-    return replace(known, **changes)
-
-
-def row(name="a", seed=0, seconds=1.0, updates=10, calls=100, kl=1.0, **more):
-    figures = {"kl_policy_target": kl, "kl_target_policy": kl, "tv": 0.5}
-    run = {"task": "random", "contender": name, "version": "v 1", "parameters": 5, "limit": 60.0}
-    at_look = {
-        "seed": seed,
-        "threads": 1,
-        "seconds": seconds,
-        "updates": updates,
-        "reward_calls": calls,
-    }
-    return run | at_look | figures | more
-
-
-def look_of(whole):
-    """What a worker writes of a row."""
-    return {k: whole[k] for k in ("seconds", "updates", "reward_calls", *watch_module.FIGURES)}
-
-
-def run_of(kls, name="a", seed=0):
-    return [
-        row(name, seed, seconds=float(i + 1), updates=10 * (i + 1), calls=100 * (i + 1), kl=kl)
-        for i, kl in enumerate(kls)
-    ]
-
-
 def test_the_stopwatch_stands_still_while_it_looks(monkeypatch):
     clock = Clock()
 
-    def slow_verify(policy, solution):
+    def slow_verify(policy, solution, **known):
         clock.now += 100.0
-        return verify(policy, solution)
+        return verify(policy, solution, **known)
 
     monkeypatch.setattr(watch_module, "verify", slow_verify)
     watch = Watch(SOLUTION, limit=10.0, looks=4, clock=clock)
@@ -150,12 +111,12 @@ def test_prefixes_are_observed_as_the_environment_shows_them():
 
 def test_crossings():
     run = run_of([1.0, 0.2, 0.05, 0.2, 0.005])
-    assert first_below(run, 0.1, "seconds") == 3.0
-    assert first_below(run, 0.1, "reward_calls") == 300
-    assert first_below(run, 0.01, "seconds") == 5.0
-    assert first_below(run, 0.001, "seconds") is None
-    assert at(run, 2.2) == 0.2
-    assert at(run, 60.0) == 0.005, "a run that was shorter ended there"
+    assert crossed(run, 0.1, "seconds") == (3.0, 3.0)
+    assert crossed(run, 0.1, "reward_calls") == (300, 300)
+    assert crossed(run, 0.01, "seconds") == (5.0, 5.0)
+    assert crossed(run, 0.001, "seconds") == (None, None)
+    assert look_at(run, 2.2)["kl_policy_target"] == 0.2
+    assert look_at(run, 60.0) == run[-1], "a run that was shorter ended there"
     assert speed(run) == 10.0
 
 
