@@ -21,13 +21,14 @@ import torch
 import tyro
 
 from benchmarks.support.machine import describe
+from benchmarks.support.runs import geometric_bracket
 from rl_ebm.agents import AGENTS
 from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.studies.bench import Plan, Problem, read_options, run
 from rl_ebm.studies.bench_report import targets, write_report
+from rl_ebm.studies.bench_rows import RANKED, Rows, last_of, samples_of
 from rl_ebm.studies.bench_rows import RESULTS as CSV
-from rl_ebm.studies.bench_rows import Rows, last_of
-from rl_ebm.studies.seeds import geometric_interval
+from rl_ebm.studies.seeds import between, geometric_interval
 from rl_ebm.training.checkpoint import write_text
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -41,6 +42,8 @@ TASKS = {
     "lookahead": "the first token decides what the last one may be",
     "sparse": "one response in ten thousand pays",
     "star": "a path on a graph for each prompt: its first step decides",
+    "potts": "couplings of neighbours, beyond enumeration",
+    "phrases": "one phrase wanted, one not, over fitted bigrams, beyond enumeration",
 }
 """named tasks, and what each is like"""
 COMMON = ("policy-gradient", "ppo", "grpo")
@@ -55,6 +58,10 @@ class Options:
 
     table: Path | None = None
     """a table file, scaled to [0, 1], at beta 0.1"""
+    tasks: str = "random,zipf,peaked,pairwise,prompts,planted,lookahead,sparse,star"
+    """named tasks, separated by commas; potts and phrases are beyond enumeration"""
+    samples: int = 1000
+    """responses of target and policy each by which a task beyond enumeration is verified"""
     seeds: int = 3
     """runs of each method on each task"""
     calls: int = 65_536
@@ -69,7 +76,7 @@ class Options:
 
 def ends(rows: Rows, agent: str) -> list[float]:
     """KL(policy, target) at the end of an agent's runs on a task."""
-    return [max(row["kl_policy_target"], SMALLEST) for row in last_of(rows, agent=agent)]
+    return [max(row[RANKED], SMALLEST) for row in last_of(rows, agent=agent)]
 
 
 def cell(values: list[float], seeds: int) -> str:
@@ -79,11 +86,24 @@ def cell(values: list[float], seeds: int) -> str:
     return geometric_interval(values)
 
 
-def best(rows: Rows, agents: tuple[str, ...], seeds: int) -> str:
-    """The agent of the smallest geometric mean on a task, of those without a failed run."""
-    found = {agent: ends(rows, agent) for agent in agents}
-    means = {a: geometric_mean(x) for a, x in found.items() if len(x) == seeds}
-    return min(means, key=lambda agent: means[agent])
+def shown(rows: Rows, agent: str, seeds: int) -> str:
+    """An agent's cell; of estimates with what other samples of its policies would change."""
+    told, looks = cell(ends(rows, agent), seeds), last_of(rows, agent=agent)
+    if samples_of(looks) is None or len(looks) < seeds:
+        return told
+    return f"{told} {between(*geometric_bracket(looks, RANKED, SMALLEST))}"
+
+
+def best(rows: Rows, agents: tuple[str, ...], seeds: int) -> set[str]:
+    """The agent of the smallest geometric mean on a task, of those without a failed run.
+
+    Beside it those that the samples of verification do not tell from it, where there are any.
+    """
+    looks = {a: last_of(rows, agent=a) for a in agents}
+    means = {a: geometric_mean(ends(rows, a)) for a, x in looks.items() if len(x) == seeds}
+    first = min(means, key=lambda agent: means[agent])
+    ends_of = {a: geometric_bracket(looks[a], RANKED, SMALLEST) for a in means}
+    return {first} | {a for a, (low, _) in ends_of.items() if low < ends_of[first][1]}
 
 
 def table(plan: Plan, rows: Rows) -> str:
@@ -99,9 +119,9 @@ def table(plan: Plan, rows: Rows) -> str:
         verdict = {True: "yes", False: "no", None: "not known"}[
             next(iter(there)) if len(there) == 1 else None
         ]
-        cells = [cell(ends(mine, agent), seeds) for mine in tasks]
-        shown = [f"**{c}**" if agent == w else c for c, w in zip(cells, winners, strict=True)]
-        lines.append([f"`{agent}`", verdict, *shown])
+        cells = [shown(mine, agent, seeds) for mine in tasks]
+        marked = [f"**{c}**" if agent in w else c for c, w in zip(cells, winners, strict=True)]
+        lines.append([f"`{agent}`", verdict, *marked])
     head, *body = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([head, "|" + "---|" * len(lines[0]), *body])
 
@@ -117,8 +137,8 @@ def when(plan: Plan, rows: Rows) -> str:
         found = {a: ends(mine, a) for a in sampled}
         means = {a: geometric_mean(x) for a, x in found.items() if len(x) == seeds}
         order = sorted(means, key=lambda a: means[a])[:2]
-        cells = [f"`{a}` {cell(found[a], seeds)}" for a in order]
-        cells += [""] * (2 - len(cells)) + [cell(found[a], seeds) for a in usual]
+        cells = [f"`{a}` {shown(mine, a, seeds)}" for a in order]
+        cells += [""] * (2 - len(cells)) + [shown(mine, a, seeds) for a in usual]
         about = TASKS.get(problem.name, "scores of a file, beta 0.1")
         lines.append([problem.label, about, *cells])
     head, *body = [f"| {' | '.join(line)} |" for line in lines]
@@ -127,7 +147,7 @@ def when(plan: Plan, rows: Rows) -> str:
 
 def main(options: Options) -> None:
     torch.set_num_threads(1)  # what the runs have, and what `describe` says
-    problems = [Problem(name) for name in TASKS]
+    problems = [Problem(name) for name in options.tasks.split(",")]
     if options.table is not None:
         problems.append(Problem(str(options.table), 0.1))
     agents, network, calls, tuned = tuple(AGENTS), TransformerConfig(), options.calls, None
@@ -143,15 +163,23 @@ def main(options: Options) -> None:
         calls,
         network=network,
         options={k: v for k, v in read_options(tuned).items() if k in agents},
+        samples=options.samples,
     )
     rows, failed = run(plan, options.out, options.workers)
     write_report(plan, rows, options.out, failed)
     chosen = "its defaults" if tuned is None else "chosen by benchmarks/readme/tune.py"
+    estimated = ""
+    if (drawn := samples_of(rows)) is not None:
+        estimated = (
+            f"Beyond enumeration KL is estimated from {drawn:,} exact samples of target and policy "
+            "each; in brackets is what other samples would change, and all that these do not tell "
+            "from the smallest are in bold. "
+        )
     text = (
         f"{table(plan, rows)}\n\nKL(policy, target) in nats after {calls:,} responses scored, "
         f"geometric mean (95% interval) of {options.seeds} seeds; in bold the smallest of a task "
         f"among those that need no teacher. Learning rate and batch size of each: {chosen}. "
-        f"{describe()}\n"
+        f"{estimated}{describe()}\n"
     )
     print(text)
     advice = f"{when(plan, rows)}\n\nFrom the table of all methods, in the same units.\n"

@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import geometric_mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -17,12 +18,24 @@ import torch
 
 import rl_ebm
 from rl_ebm.envs import make_task
+from rl_ebm.studies.bench_rows import bracket
 from rl_ebm.studies.seeds import interval
 
 Rows = list[dict[str, Any]]
 FOUR = ("soft-q", "policy-gradient", "teacher-forcing", "exact")
 """one agent of each kind: those of the README's tables"""
 FIGURES = ("kl_target_policy", "kl_policy_target", "tv")
+
+
+def geometric_bracket(looks: Rows, key: str, least: float) -> tuple[float, float]:
+    """Between what the geometric mean over these very runs is, where each run's interval holds.
+
+    Args:
+        looks: one of each run.
+        least: what a value counts as where it is smaller.
+    """
+    low, high = zip(*(bracket(row, key) for row in looks), strict=True)
+    return geometric_mean(max(x, least) for x in low), geometric_mean(max(x, least) for x in high)
 
 
 @dataclass(frozen=True)
