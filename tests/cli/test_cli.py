@@ -70,6 +70,7 @@ WRONG_FLAGS = [
     (["--seconds", "-1"], "seconds must be a finite number >= 0, got -1"),
     (["--log-every", "0"], "log_every must be >= 1, got 0"),
     (["--checkpoint-every", "0"], "checkpoint_every must be > 0"),
+    (["--samples", "1"], "samples must be at least 2, got 1"),
     (["--task-seed", "-1"], "task_seed must be an integer >= 0, got -1"),
     (["--seed", "9" * 30], "seed"),
     (["--heads", "3"], "heads must divide dim, got dim=8, heads=3"),
