@@ -43,7 +43,10 @@ def kl_at(looks: Rows) -> str:
     In brackets, of estimates, what other samples of these policies would change.
     """
     told = figure([row[KL] for row in looks])
-    return told if samples_of(looks) is None else f"{told} {between(*bracket_of_mean(looks, KL))}"
+    if samples_of(looks) is None:
+        return told
+    ends = bracket_of_mean(looks, KL)
+    return between(*ends, looks[0][KL]) if len(looks) == 1 else f"{told} {between(*ends)}"
 
 
 def speed(run: Rows) -> float:

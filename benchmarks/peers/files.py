@@ -93,9 +93,11 @@ class Results:
         if contender in self.notes:
             return f"{contender}: {self.notes[contender]}"
         row = [row for row in self.rows if row["contender"] == contender][-1]
-        ends = "" if samples_of([row]) is None else f" {between(*bracket(row, KL))}"
+        kl = f"{row[KL]:.3g}"
+        if samples_of([row]) is not None:
+            kl = between(*bracket(row, KL), row[KL])
         return (
-            f"{contender}: KL(policy, target) {row[KL]:.3g}{ends} after "
+            f"{contender}: KL(policy, target) {kl} after "
             f"{row['seconds']:.0f} s, {row['updates']:,} updates"
         )
 

@@ -64,7 +64,7 @@ def problem(options: Options) -> tuple[rl_ebm.EBM, str]:
 
 def cell(x: float | Interval) -> float | str:
     """A figure; one that is estimated with its interval, as text."""
-    return f"{x.estimate:.2g} {between(x.low, x.high)}" if isinstance(x, Interval) else x
+    return between(x.low, x.high, x.estimate) if isinstance(x, Interval) else x
 
 
 def main(options: Options) -> None:

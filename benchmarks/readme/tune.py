@@ -77,7 +77,7 @@ def shown(rows: Rows, agent: str, runs: int) -> str:
     value, looks = score(rows, agent, runs), last_of(rows, agent=agent)
     if samples_of(looks) is None or value == math.inf:
         return f"{value:.2g}"
-    return f"{value:.2g} {between(*geometric_bracket(looks, RANKED, SMALLEST))}"
+    return between(*geometric_bracket(looks, RANKED, SMALLEST), value)
 
 
 def main(options: Options) -> None:

@@ -358,8 +358,10 @@ def _say(job: Job, rows: Rows, done: int, total: int) -> None:
     end = "failed"
     if rows:
         kl, seconds = rows[-1][RANKED], rows[-1]["seconds"]
-        ends = "" if samples_of(rows) is None else f" {between(*bracket(rows[-1], RANKED))}"
-        end = f"KL(policy, target) {kl:.3g}{ends}, {seconds:.0f} s"
+        told = f"{kl:.3g}"
+        if samples_of(rows) is not None:
+            told = between(*bracket(rows[-1], RANKED), kl)
+        end = f"KL(policy, target) {told}, {seconds:.0f} s"
     print(
         f"[{done:3d}/{total}] {job.problem.label:12s} {job.agent:22s} seed {job.seed}: {end}",
         file=sys.stderr,

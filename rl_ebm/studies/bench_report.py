@@ -131,7 +131,12 @@ def table(plan: Plan, problem: Problem, rows: Rows) -> str:
 def _cell(ends: Rows, key: str) -> str:
     """Over the seeds, with the runs' own intervals in brackets where they are estimates."""
     told = interval([row[key] for row in ends])
-    return told if samples_of(ends) is None else f"{told} {between(*bracket_of_mean(ends, key))}"
+    if samples_of(ends) is None:
+        return told
+    bounds = bracket_of_mean(ends, key)
+    if len(ends) == 1:
+        return f"{between(*bounds, ends[0][key])} (one run)"
+    return f"{told} {between(*bounds)}"
 
 
 def targets(plan: Plan, problem: Problem) -> dict[str, bool | None]:

@@ -34,15 +34,20 @@ def interval(values: Sequence[float]) -> str:
     return f"{_short(mean, digits)} ± {_short(half, 1)}"
 
 
-def between(low: float, high: float) -> str:
-    """An interval by its ends, as text: with as many digits as tell them apart, two at least."""
+def between(low: float, high: float, estimate: float | None = None) -> str:
+    """An interval by its ends, as text: with as many digits as tell them apart, two at least.
+
+    Args:
+        estimate: what stands before it, to the same digits; None for nothing.
+    """
     digits = 2
     if math.isfinite(high - low) and high > low:
         digits = max(2, 2 + _place(max(abs(low), abs(high))) - _place(high - low))
     ends = [
-        _short(x, digits) if math.isfinite(x) else ("∞" if x > 0 else "-∞") for x in (low, high)
+        _short(x, digits) if math.isfinite(x) else ("∞" if x > 0 else "-∞")
+        for x in (low, high, *(() if estimate is None else (estimate,)))
     ]
-    return f"[{ends[0]}, {ends[1]}]"
+    return " ".join([*ends[2:], f"[{ends[0]}, {ends[1]}]"])
 
 
 def _place(x: float) -> int:

@@ -58,7 +58,8 @@ def test_a_look_beyond_enumeration_has_intervals(monkeypatch, tmp_path):
     kept = read_rows(tmp_path / "potts.csv")[0]
     assert {key: kept[key] for key in look} == look
     told = Results(tmp_path, "potts").last("a")
-    assert f"{look['kl_policy_target']:.3g} [" in told
+    assert f"target) {look['kl_policy_target']:.2f}" in told
+    assert "[" in told
 
 
 def test_a_time_is_claimed_by_the_upper_end():
@@ -94,6 +95,7 @@ def test_nobody_has_won_where_another_may_have():
 def test_the_table_and_the_picture_have_the_intervals():
     rows = sampled([1.0, 0.05]) + sampled([1.0, 0.07], seed=1)
     assert kl_at([rows[1], rows[3]]) == "0.06 ± 0.1 [0.04, 0.08]"
+    assert kl_at(sampled([17.234], 0.2)) == "17.23 [17.03, 17.43]"
     text = table(rows, [contender()], {}, 2.0)
     assert "| 0.06 ± 0.1 [0.04, 0.08] |" in text
     axes = picture(rows, [contender()], "potts").axes[0]

@@ -105,6 +105,8 @@ def test_a_cell_has_what_seeds_change_and_what_samples_change():
     assert f"| {interval([1.0, 1.5])} [1.05, 1.45] |" in text
     rows[1]["kl_policy_target_high"] = math.inf
     assert bracket_of_mean(rows, "kl_policy_target")[1] == math.inf
+    one = table(plan(Problem("potts")), Problem("potts"), [look(0, 17.234, 0.2)])
+    assert "| 17.23 [17.03, 17.43] (one run) |" in one
     # What is exact has no bracket, of any width.
     exact = [look(0, 1.0, None), look(1, 1.5, None)]
     assert bracket(exact[1], "tv") == (1.5, 1.5)
@@ -136,6 +138,9 @@ def test_the_section_says_which_uncertainty_is_which():
 )
 def test_an_interval_by_its_ends(ends, text):
     assert between(*ends) == text
+    if text[1] != "-" and math.isfinite(sum(ends)):
+        assert between(*ends, ends[0]) == f"{text[1:].split(',')[0]} {text}"
+    assert between(0.2, 0.25, math.inf) == "∞ [0.2, 0.25]"
 
 
 def test_the_file_has_intervals_only_where_there_are_any(tmp_path):
