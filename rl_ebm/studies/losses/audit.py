@@ -8,8 +8,9 @@ A loss is a plain function of float64 tensors on the CPU that returns one number
 - "distillation": ``loss(student_logits, teacher_logits, tokens, mask)``, (B, T, A) twice and (B, T)
   twice; the teacher's logits are q* of the solution;
 - "preference": ``loss(chosen_log_pi, rejected_log_pi, chosen_log_ref, rejected_log_ref)``, (B,),
-  sums over the tokens; a pair is labelled by sigmoid(R - R'). A loss of means over tokens takes
-  two arguments more, ``chosen_length`` and ``rejected_length``, (B,) integers.
+  sums over the tokens; a pair is labelled by sigmoid(R - R'), or by which R is higher. A loss of
+  means over tokens takes two arguments more, ``chosen_length`` and ``rejected_length``, (B,)
+  integers.
 
 Rewards and advantages are in reward units, and beta stands in the loss, as in the frameworks.
 Batches and groups are without end, steps without length; how rows make a batch is found from the
@@ -37,6 +38,7 @@ from rl_ebm.studies.losses import beyond as further
 from rl_ebm.studies.losses.advantages import Advantages
 from rl_ebm.studies.losses.cases import Asked, Case, Kind, asked, cases_of, ended, sizes_of
 from rl_ebm.studies.losses.limit import Limit
+from rl_ebm.studies.losses.preference import Pairs
 
 SURVIVORS = 5
 """responses of a limit on the boundary that are named"""
@@ -120,6 +122,7 @@ def audit_loss(
     start: Policy | None = None,
     inner_steps: int = 1,
     lr: float | None = None,
+    pairs: Pairs | None = None,
     name: str | None = None,
     options: dict[str, Any] | None = None,
     beyond: bool = True,
@@ -141,6 +144,7 @@ def audit_loss(
         inner_steps: gradient steps on each batch, with ``log_pi_old`` held (PPO's epochs), each of
         lr: times the gradient of the mean over responses; None for one that moves no logit by more
             than 0.1 at the start.
+        pairs: of preferences, how they are labelled, and the temperature at which the policy draws.
         name: what the loss is called; None for the function's own name.
         options: that are told with it.
         beyond: whether to say more than the limit: ``variance``, ``groups`` and ``sampler``.
@@ -152,7 +156,7 @@ def audit_loss(
         ValueError: an unknown name, an EBM that is too large to list, or a loss that cannot be
             audited (:class:`rl_ebm.studies.losses.contract.LossError` says what was seen of it).
     """
-    what = asked(loss, kind, advantages, sampler, start, inner_steps, lr)
+    what = asked(loss, kind, advantages, sampler, start, inner_steps, lr, pairs)
     sizes = None if groups is None else sizes_of(groups, kind)
     cases = cases_of(what, solution)
     ends = [ended(case) for case in cases]
@@ -181,6 +185,8 @@ def _options(what: Asked) -> dict[str, Any]:
         found["sampler"] = what.sampler if known else type(what.sampler).__name__
     if what.inner_steps > 1:
         found["inner_steps"] = what.inner_steps
+    usual = Pairs()
+    found |= {k: v for k, v in vars(what.pairs).items() if v != vars(usual)[k]}
     return found
 
 

@@ -15,7 +15,7 @@ from rl_ebm.divergences import tv
 from rl_ebm.statistics.expectations import certain
 from rl_ebm.statistics.interval import Interval, average
 from rl_ebm.studies.losses.cases import SLOW, Case, ended
-from rl_ebm.studies.losses.kinds import AnyFlow
+from rl_ebm.studies.losses.kinds import AnyFlow, in_units
 from rl_ebm.studies.losses.limit import GONE, Limit, direction
 from rl_ebm.studies.losses.measures import (
     favoured,
@@ -186,10 +186,10 @@ def _rounded(case: Case, how: str) -> PolicyGradient:
 def _updated(flow: AnyFlow, start: Tensor, late: int = 0) -> tuple[Tensor, float]:
     """The mean law of the second half of :data:`UPDATES`, and how far the law still moves in it.
 
-    An update moves each logit in units of how often it is drawn, by at most :data:`SLOW` nats
-    at the start; who draws is the policy of some updates before.
+    An update moves each logit in units of how often it is drawn and of the loss's own gradients, by
+    at most :data:`SLOW` nats at the start; who draws is the policy of some updates before.
     """
-    r = flow.responses
+    r, flow = flow.responses, in_units(flow)
     theta = start.masked_fill(torch.isneginf(r.start), 0.0)
     h = SLOW / max(direction(flow, theta).size, SLOW)
     past, laws = [theta], []

@@ -20,11 +20,13 @@ from rl_ebm.studies.losses.advantages import Advantages, advantages_of
 from rl_ebm.studies.losses.kinds import (
     AnyFlow,
     distillation_flow,
+    in_units,
     policy_gradient_flow,
     preference_flow,
 )
 from rl_ebm.studies.losses.limit import FLOW_STEPS, Limit, direction, limit_from
 from rl_ebm.studies.losses.policy_gradient import LOWEST, PolicyGradient
+from rl_ebm.studies.losses.preference import Pairs
 from rl_ebm.studies.losses.responses import Responses, normalised, responses_of
 from rl_ebm.studies.problems import problems
 
@@ -49,6 +51,7 @@ class Asked:
     start: Policy | None
     inner_steps: int
     lr: float | None
+    pairs: Pairs
 
 
 def asked(
@@ -59,6 +62,7 @@ def asked(
     start: Any,
     inner_steps: Any,
     lr: Any,
+    pairs: Any = None,
 ) -> Asked:
     """The same, each of its kind and in its range; TypeError or ValueError where it is not."""
     if kind not in get_args(Kind):
@@ -68,6 +72,10 @@ def asked(
         raise ValueError(
             f"advantages and inner_steps are of policy gradients, and kind is {kind!r}"
         )
+    if pairs is not None and kind != "preference":
+        raise ValueError(f"pairs are of kind='preference', and kind is {kind!r}")
+    if not isinstance(pairs, Pairs | None):
+        raise TypeError(f"pairs must be Pairs(labels, temperature), got {shown(pairs)}")
     if is_number(sampler):
         if kind != "distillation":
             raise ValueError(
@@ -79,7 +87,8 @@ def asked(
         raise ValueError(f"sampler must be one of {known}, or a policy, got {sampler!r}")
     steps = whole("inner_steps", inner_steps, 1, MOST_STEPS)
     rate = None if lr is None else finite("lr", lr, 0.0, above=True)
-    return Asked(loss, kind, advantages_of(advantages), sampler, start, steps, rate)
+    gain, pairs = advantages_of(advantages), pairs or Pairs()
+    return Asked(loss, kind, gain, sampler, start, steps, rate, pairs)
 
 
 def sizes_of(groups: Any, kind: Kind) -> list[int]:
@@ -144,7 +153,8 @@ def _flow(what: Asked, r: Responses, teacher: Tensor, prompt: int, prompts: int)
         return policy_gradient_flow(what.loss, r, what.advantages, drawn=drawn)
     if what.kind == "preference":
         sampler = "reference" if what.sampler is None else what.sampler
-        return preference_flow(what.loss, r, drawn=_drawn(sampler, r, teacher, prompt, prompts))
+        drawn = _drawn(sampler, r, teacher, prompt, prompts)
+        return preference_flow(what.loss, r, drawn=drawn, pairs=what.pairs)
     shares = {None: 1.0, "policy": 1.0, "student": 1.0, "teacher": 0.0}
     if is_number(what.sampler):
         return distillation_flow(what.loss, r, teacher, what.sampler)
@@ -189,7 +199,7 @@ def ended(
     Args:
         plain: steps of the flow itself, at most.
     """
-    flow = case.flow if flow is None else flow
+    flow = in_units(case.flow if flow is None else flow)
     end = limit_from(flow, case.start if start is None else start, flow.rows.rough, plain)
     return _told_apart(case, flow, end) if end.settled and bool(end.dead.any()) else end
 

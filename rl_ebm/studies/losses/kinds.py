@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,6 +41,15 @@ def probe(responses: Responses) -> tuple[Tensor, Tensor, Tensor]:
     start = responses.start
     near, far = (normalised(start + size * noise, start) for size in (NEAR, FAR))
     return torch.tensor(chosen), near, far
+
+
+def in_units(flow: AnyFlow) -> AnyFlow:
+    """The same in units of the loss's own gradients, so that no factor of it moves its limit."""
+    size = flow.rows.size
+    rows = replace(flow.rows, unit=size)
+    if isinstance(flow, PolicyGradient):
+        return replace(flow, rows=rows, rate=flow.rate * size / flow.rows.unit)
+    return replace(flow, rows=rows)
 
 
 def policy_gradient_flow(

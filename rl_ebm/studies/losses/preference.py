@@ -1,8 +1,10 @@
 """The expected gradient of a preference loss, of all pairs of responses at once.
 
 Two responses are drawn from one law, and y is chosen over y' with the probability
-sigmoid(R(y) - R(y')), R in reward units (Bradley and Terry 1952). A loss that takes six arguments
-is given how many tokens both have: means over tokens (SimPO, trl's IPO) are not made of sums alone.
+sigmoid(R(y) - R(y')), R in reward units (Bradley and Terry 1952), or wherever R(y) > R(y'). The
+draws are held fixed: where the policy itself makes them, their law moves with it, and has no
+gradient. A loss that takes six arguments is given how many tokens both have: means over tokens
+(SimPO, trl's IPO) are not made of sums alone.
 """
 
 from __future__ import annotations
@@ -11,12 +13,13 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from rl_ebm.messages.arguments import finite, shown
 from rl_ebm.studies.losses.contract import Inputs, LossError
 from rl_ebm.studies.losses.responses import Responses, normalised
 from rl_ebm.studies.losses.rows import Rows
@@ -26,6 +29,9 @@ LENGTHS = ("chosen_length", "rejected_length")
 Counted = Literal["both", "chosen", "rejected"]
 COUNTED: tuple[Counted, ...] = ("both", "chosen", "rejected")
 """whose tokens the rows of a batch may share"""
+Labels = Literal["bradley-terry", "higher"]
+EQUAL = 1e-12
+"""of the largest R, what is no difference of two"""
 PAIRS = 2**17
 """pairs that a loss is given at a time"""
 SMALL = 1e-4
@@ -42,6 +48,37 @@ FASTER = 8.0
 """by how much the next is longer, where it may"""
 GONE = -60.0
 """nats that a response falls before it may be dead, which these steps do not see"""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """How pairs are made.
+
+    Attributes:
+        labels: "bradley-terry", y is chosen over y' with the probability sigmoid(R - R'); "higher",
+            the one whose R is higher is, and either one of two that are equal.
+        temperature: at which the policy draws, where it does: logits over it. > 0.
+
+    Raises:
+        ValueError: another name, or a temperature that is not above 0.
+    """
+
+    labels: Labels = "bradley-terry"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.labels not in get_args(Labels):
+            known = ", ".join(repr(name) for name in get_args(Labels))
+            raise ValueError(f"labels must be one of {known}, got {shown(self.labels)}")
+        finite("temperature", self.temperature, 0.0, above=True)
+
+    def wins(self, reward: Float[Tensor, "N"], chosen: Int64[Tensor, "n"]) -> Float[Tensor, "n N"]:
+        """Probability that each of these is chosen over each other one; of two, both make 1."""
+        gap = reward[chosen, None] - reward
+        if self.labels == "bradley-terry":
+            return torch.sigmoid(gap)
+        equal = gap.abs() <= EQUAL * reward.abs().max()
+        return torch.where(equal, 0.5, (gap > 0).double())
 
 
 def takes_lengths(function: Callable[..., Any]) -> bool:
@@ -75,15 +112,20 @@ class Preference:
     Attributes:
         drawn: log pi of who draws, (S, A); None for the policy itself.
         counted: whose tokens the rows of a batch share, where the loss is told of lengths.
+        pairs: how they are labelled, and how warm the policy draws them.
     """
 
     responses: Responses
     rows: Rows
     drawn: Float[Tensor, "S A"] | None
     counted: Counted | None = None
+    pairs: Pairs = Pairs()
 
     def who_draws(self, theta: Tensor) -> Float[Tensor, "S A"]:
-        return normalised(theta, self.responses.start) if self.drawn is None else self.drawn
+        """log pi of it."""
+        if self.drawn is not None:
+            return self.drawn
+        return normalised(theta / self.pairs.temperature, self.responses.start)
 
     @property
     def cost(self) -> int:
@@ -130,8 +172,7 @@ class Preference:
         self, log_mu: Float[Tensor, "N"], chosen: Int64[Tensor, "n"]
     ) -> Float[Tensor, "n N"]:
         """Probability that a pair is (chosen, rejected); they sum to 1 over all."""
-        reward = self.responses.reward
-        wins: Tensor = torch.sigmoid(reward[chosen, None] - reward)
+        wins = self.pairs.wins(self.responses.reward, chosen)
         return 2 * (log_mu[chosen].exp()[:, None] * log_mu.exp()) * wins
 
     def blocks(self) -> tuple[Tensor, ...]:

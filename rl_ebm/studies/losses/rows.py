@@ -44,6 +44,8 @@ class Rows:
         rough: whether it computes in float32.
         spare: two rows, the shortest and the longest that it was tried on, and
         lengths: what they count: beside rows that are all as long one tells a from b.
+        size: the largest gradient by one of the rows that it was tried on, alone.
+        unit: what gradients are divided by.
     """
 
     loss: Loss
@@ -52,18 +54,23 @@ class Rows:
     rough: bool = False
     spare: Inputs = ()
     lengths: tuple[float, ...] = ()
+    size: float = 1.0
+    unit: float = 1.0
 
     def gradients(self, inputs: Inputs, counts: Float[Tensor, "N"], mean_count: float) -> Inputs:
         """G_i / f of every row, in a large batch whose mean count of tokens is given."""
         n = len(counts)
         scale = 1.0 if self.total else float(n)
-        first = self.loss.gradients(inputs)
+        first = self._of_loss(inputs)
         if self.combination == "rows":
             return tuple(g * scale for g in first)
         own = float(counts.sum()) / n
         if self.combination == "tokens":
             return tuple(g * scale * own / mean_count for g in first)
         return self._both(inputs, counts, mean_count, first)
+
+    def _of_loss(self, inputs: Inputs) -> Inputs:
+        return tuple(g / self.unit for g in self.loss.gradients(inputs))
 
     def _both(self, inputs: Inputs, counts: Tensor, mean_count: float, first: Inputs) -> Inputs:
         """From two batches with other mean counts: the second has one row n times more.
@@ -83,7 +90,7 @@ class Rows:
         batch = tuple(
             torch.cat([x, y.expand(n, *x.shape[1:])]) for x, y in zip(inputs, more, strict=True)
         )
-        second = self.loss.gradients(batch)
+        second = self._of_loss(batch)
         y = 2 * n / (float(counts.sum()) + n * length)
         found = []
         for g, h in zip(first, second, strict=True):
@@ -126,7 +133,7 @@ def rows_of(loss: Loss, inputs: Inputs, counts: Float[Tensor, "B"], far: Inputs)
         kind = "tokens"
     ends = [int(counts.argmin()), int(counts.argmax())]
     spare, lengths = tuple(x[ends] for x in inputs), tuple(counts[ends].tolist())
-    return Rows(loss, kind, total, close > CLOSE, spare, lengths)
+    return Rows(loss, kind, total, close > CLOSE, spare, lengths, size or 1.0)
 
 
 def _by_each(loss: Loss, inputs: Inputs) -> Of:
