@@ -13,6 +13,9 @@ from rl_ebm.studies.frameworks import (
     trl_distillation,
     trl_dpo,
     trl_grpo,
+    trl_kto,
+    trl_online_dpo,
+    trl_pairs,
     verl_distillation,
     verl_ppo,
 )
@@ -22,11 +25,14 @@ from rl_ebm.studies.losses.audit import audit_loss
 from rl_ebm.studies.losses.contract import LossError
 
 FRAMEWORKS: dict[str, tuple[Rows, ...]] = {
-    "trl": (trl_grpo.rows, trl_dpo.rows, trl_distillation.rows),
+    "trl": (
+        trl_grpo.rows, trl_dpo.rows, trl_pairs.rows, trl_kto.rows, trl_online_dpo.rows,
+        trl_distillation.rows,
+    ),
     "verl": (verl_ppo.rows, verl_distillation.rows),
     "torchrl": (torchrl_llm.rows,),
     "openrlhf": (openrlhf_models.rows,),
-}
+}  # fmt: skip
 """package to what makes its rows"""
 UNKNOWN: dict[str, Any] = {
     "degenerate": None, "is_target": None, **dict.fromkeys(ours.MEASURES), "other_roots": [],
@@ -135,6 +141,7 @@ def _limit(framework: str, version: str, row: Row, solution: Solution) -> dict[s
             row.kind,
             advantages=row.advantages,
             sampler=row.sampler,
+            pairs=row.pairs,
             beyond=False,
         )
     except LossError as error:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from rl_ebm.studies.losses.advantages import Advantages
+from rl_ebm.studies.losses.preference import Pairs
 
 Kind = Literal["policy-gradient", "distillation", "preference"]
 
@@ -57,6 +58,7 @@ class Row:
         name: qualified name of what is called.
         options: of the framework, by its names; its KL coefficient is the EBM's beta.
         kind: policy-gradient, distillation or preference.
+        pairs: of preferences, how they are made; None as usual.
         default: whether the options, beta apart, are those that the framework ships.
         instead: for rows that do not end at the EBM.
         unknown: why there is no limit to look for; None where there is.
@@ -71,6 +73,7 @@ class Row:
     default: bool = False
     instead: Instead | None = None
     unknown: str | None = field(default=None)
+    pairs: Pairs | None = None
 
 
 Rows = Callable[[Case], list[Row]]
@@ -104,20 +107,22 @@ def has(module: str) -> bool:
     return any(Path(folder, *rest).with_suffix(".py").is_file() for folder in folders)
 
 
-def family(module: str, rows: Callable[[], list[Row]]) -> list[Row]:
+def family(module: str, rows: Callable[[], list[Row]], kind: Kind = "distillation") -> list[Row]:
     """The rows of a module that not every release has: none where there is no such file.
 
-    Where it is there and does not import, as without an extra of its own, one row says so.
+    Where it is there and does not import, as without an extra of its own, or is not what is known
+    of it, one row of this kind says so.
     """
     if not has(module):
         return []
     try:
         return rows()
     except FrameworkError as error:
-        return [Row(module, {}, "distillation", _nothing, unknown=str(error))]
+        return [Row(module, {}, kind, nothing, unknown=str(error))]
 
 
-def _nothing(*_: Tensor) -> Tensor:
+def nothing(*_: Tensor) -> Tensor:
+    """The loss of a row without a limit."""
     raise AssertionError("a row without a limit is not called")
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rl_ebm.studies.frameworks.rows import Row
-from rl_ebm.studies.losses.preference import takes_lengths
+from rl_ebm.studies.losses.preference import Pairs, takes_lengths
 from rl_ebm.tokens import TokenSpace, length_mask
 
 SIZES = (0.3, 3.0, 12.0)
@@ -35,8 +35,10 @@ class Seen:
         """What is known of a loss that is the same; None where there is none."""
         mine = fingerprint(row, self.space)
         for other, theirs, found in self.known:
-            asked = (row.kind, row.advantages, row.sampler)
-            if asked == (other.kind, other.advantages, other.sampler) and alike(mine, theirs):
+            asked, known = (
+                (x.kind, x.advantages, x.sampler, x.pairs or Pairs()) for x in (row, other)
+            )
+            if asked == known and alike(mine, theirs):
                 return found
         return None
 

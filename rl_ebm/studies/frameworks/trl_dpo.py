@@ -8,16 +8,14 @@ log-probabilities of its two whole responses and their lengths, over which ``ipo
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from rl_ebm.studies.frameworks.rows import Case, Instead, Row, part
-from rl_ebm.studies.frameworks.trl_trainer import shipped, stand_in
-from rl_ebm.tokens import length_mask
+from rl_ebm.studies.frameworks.trl_trainer import TokenZero, shipped, spread, stand_in
 
 DPO = "trl.trainer.dpo_trainer"
 TYPES = (
@@ -28,6 +26,14 @@ DIVERGENCES = ("forward_kl", "js_divergence", "alpha_divergence")
 """of ``f_divergence_type``, besides reverse_kl, which is shipped"""
 SMOOTHING = 1e-3
 """what EXO's paper, and TRL's documentation, recommend for it; 0 is refused"""
+
+INSTEAD = Instead(
+    f"{DPO}.DPOTrainer._compute_loss",
+    {"loss_type": "sigmoid"},
+    'train with DPOTrainer and DPOConfig(loss_type="sigmoid", beta=beta), on pairs that the '
+    "reference draws: it alone is fitted by log pi - log ref = reward / beta + a constant",
+)
+"""of the other trainers that take pairs"""
 
 
 def rows(case: Case) -> list[Row]:
@@ -62,12 +68,11 @@ def _row(case: Case, options: dict[str, Any]) -> Row:
         "preference",
         loss_of(trainer, case.max_length, rough=_rough(options)),
         default=shipped(config, given),
-        instead=Instead(
-            f"{DPO}.DPOTrainer._compute_loss",
-            {"loss_type": "sigmoid"},
-            'set DPOConfig(loss_type="sigmoid", beta=beta), with f_divergence_type="reverse_kl" '
-            "and no label_smoothing: it alone is fitted by log pi - log ref = reward / beta + a "
-            "constant",
+        instead=replace(
+            INSTEAD,
+            sentence='set DPOConfig(loss_type="sigmoid", beta=beta), with '
+            'f_divergence_type="reverse_kl" and no label_smoothing: it alone is fitted by log pi - '
+            "log ref = reward / beta + a constant",
         ),
     )
 
@@ -99,9 +104,7 @@ def loss_of(trainer: Any, longest: int, rough: bool = False) -> Callable[..., Te
             chosen, rejected = chosen.float(), rejected.float()
             chosen_ref, rejected_ref = chosen_ref.float(), rejected_ref.float()
         lengths = torch.cat([chosen_length, rejected_length])
-        mask = length_mask(lengths, longest)
-        whole = torch.cat([chosen, rejected])
-        log_pi = (whole / lengths)[:, None].expand(mask.shape).masked_fill(~mask, 0.0)
+        log_pi, mask = spread(torch.cat([chosen, rejected]), lengths, longest)
         prompt = torch.zeros(len(mask), 1, dtype=torch.long)
         completion = torch.cat([prompt, mask.long()], 1)
         batch = {
@@ -111,30 +114,8 @@ def loss_of(trainer: Any, longest: int, rough: bool = False) -> Callable[..., Te
             "ref_chosen_logps": chosen_ref,
             "ref_rejected_logps": rejected_ref,
         }
-        found = trainer._compute_loss(_Model(log_pi), batch, False)
+        found = trainer._compute_loss(TokenZero(log_pi), batch, False)
         assert isinstance(found, Tensor)
         return found
 
     return loss
-
-
-class _Model:
-    """A language model whose token 0 has the given log-probabilities."""
-
-    training = True
-
-    def __init__(self, log_pi: Float[Tensor, "B T"]) -> None:
-        self.log_pi = log_pi
-
-    def __call__(self, **_: Any) -> SimpleNamespace:
-        """What the fused head returns, and the logits of two tokens that releases before read."""
-        given = self.log_pi
-        end = given.new_zeros(len(given), 1, 2)
-        other = torch.log(-torch.expm1(given.clamp(max=-1e-12)))
-        return SimpleNamespace(
-            log_probs=given,
-            entropy=torch.zeros_like(given),
-            mean_logits=torch.zeros_like(given),
-            is_top1=torch.zeros_like(given, dtype=torch.bool),
-            logits=torch.cat([torch.stack([given, other], -1), end], 1),
-        )
