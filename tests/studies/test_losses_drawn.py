@@ -114,3 +114,64 @@ def test_what_pairs_cannot_be():
         rl_ebm.audit_loss(ipo, solved(), "distillation", pairs=Pairs())
     with pytest.raises(TypeError, match="pairs must be"):
         rl_ebm.audit_loss(ipo, solved(), "preference", pairs="higher")
+
+
+def down(chosen, rejected, chosen_ref, rejected_ref):
+    """APO-down: sigmoids that saturate, so that all but one response fall, ever slower."""
+    own, gap = chosen - chosen_ref, chosen - chosen_ref - rejected + rejected_ref
+    return (torch.sigmoid(BETA * own) + torch.sigmoid(-BETA * gap)).mean()
+
+
+@pytest.mark.slow
+def test_what_falls_ever_slower_is_dead_and_the_rest_is_where_the_plain_flow_leads():
+    """The flow by hand, in logits, by Heun's steps as long as their error lets them be."""
+    space = rl_ebm.TokenSpace(3, 2)
+    uniform = Tabular(space, scale=0.0, dtype=torch.float64)
+    scores = 3 * torch.randn(9, generator=seeded(2), dtype=torch.float64)
+    solution = rl_ebm.solve(rl_ebm.EBM(space, scores, BETA, uniform))
+    found = rl_ebm.audit_loss(down, solution, "preference", beyond=False)
+    p = 2 / 81 * torch.sigmoid(scores[:, None] - scores)
+    x, h = torch.zeros(4, 3, dtype=torch.float64), 1.0
+
+    def law(x):
+        return (x[0].log_softmax(0)[:, None] + x[1:].log_softmax(1)).flatten()
+
+    def slope(x):
+        leaf = x.clone().requires_grad_()
+        u = BETA * (law(leaf) + math.log(9))
+        value = (p * (torch.sigmoid(u)[:, None] + torch.sigmoid(u - u[:, None]))).sum()
+        return torch.autograd.grad(value, leaf)[0]
+
+    for _ in range(1500):
+        first = slope(x)
+        second = slope(x - h * first)
+        error = float((h * (second - first) / 2).abs().max())
+        if error <= 1e-2:
+            x = x - h * (first + second) / 2
+        h *= min(2.0, max(0.3, 0.9 * (1e-2 / max(error, 1e-300)) ** 0.5))
+    best = int(law(x).argmax())
+    assert float(law(x)[best].exp()) > 0.999
+    assert found.degenerate
+    assert found.survivors["responses"] == 1
+    assert float(found.log_laws[0][best].exp()) == pytest.approx(1, abs=1e-8)
+
+
+@pytest.mark.slow
+def test_a_loss_in_float32_that_bends_much_settles():
+    """Scores 2 - 2 exp(-u / 2), in float32 and in float64."""
+
+    def bent(chosen, rejected, chosen_ref, rejected_ref):
+        a, b = (2 - 2 * torch.exp(-u / 2) for u in (chosen - chosen_ref, rejected - rejected_ref))
+        return -logsigmoid(0.5 * (a - b)).mean()
+
+    def rough(*pair):
+        return bent(*(x.float() for x in pair))
+
+    space = rl_ebm.TokenSpace(3, 4, eos_id=0)
+    scores = torch.randn(space.num_sequences, generator=seeded(0), dtype=torch.float64)
+    reference = Tabular(space, scale=1.0, generator=seeded(1), dtype=torch.float64)
+    solution = rl_ebm.solve(rl_ebm.EBM(space, scores, 0.5, reference))
+    exact, found = (
+        rl_ebm.audit_loss(loss, solution, "preference", beyond=False) for loss in (bent, rough)
+    )
+    assert found.tv == pytest.approx(exact.tv, abs=1e-4)

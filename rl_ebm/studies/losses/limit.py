@@ -13,15 +13,17 @@ to the last digits, and an action that dies does so in a few steps. An action is
 become rarer than exp(-40) of its state and D goes on to push it down. Some losses push an action
 the less the rarer it is (sigmoids that saturate), and would take forever: what is rare and still
 falls when D hardly does is made that rare, and is dead if it is that rare at the rest that
-follows. Where neither has a step short enough, the flow slides along a kink of the loss: small
-steps of one length do so as well.
+follows. And where others draw, what only dead actions lead to goes on to move, and is no part of
+the law: after a while a rest is one of what is left, and what still falls when it is rarer than all
+accuracy is dead as well. Where neither has a step short enough, the flow slides along a kink of the
+loss: small steps of one length do so as well.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -63,6 +65,10 @@ FALLING = -5.0
 """log pi below which what is still pushed down is made to die, where D is not halved in"""
 PATIENCE = 300
 """steps"""
+FADED = -20.0
+"""log pi below which what still falls then is as good as dead, if the law moves by no more than"""
+UNSEEN = 1e-8
+"""in total variation"""
 ROUGH_REST = 1e-5
 """in a loss that leaves float64"""
 
@@ -121,8 +127,20 @@ class Direction:
 
     @property
     def size(self) -> float:
-        rest = self.value.abs()[self.alive]
+        return self.size_of(self.alive)
+
+    def size_of(self, which: Bool[Tensor, "S A"]) -> float:
+        """Largest entry of these."""
+        rest = self.value.abs()[which]
         return float(rest.max()) if len(rest) else 0.0
+
+    def left(self, r: Responses) -> Direction:
+        """Without the states to which only dead actions lead."""
+        lost = r.at_tokens(self.lost.double()).cumsum(1).roll(1, 1) > 0
+        lost[:, 0] = False
+        reached = torch.zeros(len(self.lost), dtype=torch.bool)
+        reached[r.states[r.mask & ~lost]] = True
+        return Direction(self.value, self.alive & reached[:, None], self.lost)
 
 
 def direction(flow: Field, theta: Tensor) -> Direction:
@@ -229,10 +247,14 @@ def _to_rest(flow: Field, theta: Tensor, unit: float, rest: float, bury: bool = 
     h, before, helped = 0.1 / max(now.size, 1e-300), math.inf, HELPED
     for i in range(STEPS):
         size = now.size
+        if i >= PATIENCE and bool(now.lost.any()):
+            size = now.left(flow.responses).size
         if size <= rest * unit or (i >= LONG and size <= STALLED * unit):
             return _finished(flow, theta, now, size, unit)
         if bury and i % PATIENCE == PATIENCE - 1:
-            end = _buried(flow, theta, now, unit, rest) if size > before / 2 else None
+            end = None
+            if size > before / 2:
+                end = _faded(flow, theta, now, unit) or _buried(flow, theta, now, unit, rest)
             if end is not None:
                 return end
             bury, before = size <= before / 2, size
@@ -261,7 +283,27 @@ def _to_rest(flow: Field, theta: Tensor, unit: float, rest: float, bury: bool = 
     if now.size <= 1e-6 * unit:
         return _finished(flow, theta, now, now.size, unit)
     log_law = flow.responses.log_law(normalised(theta, flow.responses.start))
-    return Limit(theta, log_law, now.lost, math.inf)
+    return _faded(flow, theta, now, unit) or Limit(theta, log_law, now.lost, math.inf)
+
+
+def _faded(flow: Field, theta: Tensor, now: Direction, unit: float) -> Limit | None:
+    """The rest without what is nearly dead and falls ever slower; None where the law still moves.
+
+    Where nothing is dead yet, what fades may be alive, and too rare.
+    """
+    r = flow.responses
+    log_pi = normalised(theta, r.start)
+    mean = (log_pi.exp() * now.value).sum(1, keepdim=True)
+    fading = now.alive & (log_pi < FADED) & (now.value < mean)
+    left = replace(now, lost=now.lost | fading, alive=now.alive & ~fading).left(r)
+    if not bool(fading.any()) or left.size > STALLED * unit:
+        return None
+    end = _finished(flow, theta, left, left.size, unit)
+    moved = float(tv(end.log_law, r.log_law(log_pi)))
+    if moved > UNSEEN:
+        return None
+    faint = not bool(now.lost.any())
+    return replace(end, accuracy=max(end.accuracy, moved), faint=faint)
 
 
 def _buried(flow: Field, theta: Tensor, now: Direction, unit: float, rest: float) -> Limit | None:

@@ -36,8 +36,8 @@ PAIRS = 2**17
 """pairs that a loss is given at a time"""
 SMALL = 1e-4
 """step of a difference, nats; and"""
-ROUGH_SMALL = 1e-2
-"""of a loss that computes in float32"""
+ROUGH_SMALL = (1e-2, 1e-3)
+"""of a loss that computes in float32: one that bends more takes the shorter"""
 IMPLICIT = 120
 """implicit steps, at most"""
 LARGEST = 1.0
@@ -211,15 +211,23 @@ class Preference:
         :data:`LARGEST`: the last ones are Newton's. Where the policy itself draws, that law moves
         as well, and this is not tried.
         """
-        r = self.responses
         if self.drawn is None:
             return None
-        log_mu, log_pi = r.log_law(self.drawn), r.log_law(normalised(theta, r.start))
+        for small in ROUGH_SMALL if self.rows.rough else (SMALL,):
+            found = self._rest_near(theta, self.drawn, rest, small)
+            if found is not None:
+                return found
+        return None
+
+    def _rest_near(self, theta: Tensor, drawn: Tensor, rest: float, small: float) -> Tensor | None:
+        """The same, with differences of this step."""
+        r = self.responses
+        log_mu, log_pi = r.log_law(drawn), r.log_law(normalised(theta, r.start))
         lowest = float(log_pi.min()) + GONE
         before, rate = math.inf, 0.0
         for _ in range(IMPLICIT):
             try:
-                found, slope = self._curvature(log_pi, log_mu)
+                found, slope = self._curvature(log_pi, log_mu, small)
             except LossError:
                 return None
             pi = log_pi.exp()
@@ -242,13 +250,12 @@ class Preference:
         return None
 
     def _curvature(
-        self, log_pi: Float[Tensor, "N"], log_mu: Float[Tensor, "N"]
+        self, log_pi: Float[Tensor, "N"], log_mu: Float[Tensor, "N"], small: float
     ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N N"]]:
-        """Expected derivatives by log pi, and theirs, by differences."""
+        """Expected derivatives by log pi, and theirs, by differences of this step."""
         found = torch.zeros_like(log_mu)
         slope = torch.zeros(len(log_pi), len(log_pi), dtype=torch.float64)
         diagonal, mean = slope.diagonal(), self.mean_count(log_mu)
-        small = ROUGH_SMALL if self.rows.rough else SMALL
         for chosen in self.blocks():
             p = self.chances(log_mu, chosen)
             first, second = self.slopes(log_pi, chosen, mean)
