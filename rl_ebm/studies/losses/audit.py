@@ -122,7 +122,7 @@ def audit_loss(
     start: Policy | None = None,
     inner_steps: int = 1,
     lr: float | None = None,
-    pairs: Pairs | None = None,
+    pairs: Any = None,
     name: str | None = None,
     options: dict[str, Any] | None = None,
     beyond: bool = True,
@@ -144,7 +144,7 @@ def audit_loss(
         inner_steps: gradient steps on each batch, with ``log_pi_old`` held (PPO's epochs), each of
         lr: times the gradient of the mean over responses; None for one that moves no logit by more
             than 0.1 at the start.
-        pairs: of preferences, how they are labelled, and the temperature at which the policy draws.
+        pairs: of preferences, Pairs(labels, temperature): who wins, and how warm the policy draws.
         name: what the loss is called; None for the function's own name.
         options: that are told with it.
         beyond: whether to say more than the limit: ``variance``, ``groups`` and ``sampler``.

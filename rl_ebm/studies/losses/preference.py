@@ -63,7 +63,7 @@ class Pairs:
         ValueError: another name, or a temperature that is not above 0.
     """
 
-    labels: Labels = "bradley-terry"
+    labels: str = "bradley-terry"
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
