@@ -50,6 +50,10 @@ from rl_ebm.tokens import Batch
 class TreeBackupConfig(OffPolicyOptions):
     """Options of the agent ``tree-backup``."""
 
+    batch_size: int = 128
+    """new responses in a step: what was seen has no noise that more of them would average out"""
+    explore: float | int = 0.1
+    """share of them drawn from the reference (uniform without one), the rest from the policy"""
     memory: int = 2**20
     """prefixes that the tree keeps, at most; the responses that cost least are forgotten"""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
@@ -11,9 +12,10 @@ from benchmarks.peers.policies import count
 from benchmarks.peers.watch import Watch
 from rl_ebm import EBM, solve
 from rl_ebm.agents import AGENTS
-from rl_ebm.agents.shared.account import values_apart
+from rl_ebm.agents.shared.account import scored, values_apart
 from rl_ebm.exact import lists
 from rl_ebm.networks.backbone import TransformerConfig
+from rl_ebm.policies.mlp import MLPConfig
 from rl_ebm.training.run_policy import make_policy, network_config
 
 SHORT = {"soft-q": (30.0, 60.0), "policy-gradient": (60.0,), "vargrad": (20.0, 60.0)}
@@ -26,15 +28,19 @@ SMALL_BATCHES = (
 )
 """further runs with :data:`SMALL` responses a step: more steps, for rewards that generalise"""
 SMALL = 256
+Network = Literal["Transformer", "MLP"]
+NETWORKS = {"Transformer": TransformerConfig(), "MLP": MLPConfig()}
 
 
-def trainer(name: str, **options: int) -> Callable[[EBM, int, Watch], None]:
+def trainer(
+    name: str, network: Network = "Transformer", **options: int
+) -> Callable[[EBM, int, Watch], None]:
     """What trains the agent of a name, with options that are not its defaults."""
 
     def train(ebm: EBM, seed: int, watch: Watch) -> None:
         entry = AGENTS[name]
         config = entry.config(**options)
-        said = network_config(TransformerConfig(), values_apart(config))
+        said = network_config(NETWORKS[network], values_apart(config))
         policy = make_policy(said, ebm, seed, entry.agent.logits_are_values)
         generator = torch.Generator().manual_seed(seed)
         watch.start(count(policy))
@@ -48,8 +54,8 @@ def trainer(name: str, **options: int) -> Callable[[EBM, int, Watch], None]:
         while True:
             batch = agent.sample()
             if batch is not None and not entry.needs_teacher:
-                batch = ebm.score(batch)
-                reward_calls += len(batch)
+                batch, asked = scored(agent, ebm, batch)
+                reward_calls += asked
             agent.update(batch, watch.progress)
             updates += 1
             watch(policy, updates, reward_calls)
@@ -57,12 +63,18 @@ def trainer(name: str, **options: int) -> Callable[[EBM, int, Watch], None]:
     return train
 
 
-def contender(name: str, limit: float | None = None, batch: int | None = None) -> Contender:
+def contender(
+    name: str,
+    limit: float | None = None,
+    batch: int | None = None,
+    network: Network = "Transformer",
+) -> Contender:
     """An agent with its default options.
 
     Args:
         limit: seconds after which its learning rate is zero; None for those of the others.
         batch: responses of a step; None for the default.
+        network: of the policy, in its default size.
     """
     entry = AGENTS[name]
     size = batch or getattr(entry.config(), "batch_size", None)
@@ -70,18 +82,19 @@ def contender(name: str, limit: float | None = None, batch: int | None = None) -
     step = "all prefixes" if size is None else f"{size} responses"
     return Contender(
         name=f"rl-ebm {name}"
+        + ("" if network == "Transformer" else f" ({network})")
         + ("" if batch is None else f", {batch} responses")
         + ("" if limit is None else f", {limit:.0f} s"),
         package="rl-ebm",
         module="rl_ebm",
         extra=None,
-        network="Transformer",
+        network=network,
         settings=f"{'the defaults: ' if batch is None else ''}{step} a step, "
         f"learning rate {entry.config().lr:g}, by a cosine that ends at "
         f"{'the time limit' if limit is None else f'{limit:.0f} s'}",
         source=f"`rl_ebm.agents`, {entry.paper}",
         fixed_point=TARGET,
-        train=trainer(name, **options),
+        train=trainer(name, network, **options),
         limit=limit,
     )
 
@@ -97,4 +110,11 @@ CONTENDERS = tuple(
         "exact",
     )
     for limit in (None, *SHORT.get(name, ()))
-) + tuple(contender(name, limit, SMALL) for name, limit in SMALL_BATCHES)
+)
+CONTENDERS += tuple(contender(name, limit, SMALL) for name, limit in SMALL_BATCHES)
+CONTENDERS += tuple(
+    contender(name, limit, batch, network)
+    for name, batch in (("tree-backup", None), ("vargrad", 128))
+    for network in ("Transformer", "MLP")
+    for limit in (None, 20.0)
+)
