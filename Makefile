@@ -39,8 +39,9 @@ test: install
 	$(BIN)/mypy
 	$(BIN)/pytest -n auto --dist worksteal -m "not slow"
 
+# Without the types of every call, which the fast tests check: half of the time is theirs.
 test-slow: install
-	$(BIN)/pytest -n auto --dist worksteal -m slow
+	$(BIN)/pytest -n auto --dist worksteal -m slow -o addopts="--strict-markers --strict-config"
 
 # The lower bounds, exactly; TORCH puts another torch in the place of the oldest. Give both of
 # these a VENV of their own. What other libraries deprecate is no error there.
