@@ -183,7 +183,8 @@ class TreeBackupAgent(GroupedAgent):
         with torch.no_grad():
             rows = log_pi.double()
             self.tree.forget(batch.tokens.numel(), self.log_z)
-            before = self.tree.backup(self.tree.path(batch), rows)
+            path = self.tree.path(batch)
+            before = self.tree.backup(path, rows)
             r = r.double()
             drawn = token_values(rows, batch)
             found = (r - drawn).sum(1)
@@ -191,7 +192,7 @@ class TreeBackupAgent(GroupedAgent):
             log_z = torch.logaddexp(before.root_log_w, before.root_u.log() + mean)
             self.log_z[batch.prompt_ids] = log_z  # all rows of a prompt say the same
             known, own = tree_errors(log_z, batch, r, rows, before)
-            self.tree.add(batch, r, drawn)
+            self.tree.add(batch, path, r, drawn)
         metrics = {
             "losses/log_z": self.log_z[batch.prompt_ids].mean(),
             "tree/responses": torch.tensor(float(self.tree.responses)),

@@ -62,7 +62,9 @@ class KeyTable:
             keys, values, slot = keys[~mine], values[~mine], self._next(slot[~mine])
 
     def _home(self, keys: Int64[Tensor, "n"]) -> Int64[Tensor, "n"]:
-        return ((keys * _GOLDEN) >> 20) & (len(self.keys) - 1)
+        # The highest bits of the product: every bit of a key has moved them.
+        bits = len(self.keys).bit_length() - 1
+        return ((keys * _GOLDEN) >> (64 - bits)) & (len(self.keys) - 1)
 
     def _next(self, slot: Int64[Tensor, "n"]) -> Int64[Tensor, "n"]:
         return (slot + 1) & (len(self.keys) - 1)

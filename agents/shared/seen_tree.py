@@ -109,20 +109,24 @@ class SeenTree:
         return torch.stack(nodes, 1)
 
     def add(
-        self, batch: Batch, r: Float[Tensor, "B T"], log_pi: Float[Tensor, "B T"]
+        self,
+        batch: Batch,
+        path: Int64[Tensor, "B T1"],
+        r: Float[Tensor, "B T"],
+        log_pi: Float[Tensor, "B T"],
     ) -> Int64[Tensor, "B T1"]:
         """Keep responses, each once, and carry them up to the roots; their nodes as :meth:`path`.
 
         Args:
             batch: scored responses.
+            path: what :meth:`path` says of them.
             r: immediate log-weights of their tokens, 0 past the end.
             log_pi: log pi(a_t|s_t) of their tokens, 0 past the end.
         """
         nodes = [batch.prompt_ids]
         fresh = torch.zeros_like(batch.lengths, dtype=torch.bool)
         for t in range(batch.tokens.shape[1]):
-            key = self._edge(nodes[-1], batch, t)
-            node = self.table.find(key)
+            key, node = self._edge(nodes[-1], batch, t), path[:, t + 1].clone()
             end, new = batch.lengths == t + 1, (key >= 0) & (node < 0)
             if bool(new.any()):
                 keys, rows = key[new].unique(return_inverse=True)

@@ -33,8 +33,10 @@ def read(problem, policy, batch):
 def put(tree, problem, policy, batch):
     """Back up, add responses, and back up again, which changes nothing more at their states."""
     r, rows = read(problem, policy, batch)
-    tree.backup(tree.path(batch), rows)
-    path = tree.add(batch, r, token_values(rows, batch))
+    path = tree.path(batch)
+    tree.backup(path, rows)
+    path = tree.add(batch, path, r, token_values(rows, batch))
+    close(tree.path(batch), path, 0)
     before = {name: tree.columns[name][: tree.size].clone() for name in ("log_w", "u")}
     found = tree.backup(path, rows)
     for name, column in before.items():

@@ -27,7 +27,7 @@ def filled(agent, batch):
     with torch.no_grad():
         q = q_values(agent.policy, agent.ebm.space, batch.tokens, batch.prompt_ids)
         r = immediate_log_weights(agent.ebm, batch, None)
-        agent.tree.add(batch, r, token_values(log_policy(q), batch))
+        agent.tree.add(batch, agent.tree.path(batch), r, token_values(log_policy(q), batch))
     return agent
 
 
