@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from benchmarks.peers.contender import TARGET, Contender
 from benchmarks.peers.policies import CHUNK, PrefixPolicy
 from benchmarks.peers.watch import Watch
 from rl_ebm import EBM
+from rl_ebm.agents.shared.learner import learning_rate
 from rl_ebm.networks.backbone import TransformerConfig
 
 STEPS = 50
@@ -32,6 +34,8 @@ class Settings:
     """chance of a uniform action at the first step, and from ``explore_steps`` on"""
     explore_steps: int = 50_000
     batch: int = 16
+    tuned: bool = False
+    """a rate that falls by our schedule within the time, in the place of the recommended one"""
 
     @property
     def text(self) -> str:
@@ -42,6 +46,7 @@ class Settings:
             f"{self.batch} responses a step, Adam {self.lr:g}"
             + (f", {self.lr_log_z:g} for log Z" if self.lr_log_z else "")
             + (f", weight decay {self.weight_decay:g}" if self.weight_decay else "")
+            + (", by a cosine that ends with its time" if self.tuned else "")
             + f", chance of a uniform action {explore}; {STEPS} updates in each compiled call, in "
             "a loop of ours around its environment and its `forward_rollout`"
         )
@@ -76,7 +81,7 @@ def make_steps(
 
     exploring = optax.linear_schedule(*settings.explore, settings.explore_steps)
 
-    def step(carry: Any, i: Any) -> tuple[Any, None]:
+    def step(rate: Any, carry: Any, i: Any) -> tuple[Any, None]:
         learned, state, key = carry
         key, rollout_key = jax.random.split(key)
         chance = exploring(i)
@@ -95,11 +100,12 @@ def make_steps(
             return LOSSES[settings.loss](model, learned["log_z"], batch)
 
         updates, state = optimizer.update(jax.grad(loss)(learned), state, learned)
+        updates = jax.tree.map(lambda update: rate * update, updates)
         return (optax.apply_updates(learned, updates), state, key), None
 
     @jax.jit
-    def steps(carry: Any, first: Any) -> Any:
-        return jax.lax.scan(step, carry, first + jnp.arange(STEPS))[0]
+    def steps(carry: Any, first: Any, rate: Any) -> Any:
+        return jax.lax.scan(partial(step, rate), carry, first + jnp.arange(STEPS))[0]
 
     return steps
 
@@ -155,24 +161,34 @@ def trainer(settings: Settings) -> Callable[[EBM, int, Watch], None]:
         updates = 0
         watch.start(sum(leaf.size for leaf in jax.tree.leaves(weights)))
         while True:
-            carry = jax.block_until_ready(steps(carry, updates))
+            rate = learning_rate(1.0, watch.progress) if settings.tuned else 1.0
+            carry = jax.block_until_ready(steps(carry, updates, rate))
             updates += STEPS
             watch(policy, updates, updates * settings.batch)
 
     return train
 
 
-def contender(settings: Settings) -> Contender:
+def contender(settings: Settings, limit: float | None = None) -> Contender:
+    """A baseline.
+
+    Args:
+        limit: seconds after which a tuned rate is zero; None for those of the others.
+    """
     return Contender(
-        name=f"gfnx {settings.loss} ({settings.network})",
+        name=f"gfnx {settings.loss} ({settings.network})"
+        + (", tuned" if settings.tuned else "")
+        + ("" if limit is None else f", {limit:.0f} s"),
         package="gfnx",
         module="gfnx",
         extra="peers-gfnx",
         network=settings.network,
         settings=settings.text,
-        source=f"its repository's `baselines/configs/{settings.source}`",
+        source=f"its repository's `baselines/configs/{settings.source}`"
+        + (", with a rate and schedule of ours" if settings.tuned else ""),
         fixed_point=TARGET,
         train=trainer(settings),
+        limit=limit,
         spreads=True,
         one_length=True,
     )
@@ -195,3 +211,9 @@ CONTENDERS = tuple(
         ),
     )
 )
+CONTENDERS += tuple(
+    contender(Settings(loss, "its MLP", "tb_tfbind.yaml", 1e-3, rate, tuned=True), limit)
+    for loss, rate in (("TB", 0.05), ("SubTB", 0.0))
+    for limit in (None, 20.0)
+)
+"""rate, schedule and exploration as ours have them: our schedule, no exploration"""
