@@ -22,7 +22,8 @@ of each state's tokens, without noise. At the EBM e = e_y = 0 whatever was seen,
 Kin: TreeSample (Buesing et al. 2020, arXiv 1910.06862) backs values up exactly through a tree, to
 sample from it, with a learned value at its frontier; tree backups (Precup et al. 2000) sum over the
 actions that were not taken; Liang et al. 2018 (arXiv 1807.02322) enumerate a memory and sample
-outside of it. Exactness rests on a deterministic environment and a deterministic reward.
+outside of it. Exactness rests on a deterministic environment and a deterministic reward. How many
+nodes a step adds depends on what it drew, so that on a device each step waits for that number.
 """
 
 from __future__ import annotations

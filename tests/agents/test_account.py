@@ -92,7 +92,7 @@ def test_each_agent_tells_the_log_z_that_it_learned():
             want = torch.tensor([t.log_z for t in problem.truth], dtype=torch.float64)
             close(found.double(), want, 1e-5)
     values = {n for n, e in AGENTS.items() if e.agent.logits_are_values}
-    assert told == values | {"trajectory-balance", "dpg"}
+    assert told == values | {"trajectory-balance", "tree-backup", "dpg"}
     assert learned_log_z(object()) is None
     assert behaviour(object()) is None
 

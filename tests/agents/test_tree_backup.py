@@ -165,6 +165,7 @@ def test_it_ends_at_the_ebm_without_noise(kind):
     assert problem.kl(agent.policy) < 1e-4
 
 
+@pytest.mark.slow
 def test_with_little_memory_it_goes_on_and_ends_at_the_ebm():
     problem = case(KINDS[0])
     agent = make("tree-backup", problem, problem.table(), batch_size=4, memory=26, lr=0.1)
@@ -176,6 +177,7 @@ def test_with_little_memory_it_goes_on_and_ends_at_the_ebm():
     assert problem.kl(agent.policy) < 0.1 * before
 
 
+@pytest.mark.slow
 def test_weights_of_minus_infinity_have_a_stand_in_and_leave_no_nan():
     scores = torch.randn(27, generator=seeded(3))
     scores[::4] = -math.inf

@@ -66,6 +66,7 @@ def test_the_expected_gradient_of_pairs_that_the_policy_draws(labels, temperatur
     assert torch.allclose(flow.field(theta)[0], want, atol=1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", ["bradley-terry", "higher"])
 @pytest.mark.parametrize("temperature", [0.9, 1.0])
 def test_ipo_of_the_policys_own_pairs_is_its_own_best_answer(labels, temperature):
@@ -90,7 +91,8 @@ def test_ipo_of_the_policys_own_pairs_is_its_own_best_answer(labels, temperature
     assert found.options.get("temperature", 1.0) == temperature
 
 
-@pytest.mark.parametrize("sampler", ["policy", pytest.param("reference", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["policy", "reference"])
 def test_a_winner_that_always_wins_is_all_that_dpo_leaves(sampler):
     """Two equal winners are kept as the reference has them: one gradient pulls both."""
     scores = torch.tensor([0.3, 1.0, -0.4, 0.2, 1.0, 0.1, -1.0, 0.0, 0.5]).double()

@@ -155,7 +155,8 @@ def test_a_loss_that_sorts_its_batch_couples_its_rows():
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("pairs", [pytest.param(2**17, marks=SLOW), 20])
+@SLOW
+@pytest.mark.parametrize("pairs", [2**17, 20])
 def test_a_mean_over_tokens_beside_one_over_pairs(pairs, monkeypatch):
     """-log sigmoid of the gap, and -log pi of the chosen one by token: the expected gradient by
     every log pi, a sum over pairs in Python, is a number times pi, however pairs make batches."""

