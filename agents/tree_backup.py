@@ -8,16 +8,20 @@ for what the policy says, exp V U, or be judged by the return D of a response th
     known:  e(s, a)   = V(s+a) - log(W(s+a) + U(s+a) exp V(s+a))        of every action a,
     own:    e_y(s, a) = V(s+a) - log(W(s+a) + U(s+a) exp(V(s+a) - D)),  D = log Z + log pi(y) - r,
 
-the error of the policy's value below s+a either way. The gradient of a response y is
+the error of the policy's value below s+a either way. The gradient of a response y of the law mu is
 
-    sum_t [ sum_a pi(a|s_t) e(s_t, a) grad log pi(a|s_t)
+    sum_t [ sum_a mu(a|s_t) e(s_t, a) grad log pi(a|s_t)
             + (e_y - e)(s_t, a_t) grad log pi(a_t|s_t) ]
 
 with the tree as it was before y: the known part is summed over all actions, and the drawn one adds
-what it does not know (a control variate: for the policy's own draws the two terms of e cancel in
-expectation). Where nothing was seen W = 0 and U = 1, so e = 0 and e_y = D: this is VarGrad. Where
-everything was seen U = 0 and V - log W = log pi*(s+a) of prefixes is the exact gradient of the KL
-of each state's tokens, without noise. At the EBM e = e_y = 0 whatever was seen, and whoever drew.
+what it does not know (a control variate: in expectation the two terms of e cancel). mu is pi or who
+explores: what the policy hardly does has no weight in its own sum, and is put right by the other.
+Of a response whose law is not known, it is e_y(s_t, a_t) grad log pi(a_t|s_t) alone.
+
+Where nothing was seen W = 0 and U = 1, so e = 0 and e_y = D: this is VarGrad. Where everything was
+seen U = 0, and e is the exact log-ratio of prefixes: with mu = pi the gradient is that of the KL of
+each state's tokens, without noise. At the EBM, with U of the policy as it is, e = e_y = 0 whatever
+was seen, and whoever drew; U of earlier visits passes.
 
 Kin: TreeSample (Buesing et al. 2020, arXiv 1910.06862) backs values up exactly through a tree, to
 sample from it, with a learned value at its frontier; tree backups (Precup et al. 2000) sum over the
@@ -31,7 +35,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rl_ebm.agents.registry import AgentEntry
@@ -53,7 +57,7 @@ class TreeBackupConfig(OffPolicyOptions):
 
     batch_size: int = 128
     """new responses in a step: what was seen has no noise that more of them would average out"""
-    explore: float | int = 0.1
+    explore: float | int = 0.25
     """share of them drawn from the reference (uniform without one), the rest from the policy"""
     memory: int = 2**20
     """prefixes that the tree keeps, at most; the responses that cost least are forgotten"""
@@ -84,26 +88,26 @@ def known_error(
 def tree_backup_loss(
     log_pi: Float[Tensor, "B T A"],
     batch: Batch,
+    mu: Float[Tensor, "B T A"],
     known: Float[Tensor, "B T A"],
-    own: Float[Tensor, "B T"],
+    one: Float[Tensor, "B T"],
 ) -> Float[Tensor, ""]:
-    """Half the squared errors, of all actions by the policy and of the drawn ones beside them.
+    """Half the squared errors, of all actions by mu and of the drawn ones beside them.
 
     Its gradient is that of the module's docstring; sum over tokens, mean over rows.
 
     Args:
         log_pi: with gradient.
         batch: the responses.
+        mu: probabilities of every action by who drew; 0 where that is not known.
         known: e of every action, without gradient.
-        own: e_y - e of the drawn ones, without gradient.
+        one: e_y - e of the drawn ones, without gradient.
     """
-    pi = log_pi.detach().exp()
-    real = batch.mask
-    every = (known + (log_pi - log_pi.detach())).masked_fill(pi == 0, 0.0)
+    off = torch.isneginf(log_pi)
+    every = known + (log_pi - log_pi.detach()).masked_fill(off, 0.0)
     drawn = token_values(log_pi, batch)
-    one = own + (drawn - drawn.detach())
-    errors = (pi * every.square()).sum(-1) + one.square()
-    return 0.5 * errors.masked_fill(~real, 0.0).sum(1).mean()
+    errors = (mu * every.square()).sum(-1) + (one + (drawn - drawn.detach())).square()
+    return 0.5 * errors.masked_fill(~batch.mask, 0.0).sum(1).mean()
 
 
 def tree_errors(
@@ -113,7 +117,7 @@ def tree_errors(
     log_pi: Float[Tensor, "B T A"],
     tree: Backup,
 ) -> tuple[Float[Tensor, "B T A"], Float[Tensor, "B T"]]:
-    """e of every action, and e_y - e of the drawn ones; 0 past the end.
+    """e of every action, and e_y of the drawn ones; 0 past the end.
 
     Args:
         log_z: of each row's prompt, from which values are carried.
@@ -129,8 +133,8 @@ def tree_errors(
     off = torch.isneginf(log_pi) | ~batch.mask[..., None]
     known = known_error(seen, unseen).masked_fill(off, 0.0)
     drawn, others = (gather_tokens(x, batch.tokens) for x in (seen, unseen))
-    own = known_error(drawn, others - (log_z - ahead.sum(1))[:, None])
-    return known, (own - gather_tokens(known, batch.tokens)).masked_fill(~batch.mask, 0.0)
+    judged = known_error(drawn, others - (log_z - ahead.sum(1))[:, None])
+    return known, judged.masked_fill(~batch.mask, 0.0)
 
 
 class TreeBackupAgent(GroupedAgent):
@@ -138,6 +142,7 @@ class TreeBackupAgent(GroupedAgent):
 
     Config = TreeBackupConfig
     kept = ("log_z",)
+    weights_in = torch.float64
 
     @property
     def group_size(self) -> int | None:
@@ -186,20 +191,39 @@ class TreeBackupAgent(GroupedAgent):
             self.tree.forget(batch.tokens.numel(), self.log_z)
             path = self.tree.path(batch)
             before = self.tree.backup(path, rows)
-            r = r.double()
             drawn = token_values(rows, batch)
             found = (r - drawn).sum(1)
             mean, _ = prompt_means(found, batch.prompt_ids, self.ebm.num_prompts)
             log_z = torch.logaddexp(before.root_log_w, before.root_u.log() + mean)
             self.log_z[batch.prompt_ids] = log_z  # all rows of a prompt say the same
-            known, own = tree_errors(log_z, batch, r, rows, before)
+            known, judged = tree_errors(log_z, batch, r, rows, before)
+            mu, told = self._laws(batch, rows)
+            one = judged - token_values(known, batch).masked_fill(~told[:, None], 0.0)
             self.tree.add(batch, path, r, drawn)
         metrics = {
             "losses/log_z": self.log_z[batch.prompt_ids].mean(),
             "tree/responses": torch.tensor(float(self.tree.responses)),
             "tree/unseen": before.root_u.mean(),
         }
-        return tree_backup_loss(log_pi, batch, known.to(q.dtype), own.to(q.dtype)), metrics
+        mu, known, one = (x.to(q.dtype) for x in (mu, known, one))
+        return tree_backup_loss(log_pi, batch, mu, known, one), metrics
+
+    def _laws(
+        self, batch: Batch, log_pi: Float[Tensor, "B T A"]
+    ) -> tuple[Float[Tensor, "B T A"], Bool[Tensor, "B"]]:
+        """Of each row the probabilities of who drew it, 0 where that is not known; where it is."""
+        mu = torch.zeros_like(log_pi)
+        told = torch.zeros_like(batch.lengths, dtype=torch.bool)
+        if len(batch) != self.responses:
+            return mu, told
+        first = slice(0, self.explored)
+        if self.explored:
+            tokens, ids = batch.tokens[first], batch.prompt_ids[first]
+            q = q_values(self.explorer, self.ebm.space, tokens, ids)
+            mu[first], told[first] = log_policy(q).to(mu).exp(), True
+        if self.own_rows is not None:
+            mu[self.own_rows], told[self.own_rows] = log_pi[self.own_rows].exp(), True
+        return mu, told
 
     def learned_log_z(self) -> Float[Tensor, "P"]:
         """log Z of each prompt by the tree and the last returns; 0 before the first."""

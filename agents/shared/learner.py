@@ -112,16 +112,19 @@ class Learner:
 
 
 def log_ref_and_gain(
-    ebm: EBM, batch: Batch, forbidden_log_weight: float | int | None
+    ebm: EBM,
+    batch: Batch,
+    forbidden_log_weight: float | int | None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B"]]:
-    """log p_ref of each token, 0 past the end, and R / beta of each response, float32.
+    """log p_ref of each token, 0 past the end, and R / beta of each response.
 
     Args:
         batch: responses with their rewards.
         forbidden_log_weight: what stands for ``-inf``, nats; None to keep it.
     """
-    log_ref = ebm.log_ref(batch.tokens, batch.lengths, batch.prompt_ids).float()
-    gain = (batch.rewards() / ebm.beta).float()
+    log_ref = ebm.log_ref(batch.tokens, batch.lengths, batch.prompt_ids).to(dtype)
+    gain = (batch.rewards() / ebm.beta).to(dtype)
     if forbidden_log_weight is None:
         return log_ref, gain
     return (
@@ -131,13 +134,16 @@ def log_ref_and_gain(
 
 
 def immediate_log_weights(
-    ebm: EBM, batch: Batch, forbidden_log_weight: float | int | None
+    ebm: EBM,
+    batch: Batch,
+    forbidden_log_weight: float | int | None,
+    dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "B T"]:
-    """r of each token, float32: log p_ref, plus R / beta on the last; 0 past the end.
+    """r of each token: log p_ref, plus R / beta on the last; 0 past the end.
 
     Arguments as :func:`log_ref_and_gain`; a last token whose r is ``-inf`` gets the stand-in once.
     """
-    log_ref, gain = log_ref_and_gain(ebm, batch, None)
+    log_ref, gain = log_ref_and_gain(ebm, batch, None, dtype)
     rows = torch.arange(len(batch), device=batch.tokens.device)
     last = batch.lengths - 1
     r = log_ref.index_put((rows, last), log_ref[rows, last] + gain)

@@ -87,6 +87,8 @@ class OffPolicyAgent(BaseAgent, ABC):
     """Sampling, replay and the step of such an agent; a subclass is its :meth:`loss`."""
 
     Config = OffPolicyOptions
+    weights_in = torch.float32
+    """precision of the log-weights that its loss is given"""
 
     def begin(self, teacher: Policy | None) -> None:
         """Who explores, and the replay."""
@@ -155,7 +157,8 @@ class OffPolicyAgent(BaseAgent, ABC):
 
     def log_weights(self, batch: Batch, progress: float = 1.0) -> Float[Tensor, "B T"]:
         """r of each token, 0 past the end, at its size at this point of the run."""
-        r = immediate_log_weights(self.ebm, batch, self.config.forbidden_log_weight)
+        stand_in = self.config.forbidden_log_weight
+        r = immediate_log_weights(self.ebm, batch, stand_in, self.weights_in)
         if self.config.anneal == 0:
             return r
         scale = min(1.0, progress / float(self.config.anneal))

@@ -183,8 +183,9 @@ class SeenTree:
         """
         states, pi = path[:, :-1], log_pi.double().exp()
         tokens = torch.arange(self.vocab_size, device=self.device)
-        keys = states[..., None] * self.vocab_size + tokens
-        child = self.table.find(keys.masked_fill((states < 0)[..., None], NOBODY))
+        child = torch.full(pi.shape, NOBODY, device=self.device)
+        there = states >= 0  # of large vocabularies most were never seen: they are not looked up
+        child[there] = self.table.find(states[there][:, None] * self.vocab_size + tokens)
         seen, at = child >= 0, child.clamp(min=0)
         r_of, pi_of, log_w_of, u_of = (self.columns[k] for k in ("r", "pi", "log_w", "u"))
         pi_of[at[seen]] = pi[seen]
@@ -309,6 +310,11 @@ class SeenTree:
             raise ValueError("the tree of seen responses has a node without a parent or a column")
         if len(keys.unique()) != len(keys):
             raise ValueError("the tree of seen responses has a node twice")
+        shares = [state[name] for name in ("u", "root_u", "pi")]
+        if any(not bool(((x >= 0) & (x <= 1 + 1e-6)).all()) for x in shares) or any(
+            bool(state[name].isnan().any()) for name in ("r", "log_w", "root_log_w", "reward")
+        ):
+            raise ValueError("the tree of seen responses has a NaN, or a share outside [0, 1]")
         self._start(torch.cat([keys.new_full((first,), NOBODY), keys]))
         for name in _COLUMNS:
             self.columns[name][first:] = state[name]

@@ -375,7 +375,7 @@ class Trainer:
         self.step, self.seconds = state["step"], float(state["seconds"])
         self.tokens.fill_(state["tokens"])
         self.reward_calls, self.complete = state["reward_calls"], state["complete"]
-        self.looked_up = int(state.get("looked_up", 0))  # older runs had none
+        self.looked_up = state.get("looked_up", 0)  # older runs had none
         self.kept_rows, self.kept_events = state["metrics_rows"], state["event_sizes"]
         self.saved_step = self.step
 

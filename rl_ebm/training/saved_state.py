@@ -66,7 +66,7 @@ def check_state(saved: dict[str, Any], run: Any) -> None:
 
 
 def _check_parts(saved: Mapping[str, Any], generator: Tensor) -> None:
-    for name, kind in _STATE.items():
+    for name, kind in (_STATE | ({"looked_up": int} if "looked_up" in saved else {})).items():
         value: Any = saved.get(name)
         number = isinstance(value, (int, float)) and kind is not bool
         wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)  # type: ignore[arg-type]

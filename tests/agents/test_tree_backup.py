@@ -12,6 +12,7 @@ from toy_policies import close, responses, seeded
 import rl_ebm
 from rl_ebm.agents.shared.learner import immediate_log_weights, token_values
 from rl_ebm.agents.tree_backup import tree_backup_loss, tree_errors
+from rl_ebm.policies import Uniform
 from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import log_policy
 
@@ -26,7 +27,7 @@ def filled(agent, batch):
     """The agent, with a tree of these responses."""
     with torch.no_grad():
         q = q_values(agent.policy, agent.ebm.space, batch.tokens, batch.prompt_ids)
-        r = immediate_log_weights(agent.ebm, batch, None)
+        r = immediate_log_weights(agent.ebm, batch, None, torch.float64)
         agent.tree.add(batch, agent.tree.path(batch), r, token_values(log_policy(q), batch))
     return agent
 
@@ -43,7 +44,7 @@ def test_where_nothing_was_seen_it_is_vargrad(kind):
 def test_where_all_was_seen_the_gradient_is_that_of_the_kl_of_every_state_without_noise(kind):
     problem = case(kind)
     batch = problem.batch()
-    agent = filled(agent_of(problem), batch)
+    agent = filled(agent_of(problem, batch_size=1, explore=0.0), batch)
     n = len(responses(problem.space))
     for prompt, k in ((0, 0), (len(problem.truth) - 1, n - 1), (0, n // 2)):
         one = problem.batch([(prompt, k)])
@@ -57,6 +58,51 @@ def test_where_all_was_seen_the_gradient_is_that_of_the_kl_of_every_state_withou
         kl = (log_pi.exp() * gap).masked_fill(~real, 0.0).sum()
         (wanted,) = torch.autograd.grad(kl, policy.table)
         close(got, wanted, 1e-5)
+
+
+@in_all_kinds
+@pytest.mark.parametrize("explores", [False, True])
+def test_of_anybody_elses_draw_it_is_the_exact_error_by_who_drew_it(kind, explores):
+    problem = case(kind)
+    batch = problem.batch()
+    agent = filled(agent_of(problem, batch_size=1 if explores else 9, explore=1.0), batch)
+    one = problem.batch([(len(problem.truth) - 1, 1)])
+    got = gradient(agent, one)
+    policy, star = problem.table(), problem.star()
+    q = q_values(policy, problem.space, one.tokens, one.prompt_ids)
+    log_star = log_policy(q_values(star, problem.space, one.tokens, one.prompt_ids)).detach()
+    log_pi, total, wanted = log_policy(q), 0.0, 0.0
+    explorer = problem.ebm.reference or Uniform(problem.space)
+    mu = log_policy(q_values(explorer, problem.space, one.tokens, one.prompt_ids)).detach().exp()
+    for t, drawn in enumerate(one.tokens[0, : int(one.lengths[0])].tolist()):
+        ratio = log_pi[0, t].detach() - log_star[0, t]
+        for a in range(problem.space.vocab_size) if explores else [drawn]:
+            if mu[0, t, a] > 0:
+                share = mu[0, t, a] if explores else 1.0
+                wanted = wanted + share * (total + ratio[a]) * log_pi[0, t, a]
+        total = total + float(ratio[drawn])  # of the prefix
+    (wanted,) = torch.autograd.grad(wanted, policy.table)
+    close(got, wanted, 1e-5)
+
+
+@pytest.mark.slow
+def test_what_the_policy_has_given_up_comes_back_by_who_still_draws_it():
+    problem = case(KINDS[0])
+    policy = problem.table()
+    with torch.no_grad():
+        policy.table[..., 0] += 10.0
+    agent = make("tree-backup", problem, policy, batch_size=16, explore=0.5, lr=0.1)
+    train(agent, problem.ebm, 500)
+    assert problem.kl(agent.policy) < 0.05
+
+
+def test_a_constant_in_the_reward_changes_nothing():
+    problem = case(KINDS[0])
+    batch = problem.batch()
+    shifted = batch.with_reward(batch.rewards().double() + 1e8)
+    agents = [filled(agent_of(problem), x) for x in (batch, shifted)]
+    one, other = (gradient(a, x) for a, x in zip(agents, (batch, shifted), strict=True))
+    close(one, other, 1e-5)
 
 
 @in_all_kinds
@@ -89,12 +135,13 @@ def test_in_expectation_the_known_part_takes_nothing_away(kind):
     tree = agent.tree.backup(agent.tree.path(everything), rows)
     r = immediate_log_weights(problem.ebm, everything, None).double()
     log_z = torch.linspace(-1, 2, prompts, dtype=torch.float64)[everything.prompt_ids]
-    known, own = tree_errors(log_z, everything, r, rows, tree)
+    known, judged = tree_errors(log_z, everything, r, rows, tree)
+    errors = rows.exp(), known, judged - token_values(known, everything)
     pi = torch.tensor(log_probs(policy, problem.space, prompts)).exp().flatten()
     got = sum(
         pi[i]
         * tree_backup_loss(
-            log_pi[i : i + 1], everything.take(torch.tensor([i])), known[i : i + 1], own[i : i + 1]
+            log_pi[i : i + 1], everything.take(torch.tensor([i])), *(x[i : i + 1] for x in errors)
         )
         for i in range(prompts * n)
     )

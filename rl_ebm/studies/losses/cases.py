@@ -85,6 +85,11 @@ def asked(
     elif isinstance(sampler, str) and sampler not in SAMPLERS:
         known = ", ".join(repr(s) for s in SAMPLERS)
         raise ValueError(f"sampler must be one of {known}, or a policy, got {sampler!r}")
+    if pairs is not None and pairs.temperature != 1 and sampler not in ("policy", "student"):
+        raise ValueError(
+            f"a temperature of {pairs.temperature:g} is that of the policy's own draws: give "
+            "sampler='policy', or leave it at 1"
+        )
     steps = whole("inner_steps", inner_steps, 1, MOST_STEPS)
     rate = None if lr is None else finite("lr", lr, 0.0, above=True)
     gain, pairs = advantages_of(advantages), pairs or Pairs()

@@ -31,7 +31,9 @@ COUNTED: tuple[Counted, ...] = ("both", "chosen", "rejected")
 """whose tokens the rows of a batch may share"""
 Labels = Literal["bradley-terry", "higher"]
 EQUAL = 1e-12
-"""of the largest R, what is no difference of two"""
+"""of the spread of R, what is no difference of two; and"""
+ROUNDED = 4e-16
+"""of the largest R"""
 PAIRS = 2**17
 """pairs that a loss is given at a time"""
 SMALL = 1e-4
@@ -77,7 +79,8 @@ class Pairs:
         gap = reward[chosen, None] - reward
         if self.labels == "bradley-terry":
             return torch.sigmoid(gap)
-        equal = gap.abs() <= EQUAL * reward.abs().max()
+        spread, largest = reward.max() - reward.min(), reward.abs().max()
+        equal = gap.abs() <= torch.maximum(EQUAL * spread, ROUNDED * largest)
         return torch.where(equal, 0.5, (gap > 0).double())
 
 
