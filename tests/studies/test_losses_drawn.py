@@ -114,6 +114,8 @@ def test_what_pairs_cannot_be():
         Pairs(temperature=0.0)
     with pytest.raises(ValueError, match="pairs are of kind='preference'"):
         rl_ebm.audit_loss(ipo, solved(), "distillation", pairs=Pairs())
+    with pytest.raises(ValueError, match="temperature of 2 is that of the policy's own draws"):
+        rl_ebm.audit_loss(ipo, solved(), "preference", pairs=Pairs(temperature=2.0))
     with pytest.raises(TypeError, match="pairs must be"):
         rl_ebm.audit_loss(ipo, solved(), "preference", pairs="higher")
 
@@ -177,3 +179,11 @@ def test_a_loss_in_float32_that_bends_much_settles():
         rl_ebm.audit_loss(loss, solution, "preference", beyond=False) for loss in (bent, rough)
     )
     assert found.tv == pytest.approx(exact.tv, abs=1e-4)
+
+
+def test_who_is_higher_does_not_depend_on_what_all_rewards_share():
+    reward = torch.tensor([0.0, 1e-7, 1e-7, -2e-7], dtype=torch.float64)
+    for shift in (0.0, 1e6, -1e6):
+        wins = Pairs("higher").wins(reward + shift, torch.arange(4))
+        gap = reward[:, None] - reward
+        assert torch.equal(wins, (gap > 0).double() + 0.5 * (gap == 0))
