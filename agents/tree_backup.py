@@ -202,8 +202,8 @@ class TreeBackupAgent(GroupedAgent):
             self.tree.add(batch, path, r, drawn)
         metrics = {
             "losses/log_z": self.log_z[batch.prompt_ids].mean(),
-            "tree/responses": torch.tensor(float(self.tree.responses)),
-            "tree/unseen": before.root_u.mean(),
+            "charts/seen_responses": torch.tensor(float(self.tree.responses)),
+            "charts/unseen_mass": before.root_u.mean(),
         }
         mu, known, one = (x.to(q.dtype) for x in (mu, known, one))
         return tree_backup_loss(log_pi, batch, mu, known, one), metrics

@@ -57,7 +57,7 @@ OTHER_METRICS = {
     "detailed-balance": {"losses/root_value"},
     "trajectory-balance": {"losses/log_z"},
     "vargrad": {"losses/log_z"},
-    "tree-backup": {"losses/log_z", "tree/responses", "tree/unseen"},
+    "tree-backup": {"losses/log_z", "charts/seen_responses", "charts/unseen_mass"},
     "monte-carlo": {"losses/log_mean_weight"},
 }
 OTHER_METRICS |= {n: {"losses/elbo"} for n in ON_POLICY_AGENTS if n not in OTHER_METRICS}

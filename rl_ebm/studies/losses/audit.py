@@ -31,6 +31,7 @@ from torch import Tensor
 from rl_ebm.divergences import tv
 from rl_ebm.exact import Solution
 from rl_ebm.fixed_points import FixedPoint
+from rl_ebm.messages.arguments import shown
 from rl_ebm.messages.numerals import as_json
 from rl_ebm.policies import Policy
 from rl_ebm.studies.audit import MEASURES, any_of, is_target, measures
@@ -156,6 +157,8 @@ def audit_loss(
         ValueError: an unknown name, an EBM that is too large to list, or a loss that cannot be
             audited (:class:`rl_ebm.studies.losses.contract.LossError` says what was seen of it).
     """
+    if not isinstance(options, dict | None):
+        raise TypeError(f"options are those that are told, {{name: value}}, got {shown(options)}")
     what = asked(loss, kind, advantages, sampler, start, inner_steps, lr, pairs)
     sizes = None if groups is None else sizes_of(groups, kind)
     cases = cases_of(what, solution)
