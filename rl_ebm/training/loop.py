@@ -38,7 +38,7 @@ from rl_ebm.verification.verify import logit_errors, verify
 MAX_EVALUATED = 2**17
 """more states than this are listed only when asked to: it would take longer than training"""
 SMALL = 2**20
-"""parameters below which a checkpoint, of up to 16 MB, is never put off"""
+"""parameters below which a checkpoint, up to 16 MB beside what is remembered, is never put off"""
 
 
 def looks_at_all(ebm: EBM) -> bool:

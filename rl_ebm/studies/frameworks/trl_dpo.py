@@ -11,11 +11,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rl_ebm.studies.frameworks.rows import Case, Instead, Row, part
-from rl_ebm.studies.frameworks.trl_trainer import TokenZero, shipped, spread, stand_in
+from rl_ebm.studies.frameworks.trl_trainer import (
+    Both,
+    TokenZero,
+    forget,
+    pair_loss,
+    shipped,
+    stand_in,
+)
 
 DPO = "trl.trainer.dpo_trainer"
 TYPES = (
@@ -83,39 +89,13 @@ def _rough(options: dict[str, Any]) -> bool:
 
 
 def loss_of(trainer: Any, longest: int, rough: bool = False) -> Callable[..., Tensor]:
-    """The trainer's loss as a function of the contract.
+    """The trainer's loss as a function of the contract; arguments as :func:`pair_loss`."""
 
-    Args:
-        longest: tokens of the longest response.
-        rough: whether it is given float32.
-    """
-
-    def loss(
-        chosen: Tensor,
-        rejected: Tensor,
-        chosen_ref: Tensor,
-        rejected_ref: Tensor,
-        chosen_length: Tensor,
-        rejected_length: Tensor,
-    ) -> Tensor:
-        for kept in trainer._metrics.values():
-            kept.clear()
-        if rough:
-            chosen, rejected = chosen.float(), rejected.float()
-            chosen_ref, rejected_ref = chosen_ref.float(), rejected_ref.float()
-        lengths = torch.cat([chosen_length, rejected_length])
-        log_pi, mask = spread(torch.cat([chosen, rejected]), lengths, longest)
-        prompt = torch.zeros(len(mask), 1, dtype=torch.long)
-        completion = torch.cat([prompt, mask.long()], 1)
-        batch = {
-            "input_ids": torch.zeros_like(completion),
-            "attention_mask": torch.ones_like(completion),
-            "completion_mask": completion,
-            "ref_chosen_logps": chosen_ref,
-            "ref_rejected_logps": rejected_ref,
-        }
-        found = trainer._compute_loss(TokenZero(log_pi), batch, False)
-        assert isinstance(found, Tensor)
+    def call(both: Both) -> Tensor:
+        forget(trainer)
+        chosen, rejected = both.log_ref.chunk(2)
+        batch = {**both.batch, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+        found: Tensor = trainer._compute_loss(TokenZero(both.log_pi), batch, False)
         return found
 
-    return loss
+    return pair_loss(call, longest, rough)

@@ -20,7 +20,14 @@ from torch import Tensor
 
 from rl_ebm.studies.frameworks.rows import Case, Row, family, nothing, part
 from rl_ebm.studies.frameworks.trl_dpo import INSTEAD
-from rl_ebm.studies.frameworks.trl_trainer import TokenZero, shipped, spread, stand_in
+from rl_ebm.studies.frameworks.trl_trainer import (
+    Both,
+    TokenZero,
+    forget,
+    pair_loss,
+    shipped,
+    stand_in,
+)
 
 KTO = "trl.trainer.kto_trainer"
 TYPES = ("kto", "apo_zero_unpaired")
@@ -68,39 +75,19 @@ def _rows(case: Case) -> list[Row]:
 
 
 def loss_of(trainer: Any, longest: int) -> Callable[..., Tensor]:
-    """The trainer's loss as a function of the contract.
+    """The trainer's loss as a function of the contract; arguments as :func:`pair_loss`."""
 
-    Args:
-        longest: tokens of the longest response.
-    """
-
-    def loss(
-        chosen: Tensor,
-        rejected: Tensor,
-        chosen_ref: Tensor,
-        rejected_ref: Tensor,
-        chosen_length: Tensor,
-        rejected_length: Tensor,
-    ) -> Tensor:
-        for kept in trainer._metrics.values():
-            kept.clear()
-        lengths = torch.cat([chosen_length, rejected_length])
-        log_pi, mask = spread(torch.cat([chosen, rejected]), lengths, longest)
-        log_ref = torch.cat([chosen_ref, rejected_ref])
-        others = torch.zeros_like(log_ref)
+    def call(both: Both) -> Tensor:
+        forget(trainer)
+        others = torch.zeros_like(both.log_ref)
         trainer._compute_kl_logps = lambda *_: others
-        prompt = torch.zeros(len(mask), 1, dtype=torch.long)
-        completion = torch.cat([prompt, mask.long()], 1)
         batch = {
-            "input_ids": torch.zeros_like(completion),
-            "attention_mask": torch.ones_like(completion),
-            "completion_mask": completion,
-            "label": torch.arange(len(mask)) < len(chosen),
-            "ref_logps": log_ref,
+            **both.batch,
+            "label": torch.arange(len(others)) < len(others) // 2,
+            "ref_logps": both.log_ref,
             "ref_KL_logps": others,
         }
-        found = trainer._compute_loss(TokenZero(log_pi), batch, False)
-        assert isinstance(found, Tensor)
+        found: Tensor = trainer._compute_loss(TokenZero(both.log_pi), batch, False)
         return found
 
-    return loss
+    return pair_loss(call, longest)

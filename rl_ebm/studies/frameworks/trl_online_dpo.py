@@ -19,7 +19,14 @@ from torch import Tensor
 
 from rl_ebm.studies.frameworks.rows import Case, Instead, Row, family, part
 from rl_ebm.studies.frameworks.trl_grpo import RLOO
-from rl_ebm.studies.frameworks.trl_trainer import TokenZero, shipped, spread, stand_in
+from rl_ebm.studies.frameworks.trl_trainer import (
+    Both,
+    TokenZero,
+    pair_loss,
+    shipped,
+    spread,
+    stand_in,
+)
 from rl_ebm.studies.losses.preference import Pairs
 
 ONLINE = "trl.experimental.online_dpo.online_dpo_trainer"
@@ -74,32 +81,20 @@ def _row(case: Case, config: type[Any], options: dict[str, Any]) -> Row:
 
 
 def loss_of(trainer: Any, longest: int) -> Callable[..., Tensor]:
-    """The trainer's loss as a function of the contract.
+    """The trainer's loss as a function of the contract; arguments as :func:`pair_loss`."""
 
-    Args:
-        longest: tokens of the longest response.
-    """
-
-    def loss(
-        chosen: Tensor,
-        rejected: Tensor,
-        chosen_ref: Tensor,
-        rejected_ref: Tensor,
-        chosen_length: Tensor,
-        rejected_length: Tensor,
-    ) -> Tensor:
+    def call(both: Both) -> Tensor:
         trainer.stats.clear()
-        lengths = torch.cat([chosen_length, rejected_length])
-        log_pi, mask = spread(torch.cat([chosen, rejected]), lengths, longest)
-        log_ref, _ = spread(torch.cat([chosen_ref, rejected_ref]), lengths, longest)
-        one = torch.ones(len(mask), 1, dtype=torch.long)
+        rows = len(both.mask)
+        log_ref, _ = spread(both.log_ref, both.lengths, longest)
+        one, read = torch.ones(rows, 1, dtype=torch.long), both.mask.long()
         seen: list[Tensor] = []
         trainer.ref_model = TokenZero(log_ref)
         trainer.accelerator.backward = lambda x, **_: seen.append(x)
-        trainer._generate = lambda *_: (one, one, torch.zeros_like(mask).long(), mask.long(), None)
-        wins = torch.arange(len(mask)) < len(chosen)
+        trainer._generate = lambda *_: (one, one, torch.zeros_like(read), read, None)
+        wins = torch.arange(rows) < rows // 2
         trainer._calculate_rewards_from_functions = lambda **_: wins.double()
-        trainer.training_step(TokenZero(log_pi), {"prompt": [""] * len(chosen)})
+        trainer.training_step(TokenZero(both.log_pi), {"prompt": [""] * (rows // 2)})
         return seen[0]
 
-    return loss
+    return pair_loss(call, longest)

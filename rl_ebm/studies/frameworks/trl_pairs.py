@@ -14,12 +14,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rl_ebm.studies.frameworks.rows import Case, Row, family, nothing, part
 from rl_ebm.studies.frameworks.trl_dpo import INSTEAD
-from rl_ebm.studies.frameworks.trl_trainer import TokenZero, shipped, spread, stand_in
+from rl_ebm.studies.frameworks.trl_trainer import TokenZero, forget, pair_loss, shipped, stand_in
 
 CPO = "trl.experimental.cpo.cpo_trainer"
 ORPO = "trl.experimental.orpo.orpo_trainer"
@@ -113,36 +112,12 @@ def _row(
 
 
 def loss_of(trainer: Any, call: Call, longest: int, rough: bool = False) -> Callable[..., Tensor]:
-    """A trainer's loss as a function of the contract.
+    """A trainer's loss as a function of the contract; further arguments as :func:`pair_loss`.
 
     Args:
         call: (trainer, model, batch) to its loss.
-        longest: tokens of the longest response.
-        rough: whether it is given float32.
     """
-
-    def loss(
-        chosen: Tensor,
-        rejected: Tensor,
-        chosen_ref: Tensor,
-        rejected_ref: Tensor,
-        chosen_length: Tensor,
-        rejected_length: Tensor,
-    ) -> Tensor:
-        lengths = torch.cat([chosen_length, rejected_length])
-        log_pi, mask = spread(torch.cat([chosen, rejected]), lengths, longest)
-        prompt = torch.ones(len(mask), 1, dtype=torch.bool)
-        read = torch.cat([prompt, mask], 1).long()
-        batch = {
-            "input_ids": torch.zeros_like(read),
-            "attention_mask": read,
-            "completion_mask": torch.cat([~prompt, mask], 1).long(),
-        }
-        found = call(trainer, TokenZero(log_pi.float() if rough else log_pi), batch)
-        assert isinstance(found, Tensor)
-        return found
-
-    return loss
+    return pair_loss(lambda both: call(trainer, TokenZero(both.log_pi), both.batch), longest, rough)
 
 
 def _pair_metrics(trainer: Any, model: TokenZero, batch: Batch) -> Tensor:
@@ -157,7 +132,6 @@ def _pair_metrics(trainer: Any, model: TokenZero, batch: Batch) -> Tensor:
 
 
 def _triple_loss(trainer: Any, model: TokenZero, batch: Batch) -> Tensor:
-    for kept in trainer._metrics.values():
-        kept.clear()
+    forget(trainer)
     found: Tensor = trainer._compute_loss(model, batch, False)
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,10 +62,15 @@ def stand_in(trainer: type[Any], config: type[Any], options: dict[str, Any], **m
     return found
 
 
-def feed(trainer: Any, log_pi: Float[Tensor, "B T"]) -> None:
-    """What the trainer would have computed with its model, and nothing kept of earlier calls."""
+def forget(trainer: Any) -> None:
+    """Keep nothing of what earlier calls logged."""
     for kept in trainer._metrics.values():
         kept.clear()
+
+
+def feed(trainer: Any, log_pi: Float[Tensor, "B T"]) -> None:
+    """What the trainer would have computed with its model, and nothing kept of earlier calls."""
+    forget(trainer)
     trainer._get_per_token_logps_and_entropies = lambda *_, **__: (
         log_pi, torch.zeros_like(log_pi), None,
     )  # fmt: skip
@@ -80,6 +86,65 @@ def spread(
     """
     mask = length_mask(lengths, longest)
     return (whole / lengths)[:, None].expand(mask.shape).masked_fill(~mask, 0.0), mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Both:
+    """Both responses of each pair, the chosen ones first, behind a prompt of one token.
+
+    Attributes:
+        log_pi: of each token, (2B, T), and
+        log_ref: of each response, (2B,).
+        lengths: tokens of each, (2B,).
+        mask: where they are, (2B, T).
+    """
+
+    log_pi: Float[Tensor, "R T"]
+    log_ref: Float[Tensor, "R"]
+    lengths: Int64[Tensor, "R"]
+    mask: Bool[Tensor, "R T"]
+
+    @property
+    def batch(self) -> dict[str, Tensor]:
+        """What a collator makes of them."""
+        prompt = torch.ones(len(self.mask), 1, dtype=torch.bool)
+        read = torch.cat([prompt, self.mask], 1).long()
+        return {
+            "input_ids": torch.zeros_like(read),
+            "attention_mask": read,
+            "completion_mask": torch.cat([~prompt, self.mask], 1).long(),
+        }
+
+
+def pair_loss(
+    call: Callable[[Both], Tensor], longest: int, rough: bool = False
+) -> Callable[..., Tensor]:
+    """What a trainer makes of pairs, as a function of the contract.
+
+    Args:
+        call: the trainer's own loss.
+        longest: tokens of the longest response.
+        rough: whether it is given float32.
+    """
+
+    def loss(
+        chosen: Tensor,
+        rejected: Tensor,
+        chosen_ref: Tensor,
+        rejected_ref: Tensor,
+        chosen_length: Tensor,
+        rejected_length: Tensor,
+    ) -> Tensor:
+        log_pi, log_ref = torch.cat([chosen, rejected]), torch.cat([chosen_ref, rejected_ref])
+        if rough:
+            log_pi, log_ref = log_pi.float(), log_ref.float()
+        lengths = torch.cat([chosen_length, rejected_length])
+        tokens, mask = spread(log_pi, lengths, longest)
+        found = call(Both(tokens, log_ref, lengths, mask))
+        assert isinstance(found, Tensor)
+        return found
+
+    return loss
 
 
 class TokenZero:
