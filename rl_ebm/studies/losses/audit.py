@@ -226,6 +226,8 @@ def _point(case: Case, end: Limit) -> FixedPoint:
     if not end.settled:
         return FixedPoint(None, degenerate=bool(end.dead.any()) or None, how="not settled")
     how = "flow, along a kink" if end.kink else "flow"
+    if end.many:
+        how += ", to one rest of many"
     degenerate = None if end.faint else bool(end.dead.any())
     return FixedPoint(case.responses.whole(end.log_law), degenerate, how)
 

@@ -28,6 +28,7 @@ from rl_ebm.studies.losses.limit import FLOW_STEPS, Limit, direction, limit_from
 from rl_ebm.studies.losses.policy_gradient import LOWEST, PolicyGradient
 from rl_ebm.studies.losses.preference import Pairs
 from rl_ebm.studies.losses.responses import Responses, normalised, responses_of
+from rl_ebm.studies.losses.way import decided
 from rl_ebm.studies.problems import problems
 
 Kind = Literal["policy-gradient", "distillation", "preference"]
@@ -205,7 +206,8 @@ def ended(
         plain: steps of the flow itself, at most.
     """
     flow = in_units(case.flow if flow is None else flow)
-    end = limit_from(flow, case.start if start is None else start, flow.rows.rough, plain)
+    start = case.start if start is None else start
+    end = decided(flow, start, limit_from(flow, start, flow.rows.rough, plain))
     return _told_apart(case, flow, end) if end.settled and bool(end.dead.any()) else end
 
 

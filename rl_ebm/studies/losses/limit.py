@@ -101,6 +101,7 @@ class Limit:
         accuracy: in total variation; inf where it did not settle.
         kink: whether it slides along one.
         faint: whether what is dead may be alive, and too rare for float64.
+        many: whether there are rests beside it, and the way decided.
     """
 
     theta: Float[Tensor, "S A"]
@@ -109,6 +110,7 @@ class Limit:
     accuracy: float
     kink: bool = False
     faint: bool = False
+    many: bool = False
 
     @property
     def settled(self) -> bool:
@@ -163,7 +165,7 @@ def direction(flow: Field, theta: Tensor) -> Direction:
     return Direction(value, alive, lost)
 
 
-def _step(
+def step(
     f: Callable[[Tensor], Tensor], theta: Tensor, first: Tensor, h: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of order 3, no logit by more than :data:`FAR`; its error, and f at its end.
@@ -194,7 +196,7 @@ def _plain_flow(flow: Field, theta: Tensor, unit: float, steps: int) -> Tensor:
     h = 1e-2 / max(float(first.abs().max()), 1e-300)
     for i in range(max(LEAST, min(steps, WORK // (3 * flow.cost)))):
         for _ in range(40):
-            new, errors, last = _step(f, theta, first, h)
+            new, errors, last = step(f, theta, first, h)
             error = float(errors.abs().max())
             if error <= 1e-3:
                 break
@@ -232,10 +234,10 @@ def limit_from(
         now = direction(flow, near)
         if now.size <= 1e3 * rest * unit:
             return _finished(flow, near, now, now.size, unit)
-    return _to_rest(flow, theta, unit, rest)
+    return rest_from(flow, theta, unit, rest)
 
 
-def _to_rest(flow: Field, theta: Tensor, unit: float, rest: float, bury: bool = True) -> Limit:
+def rest_from(flow: Field, theta: Tensor, unit: float, rest: float, bury: bool = True) -> Limit:
     """A rest, by steps whose error is small beside what they move."""
     seen = [direction(flow, theta)]
 
@@ -266,7 +268,7 @@ def _to_rest(flow: Field, theta: Tensor, unit: float, rest: float, bury: bool = 
         counts = now.alive & ~(now.value < -1e3 * unit)
         h = min(h, 1.0 / max(float(now.value[counts].abs().max()), 1e-300)) if counts.any() else h
         for _ in range(40):
-            new, errors, _ = _step(f, theta, now.value, h)
+            new, errors, _ = step(f, theta, now.value, h)
             error = float(errors[counts].abs().max()) if counts.any() else 0.0
             allowed = 0.05 * h * size
             if error <= allowed:
@@ -318,7 +320,7 @@ def _buried(flow: Field, theta: Tensor, now: Direction, unit: float, rest: float
     if not bool(falling.any()):
         return None
     theta = theta + (GONE - 1 - log_pi).clamp(max=0.0).masked_fill(~falling, 0.0)
-    end = _to_rest(flow, theta, unit, rest, bury=False)
+    end = rest_from(flow, theta, unit, rest, bury=False)
     if not end.settled:
         return None
     gone = end.dead | (normalised(end.theta, flow.responses.start) <= GONE + 1)

@@ -1,0 +1,146 @@
+r"""Limits that the way decides: rests that are not alone.
+
+A loss that is flat somewhere (a hinge whose margins are all kept) has rests beside each rest, and
+each way down ends at another. The steps of :mod:`rl_ebm.studies.losses.limit` take a shorter way
+than the flow, d theta / dt = -F(theta), to the same rest where there is one. So a rest is pushed
+aside a little, along what has moved: where it does not come back, the flow itself is followed to
+its end, twice, with steps of two lengths where a kink leaves no other choice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rl_ebm.divergences import tv
+from rl_ebm.studies.losses.contract import LossError
+from rl_ebm.studies.losses.limit import GONE, REST, Field, Limit, direction, rest_from, step
+from rl_ebm.studies.losses.responses import normalised
+
+ASIDE = 1e-2
+"""nats that a rest is pushed, and"""
+BACK = 0.1
+"""of the way that it may stay off, of a rest that is alone"""
+NEAR = 1e-5
+"""of the size of D at the start, where it has come back or never will; then"""
+LENGTHS = (4e-2, 2e-2)
+"""nats of a step of the flow, at the rate of its first, that its error does not shorten"""
+ERROR = 1e-3
+"""the same, of its error otherwise"""
+STEPS = 6000
+"""of those, at most; fewer where they cost more:"""
+WORK = 100_000_000
+"""rows that the loss is given in them"""
+WINDOW = 200
+"""steps whose mean law is looked at; it has ended where it is no more to go than"""
+ENDED = 1e-5
+"""in total variation"""
+NOTHING = 1e-11
+"""D of a start that is at rest"""
+
+
+def decided(flow: Field, start: Float[Tensor, "S A"], end: Limit) -> Limit:
+    """The same rest where it is alone; else the end of the flow itself, and how well it is known.
+
+    Args:
+        start: logits, where the flow began.
+    """
+    start = start.masked_fill(torch.isneginf(flow.responses.start), 0.0)
+    unit = float(direction(flow, start).value.abs().max())
+    if unit <= NOTHING or not end.settled or _alone(flow, start, end, unit):
+        return end
+    coarse, fine = (_followed(flow, start, length) for length in LENGTHS)
+    accuracy = max(end.accuracy, float(tv(coarse.log_law, fine.log_law)) + fine.accuracy)
+    return replace(fine, dead=end.dead, accuracy=accuracy, kink=end.kink, many=True)
+
+
+def _alone(flow: Field, start: Tensor, end: Limit, unit: float) -> bool:
+    """Whether a rest comes back when it is pushed aside.
+
+    Only what has moved is pushed: where a loss never looks there are rests beside each, and no way
+    goes there.
+    """
+    r = flow.responses
+    alive = ~torch.isneginf(end.theta)
+    moved = normalised(end.theta, r.start) - normalised(start, r.start)
+    share = moved.masked_fill(~alive, 0.0).abs().clamp(max=1.0)
+    if float(share.max()) <= NEAR:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(share.shape, generator=generator, dtype=torch.float64)
+    aside = end.theta.masked_fill(~alive, GONE) + ASIDE * noise * share
+    away = float(tv(r.log_law(normalised(aside, r.start)), end.log_law))
+    for rest in (NEAR, REST):
+        try:
+            again = rest_from(flow, aside, unit, rest)
+        except LossError:
+            return False
+        off = float(tv(again.log_law, end.log_law))
+        if again.settled and off <= BACK * away + end.accuracy + again.accuracy:
+            return True
+        if again.kink:
+            return False
+    return False
+
+
+def _followed(flow: Field, theta: Tensor, length: float) -> Limit:
+    """The flow itself: steps by their error, and no shorter than a kink makes of it.
+
+    The law is the mean over a window of steps, which evens out what jumps about a kink; its
+    accuracy is how far it is still to go.
+    """
+    r = flow.responses
+
+    def f(x: Tensor) -> Tensor:
+        return -flow.field(x)[0]
+
+    first = f(theta)
+    h = shortest = length / max(float(first.abs().max()), 1e-300)
+    laws: list[Tensor] = []
+    left = 1.0
+    for _ in range(max(3, min(STEPS, WORK // (3 * flow.cost)) // WINDOW)):
+        mean = torch.zeros(len(r.reward), dtype=torch.float64)
+        for _ in range(WINDOW):
+            theta, first, h = _one_step(f, theta, first, h, shortest, ERROR * length)
+            mean += r.log_law(normalised(theta, r.start)).exp() / WINDOW
+        laws.append(mean.log())
+        left = _to_go(laws)
+        if left <= ENDED:
+            break
+    return Limit(theta, laws[-1], torch.zeros_like(theta, dtype=torch.bool), left)
+
+
+def _one_step(
+    f: Callable[[Tensor], Tensor],
+    theta: Tensor,
+    first: Tensor,
+    h: float,
+    shortest: float,
+    allowed: float,
+) -> tuple[Tensor, Tensor, float]:
+    """Where it leads, f there, and the length of the next."""
+    while True:
+        new, errors, last = step(f, theta, first, h)
+        error = float(errors.abs().max())
+        if error <= allowed or h <= shortest:
+            break
+        h = max(shortest, h / 4)
+    if not math.isfinite(error):  # the loss fails there
+        return theta, first, h
+    longer = 0.9 * (allowed / max(error, 1e-300)) ** (1 / 3)
+    return new, last, max(shortest, h * min(2.0, max(0.5, longer)))
+
+
+def _to_go(laws: list[Tensor]) -> float:
+    """How far a law is from its end, of which windows come nearer by one ratio each."""
+    if len(laws) < 3:
+        return 1.0
+    before, now = (float(tv(x, y)) for x, y in zip(laws[-3:], laws[-2:], strict=False))
+    if now < 0.9 * before:
+        return now * max(1.0, now / (before - now))
+    return max(10 * now, float(tv(laws[len(laws) // 2], laws[-1])) if now > ENDED / 10 else 0.0)

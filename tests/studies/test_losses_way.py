@@ -1,0 +1,111 @@
+"""Losses with rests beside each rest: the flow itself decides, and how well it is known is said."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import relu
+
+from rl_ebm import EBM, TokenSpace, audit_loss, solve
+from rl_ebm.divergences import tv
+from rl_ebm.exact import Solution
+from rl_ebm.studies.losses.cases import Case, asked, cases_of
+from rl_ebm.studies.losses.kinds import in_units
+from rl_ebm.studies.losses.limit import limit_from
+from rl_ebm.studies.losses.preference import Pairs
+from rl_ebm.studies.losses.way import decided
+
+REWARD = torch.tensor([0.3, -1.1, 0.9, 0.2], dtype=torch.float64)
+
+
+def _solution() -> Solution:
+    return solve(EBM(TokenSpace(2, 2), REWARD, beta=0.5))
+
+
+def _hinge(factor: float = 1.0) -> Callable[..., Tensor]:
+    def loss(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        return factor * relu(1 - 0.5 * ((x - u) - (y - v))).mean()
+
+    return loss
+
+
+def _by_euler(length: float) -> Tensor:
+    """log-law of the hinge's flow, from the uniform law, by tiny steps of its own logits.
+
+    Logits are those of (first token; second token after each), and the expected loss is a sum over
+    all pairs, of which the one with the higher reward wins.
+    """
+    logits = torch.zeros(3, 2, dtype=torch.float64, requires_grad=True)
+    wins = (REWARD[:, None] > REWARD).double() * 2 / 16
+    first = None
+    for _ in range(int(80 / length)):
+        log_pi = logits.log_softmax(-1)
+        log_law = (log_pi[0][:, None] + log_pi[1:]).flatten()
+        loss = (wins * relu(1 - 0.5 * (log_law[:, None] - log_law))).sum()
+        (gradient,) = torch.autograd.grad(loss, logits)
+        first = float(gradient.abs().max()) if first is None else first
+        if not bool(gradient.any()):
+            break
+        logits = (logits - length / first * gradient).detach().requires_grad_()
+    return log_law.detach()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_a_hinge_ends_where_its_flow_does(factor: float) -> None:
+    found = audit_loss(
+        _hinge(factor), _solution(), "preference", pairs=Pairs("higher"), beyond=False
+    )
+    coarse, fine = _by_euler(1e-2), _by_euler(5e-3)
+    own = float(tv(coarse, fine))
+    assert found.log_laws is not None
+    assert own < 1e-3
+    assert 1e-8 < found.accuracy < 2e-3
+    assert found.how.endswith("to one rest of many")
+    assert float(tv(found.log_laws[0], fine)) <= found.accuracy + 2 * own
+
+
+def _only_first(x: Tensor, old: Tensor, ref: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """It looks at the first token alone."""
+    ratio = (x - old).exp()[:, 0]
+    kl = (x - ref)[:, 0]
+    return -(ratio * (advantages[:, 0] - 0.5 * kl.detach())).mean()
+
+
+def test_what_a_loss_never_looks_at_leaves_a_limit_exact() -> None:
+    """The second token stays uniform; the first is the softmax of its mean reward over beta."""
+    found = audit_loss(_only_first, _solution(), beyond=False)
+    first = torch.log_softmax(REWARD.view(2, 2).mean(1) / 0.5, 0)
+    expected = (first[:, None] - math.log(2)).expand(2, 2).flatten()
+    assert found.log_laws is not None
+    assert found.accuracy < 1e-10
+    assert float(tv(found.log_laws[0], expected)) < 1e-9
+
+
+def test_a_rest_that_is_alone_is_kept() -> None:
+    case = _case(_hinge_of_two)
+    flow = in_units(case.flow)
+    end = limit_from(flow, case.start)
+    assert decided(flow, case.start, end) is end
+
+
+@pytest.mark.slow
+def test_a_rest_with_others_beside_it_is_not() -> None:
+    case = _case(_hinge())
+    flow = in_units(case.flow)
+    end = limit_from(flow, case.start)
+    assert end.accuracy < 1e-10
+    assert decided(flow, case.start, end) is not end
+
+
+def _hinge_of_two(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """Strictly convex in the difference: the square of the hinge's inside."""
+    return (1 - 0.5 * ((x - u) - (y - v))).square().mean()
+
+
+def _case(loss: Callable[..., Tensor]) -> Case:
+    what = asked(loss, "preference", "centred", None, None, 1, None, Pairs("higher"))
+    (case,) = cases_of(what, _solution())
+    return case
