@@ -1,5 +1,6 @@
 """Losses with rests beside each rest: the flow itself decides, and how well it is known is said."""
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -65,6 +66,43 @@ def test_a_hinge_ends_where_its_flow_does(factor: float) -> None:
     assert 1e-8 < found.accuracy < 2e-3
     assert found.how.endswith("to one rest of many")
     assert float(tv(found.log_laws[0], fine)) <= found.accuracy + 2 * own
+
+
+def _plain_hinge(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    return relu(1 - 0.5 * (x - y)).mean()
+
+
+def _least_hinge() -> Tensor:
+    """log-law of the minimum of the expected hinge, which is linear between its kinks.
+
+    So it lies where as many kinks meet as there are gaps: three pairs that join all four responses,
+    each at one of its two margins. All of these are tried.
+    """
+    wins = torch.sigmoid(REWARD[:, None] - REWARD)
+    pairs = list(itertools.combinations(range(4), 2))
+    best = (math.inf, torch.zeros(4, dtype=torch.float64))
+    for tree in itertools.combinations(pairs, 3):
+        rows = torch.zeros(4, 4, dtype=torch.float64)
+        for k, (i, j) in enumerate(tree):
+            rows[k, i], rows[k, j] = 1, -1
+        rows[3] = 1
+        if abs(float(torch.linalg.det(rows))) < 0.5:
+            continue
+        for signs in itertools.product((-2.0, 2.0), repeat=3):
+            x = torch.linalg.solve(rows, torch.tensor([*signs, 0.0], dtype=torch.float64))
+            value = float((wins * relu(1 - 0.5 * (x[:, None] - x))).fill_diagonal_(0).sum())
+            if value < best[0]:
+                best = (value, x)
+    return best[1].log_softmax(0)
+
+
+def test_along_kinks_it_goes_on_to_the_end() -> None:
+    """The reference is uniform, and so are the draws; pairs are labelled by Bradley-Terry."""
+    found = audit_loss(_plain_hinge, _solution(), "preference", beyond=False)
+    assert found.log_laws is not None
+    assert found.how == "flow, along a kink"
+    assert found.accuracy < 1e-3
+    assert float(tv(found.log_laws[0], _least_hinge())) <= found.accuracy
 
 
 def _only_first(x: Tensor, old: Tensor, ref: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:

@@ -15,8 +15,7 @@ the less the rarer it is (sigmoids that saturate), and would take forever: what 
 falls when D hardly does is made that rare, and is dead if it is that rare at the rest that
 follows. And where others draw, what only dead actions lead to goes on to move, and is no part of
 the law: after a while a rest is one of what is left, and what still falls when it is rarer than all
-accuracy is dead as well. Where neither has a step short enough, the flow slides along a kink of the
-loss: small steps of one length do so as well.
+accuracy is dead as well. Where no step is short enough, it slides along a kink, as fixed steps do.
 """
 
 from __future__ import annotations
@@ -71,6 +70,13 @@ UNSEEN = 1e-8
 """in total variation"""
 ROUGH_REST = 1e-5
 """in a loss that leaves float64"""
+LENGTHS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
+"""nats of a step along a kink, each until the mean of so many steps"""
+WINDOW = 100
+"""moves by no more than this share of the length"""
+STAYS = 0.02
+"""in total variation, or after so many means"""
+WINDOWS = 60
 
 
 @runtime_checkable
@@ -277,9 +283,9 @@ def rest_from(flow: Field, theta: Tensor, unit: float, rest: float, bury: bool =
         else:
             if size <= STALLED * unit:
                 return _finished(flow, theta, now, size, unit)
-            return _slide(flow, theta, unit)
+            return _slide(flow, theta)
         if h * size < 1e-9 * min(unit, 1.0) and size > 1e-6 * unit:
-            return _slide(flow, theta, unit)
+            return _slide(flow, theta)
         theta, now = new, seen[-1]  # the last that was looked at is the end of the step
         h *= min(3.0, 0.8 * (allowed / max(error, 1e-300)) ** 0.5)
     if now.size <= 1e-6 * unit:
@@ -304,8 +310,7 @@ def _faded(flow: Field, theta: Tensor, now: Direction, unit: float) -> Limit | N
     moved = float(tv(end.log_law, r.log_law(log_pi)))
     if moved > UNSEEN:
         return None
-    faint = not bool(now.lost.any())
-    return replace(end, accuracy=max(end.accuracy, moved), faint=faint)
+    return replace(end, accuracy=max(end.accuracy, moved), faint=not bool(now.lost.any()))
 
 
 def _buried(flow: Field, theta: Tensor, now: Direction, unit: float, rest: float) -> Limit | None:
@@ -362,23 +367,29 @@ def _accelerated(
     return None
 
 
-def _slide(flow: Field, theta: Tensor, unit: float) -> Limit:
-    """Along a kink: steps of one length, and shorter, of the sign of what moves."""
+def _slide(flow: Field, theta: Tensor) -> Limit:
+    """Along a kink: steps of one length, by what moves most, until their mean stays; then shorter.
+
+    What jumps about a kink is off by about the length of a step, and so is its mean, a little less.
+    """
     r = flow.responses
-    before = after = r.log_law(normalised(theta, r.start))
-    for size in (1e-2, 1e-3, 1e-4, 1e-5):
-        total, count = torch.zeros_like(theta), 0
-        for i in range(300):
-            now = direction(flow, theta)
-            h = size / max(now.size, 1e-300)
-            theta = theta + (h * now.value).clamp(-FAR, FAR)
-            if i >= 150:
-                total, count = total + theta, count + 1
-        theta = total / count
-        before, after = after, r.log_law(normalised(theta, r.start))
-    now = direction(flow, theta)
-    end = _finished(flow, theta, now, 0.0)
-    return Limit(end.theta, end.log_law, end.dead, float(tv(before, after)), kink=True)
+    laws = [r.log_law(normalised(theta, r.start))]
+    for length in LENGTHS:
+        laws.append(laws[-1])
+        for _ in range(WINDOWS):
+            mean = torch.zeros_like(theta)
+            for _ in range(WINDOW):
+                now = direction(flow, theta)
+                theta = theta + length * (now.value / max(now.size, 1e-300)).clamp(-1, 1)
+                mean += theta / WINDOW
+            before, laws[-1] = laws[-1], r.log_law(normalised(mean, r.start))
+            moved = float(tv(before, laws[-1]))
+            if moved <= STAYS * length:
+                break
+        theta = mean
+    end = _finished(flow, theta, direction(flow, theta), 0.0)
+    accuracy = float(tv(laws[-2], laws[-1])) + (WINDOWS * moved if moved > STAYS * length else 0.0)
+    return Limit(end.theta, end.log_law, end.dead, accuracy, kink=True)
 
 
 def _finished(flow: Field, theta: Tensor, now: Direction, size: float, unit: float = 1.0) -> Limit:
