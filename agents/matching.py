@@ -98,6 +98,7 @@ class MatchingAgent(OnPolicyAgent):
 
     def begin(self, teacher: Policy | None) -> None:
         """The average, of nothing yet."""
+        super().begin(teacher)
         # log of the moving average of Z, and of its weight so far: nothing was seen yet.
         self.log_z = torch.full((2, self.ebm.num_prompts), -torch.inf, device=self.ebm.device)
 

@@ -55,8 +55,9 @@ from rl_ebm.tokens import Batch
 class TreeBackupConfig(OffPolicyOptions):
     """Options of the agent ``tree-backup``."""
 
-    batch_size: int = 128
-    """new responses in a step: what was seen has no noise that more of them would average out"""
+    batch_size: int | None = 128
+    """new responses in a step: what was seen has no noise that more of them would average out; None
+    for as many as the noise asks for"""
     explore: float | int = 0.25
     """share of them drawn from the reference (uniform without one), the rest from the policy"""
     memory: int = 2**20

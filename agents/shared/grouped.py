@@ -29,16 +29,21 @@ class GroupedAgent(OffPolicyAgent):
         return True
 
     @property
+    def fewest(self) -> int:
+        """Two, or a whole group."""
+        return (self.group_size or 2) if self.compares else 1
+
+    @property
     def responses(self) -> int:
         """Whole groups alone, where their size is given."""
-        n, size = int(self.config.batch_size), self.group_size
+        n, size = self.batch_size.now, self.group_size
         return n if size is None or not self.compares else n - n % size
 
     def prompts(self) -> Int64[Tensor, "B"]:
         """Groups that share a prompt."""
         if not self.compares:
             return super().prompts()
-        n, count = self.config.batch_size, self.ebm.num_prompts
+        n, count = self.batch_size.now, self.ebm.num_prompts
         return draw_groups(n, count, self.group_size, GROUP, self.generator)
 
     def replayed(self) -> Batch:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from rl_ebm.agents.shared.batch_size import MOST
 from rl_ebm.ebm import EBM
 from rl_ebm.policies.base import Policy, Trainable, forbids_of, value_head
 from rl_ebm.soft_bellman import gather_tokens
@@ -44,8 +45,10 @@ def check_batch_size(name: str, value: int) -> None:
         raise ValueError(f"{name} must be at most {2**24}, got {value}: no memory would do")
 
 
-def check_group_size(group_size: int | None, batch_size: int) -> None:
+def check_group_size(group_size: int | None, batch_size: int | None) -> None:
     """Raise ValueError unless a batch holds a group, and a group two responses."""
+    if batch_size is None:
+        batch_size = MOST
     if batch_size < 2:
         raise ValueError(
             f"batch_size must be >= 2, got {batch_size}: responses to a prompt are compared, and "

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rl_ebm.agents.shared.account import Behaviour, root_values
 from rl_ebm.agents.shared.base import BaseAgent
+from rl_ebm.agents.shared.batch_size import BatchSize, most_responses
 from rl_ebm.agents.shared.learner import (
     check_batch_size,
     check_rates,
@@ -35,8 +36,10 @@ from rl_ebm.tokens import Batch
 class OffPolicyOptions:
     """Options of every agent that learns from anybody's responses."""
 
-    batch_size: int = 2048
-    """new responses in a step"""
+    batch_size: int | None = None
+    """new responses in a step; None for as many as the noise of the gradient asks for: 32, and
+    twice as many whenever it dominates, up to 4096
+    (fewer where that is many states to evaluate)"""
     explore: float | int = 0.5
     """share of them drawn from the reference (uniform without one), the rest from the policy"""
     temperature: float | int = 1.0
@@ -58,7 +61,7 @@ class OffPolicyOptions:
 
     def __post_init__(self) -> None:
         check_rates(self.lr, self.max_grad_norm)
-        check_batch_size("batch_size", self.batch_size)
+        check_batch_size("batch_size", 1 if self.batch_size is None else self.batch_size)
         for name in ("explore", "epsilon", "anneal"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
@@ -95,6 +98,13 @@ class OffPolicyAgent(BaseAgent, ABC):
         ebm = self.ebm
         self.explorer: Policy = Uniform(ebm.space) if ebm.reference is None else ebm.reference
         self.replay = Replay(max(1, self.config.replay_size), ebm.space.max_length, ebm.device)
+        most = most_responses(ebm)
+        self.batch_size = BatchSize(self.config.batch_size, self.fewest, most)
+
+    @property
+    def fewest(self) -> int:
+        """Responses that a step needs."""
+        return 1
 
     @abstractmethod
     def loss(self, batch: Batch, r: Float[Tensor, "B T"]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -102,7 +112,7 @@ class OffPolicyAgent(BaseAgent, ABC):
 
     def prompts(self) -> Int64[Tensor, "B"]:
         """The prompts of the next responses."""
-        return draw_prompts(self.config.batch_size, self.ebm.num_prompts, 1, self.generator)
+        return draw_prompts(self.batch_size.now, self.ebm.num_prompts, 1, self.generator)
 
     def replayed(self) -> Batch:
         """Responses of earlier steps."""
@@ -111,7 +121,7 @@ class OffPolicyAgent(BaseAgent, ABC):
     @property
     def responses(self) -> int:
         """How many responses a step draws."""
-        return int(self.config.batch_size)
+        return self.batch_size.now
 
     @property
     def explored(self) -> int:
@@ -153,7 +163,9 @@ class OffPolicyAgent(BaseAgent, ABC):
             self.replay.add(fresh)
         loss, metrics = self.loss(batch, self.log_weights(batch, progress))
         metrics = {"losses/loss": loss.detach()} | metrics
-        return metrics | self.learner.descend(loss, progress)
+        metrics |= self.learner.descend(loss, progress)
+        self.batch_size.saw(self.learner.parameters)
+        return metrics
 
     def log_weights(self, batch: Batch, progress: float = 1.0) -> Float[Tensor, "B T"]:
         """r of each token, 0 past the end, at its size at this point of the run."""
@@ -178,12 +190,14 @@ class OffPolicyAgent(BaseAgent, ABC):
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {
             "replay": self.replay.state_dict(),
+            "batch_size": self.batch_size.state_dict(),
             "extra": [parameter.detach().clone() for parameter in self.extra],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.replay.load_state_dict(state["replay"])
+        self.batch_size.load_state_dict(state["batch_size"])
         kept = torch.arange(len(self.replay), device=self.ebm.device)
         check_rows(self.replay.rows.take(kept), self.ebm.space, self.ebm.num_prompts)
         with torch.no_grad():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from rl_ebm.agents.shared.account import Behaviour
 from rl_ebm.agents.shared.base import BaseAgent
+from rl_ebm.agents.shared.batch_size import BatchSize, most_responses
 from rl_ebm.agents.shared.learner import (
     check_batch_size,
     check_group_size,
@@ -20,6 +22,7 @@ from rl_ebm.agents.shared.learner import (
 )
 from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.fixed_points import Problem, forbids, law_of, stand_ins
+from rl_ebm.policies.base import Policy
 from rl_ebm.policies.decoding import sample
 from rl_ebm.policies.scoring import q_values
 from rl_ebm.soft_bellman import log_policy
@@ -33,8 +36,10 @@ GROUP = 8
 class OnPolicyOptions:
     """Options of every agent that learns from its policy's own responses."""
 
-    batch_size: int = 4096
-    """responses in a step"""
+    batch_size: int | None = None
+    """responses in a step; None for as many as the noise of the gradient asks for: 32, and twice as
+    many whenever it dominates, up to 4096
+    (fewer where that is many states to evaluate)"""
     group_size: int | None = None
     """responses that are compared with each other, to one prompt: a step has as many whole groups
     as fit. None, the best baseline: all responses to a prompt in the step, at least 8"""
@@ -48,7 +53,7 @@ class OnPolicyOptions:
     def __post_init__(self) -> None:
         check_rates(self.lr, self.max_grad_norm)
         check_group_size(self.group_size, self.batch_size)
-        check_batch_size("batch_size", self.batch_size)
+        check_batch_size("batch_size", 2 if self.batch_size is None else self.batch_size)
 
 
 def trained_on(forbidden_log_weight: float | int | None, problem: Problem) -> Problem:
@@ -67,6 +72,11 @@ class OnPolicyAgent(BaseAgent, ABC):
     Config = OnPolicyOptions
     own_rows = slice(None)
     """the rows of :meth:`sample` that are draws of the policy as it is: all"""
+
+    def begin(self, teacher: Policy | None) -> None:
+        """How many responses it draws."""
+        fewest, most = self.config.group_size or 2, most_responses(self.ebm)
+        self.batch_size = BatchSize(self.config.batch_size, fewest, most)
 
     @property
     def epochs(self) -> int:
@@ -95,7 +105,7 @@ class OnPolicyAgent(BaseAgent, ABC):
         """Responses of the policy itself, in groups that share a prompt."""
         cfg = self.config
         p = self.ebm.num_prompts
-        ids = draw_groups(cfg.batch_size, p, cfg.group_size, GROUP, self.generator)
+        ids = draw_groups(self.batch_size.now, p, cfg.group_size, GROUP, self.generator)
         return sample(self.policy, self.ebm.space, len(ids), self.generator, ids)
 
     def behaviour(self) -> Behaviour | None:
@@ -115,7 +125,15 @@ class OnPolicyAgent(BaseAgent, ABC):
             loss = self.loss(batch, log_pi, old, log_ref, gain)
             metrics["losses/loss"] = loss.detach()
             metrics |= self.learner.descend(loss, progress)
+        self.batch_size.saw(self.learner.parameters)
         return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"batch_size": self.batch_size.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.batch_size.load_state_dict(state["batch_size"])
 
     def log_pi(self, batch: Batch) -> Float[Tensor, "B T"]:
         """log pi of the tokens, 0 past the end."""

@@ -71,7 +71,7 @@ def run_train(args: Sequence[str]) -> int:
         raise ValueError("say where the run goes: --out FOLDER (or --resume RUN)")
     ebm, source = a.target.make()
     ebm = ebm.to(device_of_flag(a.device))
-    limits = a.steps is not None or a.seconds is not None
+    limits = not (a.steps is a.seconds is a.responses is None)
     _, report = train(
         ebm,
         a.agent,
@@ -81,6 +81,7 @@ def run_train(args: Sequence[str]) -> int:
         config=TrainConfig(
             steps=a.steps,
             seconds=a.seconds if limits else 60.0,
+            responses=a.responses,
             log_every=a.log_every,
             eval_every=a.eval_every,
             checkpoint_every=a.checkpoint_every,

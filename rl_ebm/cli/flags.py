@@ -142,7 +142,9 @@ class Train:
     steps: int | None = None
     """gradient steps at which the run ends"""
     seconds: float | None = None
-    """trained seconds at which the run ends; 60 where neither limit is given"""
+    """trained seconds at which the run ends; 60 where no limit is given"""
+    responses: int | None = None
+    """responses drawn at which the run ends"""
     resume: Path | None = None
     """run directory to go on with, exactly where its last checkpoint was"""
     overwrite: bool = False

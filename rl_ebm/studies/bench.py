@@ -23,6 +23,7 @@ import torch
 
 from rl_ebm.agents import AGENTS, entry_of, make_options, meant
 from rl_ebm.agents.shared.account import values_apart
+from rl_ebm.agents.shared.batch_size import START
 from rl_ebm.ebm import EBM
 from rl_ebm.envs import TASKS, make_task
 from rl_ebm.exact import find_machines, solve
@@ -134,7 +135,7 @@ class Plan:
                 hint = "" if name in AGENTS else meant(name, self.agents)
                 raise ValueError(f"options are given for {name!r}, which takes no part{hint}")
         for name in self.agents:
-            size = getattr(self.config(name), "batch_size", 1)
+            size = getattr(self.config(name), "batch_size", 1) or START
             if size > self.calls:
                 raise ValueError(
                     f"calls={self.calls} is less than one step of {name}, which scores {size} "
@@ -145,16 +146,21 @@ class Plan:
         """The options of an agent."""
         return make_options(agent, entry_of(agent), self.options.get(agent, {}))
 
-    def steps(self, agent: str) -> int:
-        """Gradient steps that the calls allow: an agent that draws nothing takes as many as one
-        of 4,096 responses a step."""
+    def steps(self, agent: str) -> int | None:
+        """Gradient steps that the calls allow; None where the batch grows, and responses count.
+
+        An agent that draws nothing takes as many as one of 4,096 responses a step.
+        """
         size = getattr(self.config(agent), "batch_size", 4096)
-        return max(1, self.calls // size)
+        return None if size is None else max(1, self.calls // size)
 
     def training(self, agent: str, ebm: EBM) -> TrainConfig:
         """When a run ends, and how it is looked at."""
         samples = None if looks_at_all(ebm) else self.samples
-        return TrainConfig(self.steps(agent), self.seconds, eval_every=2.0, samples=samples)
+        return TrainConfig(
+            self.steps(agent), self.seconds, 20, 2.0, samples=samples,
+            responses=self.calls if self.steps(agent) is None else None,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

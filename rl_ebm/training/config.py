@@ -35,8 +35,15 @@ class TrainConfig:
     samples: Int | None = None
     """responses of target and policy each that a verification on the way draws where prefixes are
     too many to be listed; None for 100, fewer of long ones"""
+    responses: Int | None = None
+    """responses drawn and scored, or looked up, at which the run ends; None for no limit"""
 
     def __post_init__(self) -> None:
+        if self.responses is not None:
+            responses = whole("responses", self.responses)
+            if not 1 <= responses < 2**63:
+                raise ValueError(f"responses must be in [1, 2**63), got {responses}")
+            object.__setattr__(self, "responses", responses)
         every = whole("log_every", self.log_every)
         for name, value in (*check_limits(self.steps, self.seconds).items(), ("log_every", every)):
             object.__setattr__(self, name, value)
@@ -53,8 +60,8 @@ class TrainConfig:
 
     @property
     def endless(self) -> bool:
-        """Whether it has neither limit."""
-        return self.steps is None and self.seconds is None
+        """Whether it has no limit."""
+        return self.steps is None and self.seconds is None and self.responses is None
 
 
 def check_limits(steps: Whole | None, seconds: Number | None) -> dict[str, Any]:

@@ -107,10 +107,11 @@ class Trainer:
     @property
     def progress(self) -> float:
         """Share of the run that is done: what schedules depend on."""
-        steps, seconds = self.config.steps, self.config.seconds
+        limits, drawn = self.config, self.reward_calls + self.looked_up
         return max(
-            0.0 if steps is None else self.step / max(steps, 1),
-            0.0 if seconds is None else self.seconds / max(seconds, 1e-9),
+            0.0 if limits.steps is None else self.step / max(limits.steps, 1),
+            0.0 if limits.seconds is None else self.seconds / max(limits.seconds, 1e-9),
+            0.0 if limits.responses is None else drawn / limits.responses,
         )
 
     @property

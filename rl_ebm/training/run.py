@@ -130,7 +130,7 @@ def train(
             load(run, policy=...), resume(run, policy=...).
         network: of a new policy: sizes of a Transformer or an MLP, or the name of a kind that needs
             no parts: "transformer", "mlp", "tabular", or yours (:mod:`rl_ebm.training.kinds`).
-        steps: gradient steps, at most; 60 seconds where neither is given, in ``config`` neither.
+        steps: gradient steps, at most; 60 seconds where there is no limit, in ``config`` neither.
         seconds: trained seconds, at most.
         seed: of the initial weights and of everything that is drawn.
         config: how often to log, verify and checkpoint; ``steps`` and ``seconds`` go first.

@@ -1,0 +1,112 @@
+r"""How many responses a step draws, where nobody says: enough that noise is not most of a gradient.
+
+The gradient g of a batch is its mean G and noise of variance N. Two batches in a row know nothing
+of each other, and hardly differ in their policy, so that they are the two halves of one:
+
+    cos(g, g') ~ |G|^2 / (|G|^2 + N)
+
+Below 1/2 noise dominates: the batch is smaller than the noise scale of McCandlish et al. 2018
+(arXiv 1812.06162), and the next steps draw twice as many, up to what a step can evaluate in about
+the time that it takes anyway. At the start a small batch will do; near the end, or where rewards
+have no structure, only large ones point anywhere. Adam divides by the size of the gradient, so that
+its rate need not follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from rl_ebm.ebm import EBM
+
+START = 32
+MOST = 4096
+EVERY = 10
+"""steps from one look to the next: a device is read at each"""
+KEPT = 0.7
+"""of the mean of the looks before, at each"""
+LOOKS = 3
+"""before the first growth"""
+DOMINATED = 0.5
+STATES = {"cpu": 2**12}
+"""states that a step evaluates, at most, by the kind of device;"""
+ELSEWHERE = 2**17
+"""on others. Responses that share their prefixes share those states: a space that has no more has
+batches of up to MOST"""
+
+
+def most_responses(ebm: EBM) -> int:
+    """Responses of a step that evaluate no more states than a device is given at a time."""
+    states = STATES.get(ebm.device.type, ELSEWHERE)
+    if ebm.num_prompts * ebm.space.num_states <= states:
+        return MOST
+    return min(MOST, max(START, states // ebm.space.max_length))
+
+
+class BatchSize:
+    """Responses of a step: as many as are asked for, or more and more of them.
+
+    Args:
+        asked: a fixed number; None for one that grows.
+        least: what a step needs, at least.
+        most: what it may have, at most; where that is below ``least``, it stays there.
+    """
+
+    def __init__(self, asked: int | None, least: int = 1, most: int = MOST) -> None:
+        self.grows, self.most = asked is None, most
+        self.now = max(min(START, most), least) if asked is None else asked
+        self.steps = self.looks = 0
+        self.cosine = 0.0
+        self.before = torch.empty(0)
+
+    def saw(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Look at the gradients of the step that was just made."""
+        if not self.grows or 2 * self.now > self.most:
+            return
+        self.steps += 1
+        if self.steps % EVERY > 1:
+            return
+        gradient = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+        if self.steps % EVERY == 0:
+            self.before = gradient
+        elif len(self.before):
+            scale = (self.before.norm() * gradient.norm()).clamp(min=1e-30)
+            self._look(float(self.before @ gradient / scale))
+            self.before = gradient[:0]
+
+    def _look(self, cosine: float) -> None:
+        self.cosine = cosine if self.looks == 0 else KEPT * self.cosine + (1 - KEPT) * cosine
+        self.looks += 1
+        if self.looks >= LOOKS and self.cosine < DOMINATED:
+            self.now *= 2
+            if self.cosine > 0:  # as it is with half of the noise
+                self.cosine = 2 * self.cosine / (1 + self.cosine)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its counts, its mean, and a gradient that waits for the next; empty of a fixed size."""
+        if not self.grows:
+            return {}
+        return {
+            "now": self.now,
+            "steps": self.steps,
+            "looks": self.looks,
+            "cosine": self.cosine,
+            "before": self.before.clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What :meth:`state_dict` tells.
+
+        Raises:
+            ValueError: numbers that it never has.
+        """
+        if not self.grows:
+            return
+        fits = 1 <= state["now"] <= max(self.now, self.most)
+        if not fits or min(state["steps"], state["looks"]) < 0 or not -2 < state["cosine"] < 2:
+            raise ValueError("the state of a growing batch has a size or counts that it never has")
+        self.now, self.steps, self.looks = state["now"], state["steps"], state["looks"]
+        self.cosine, self.before = state["cosine"], state["before"]
