@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,6 +128,36 @@ def test_by_default_agents_draw_more_as_they_learn(name: str) -> None:
     assert sizes[0] == START
     assert sizes == sorted(sizes)
     assert sizes[-1] > START
+
+
+@pytest.mark.parametrize("name", GROWING)
+@pytest.mark.parametrize("stop", [EVERY, 3 * EVERY + 4])
+def test_an_agent_goes_on_to_the_last_bit(name: str, stop: int) -> None:
+    """Also between the two steps of a look, and after the batch has grown."""
+    ebm, entry = _ebm(), AGENTS[name]
+
+    def made(seed: int) -> tuple[Any, Tabular, torch.Generator]:
+        torch.manual_seed(seed)
+        policy = Tabular(ebm.space, logits_are_values=entry.agent.logits_are_values)
+        generator = torch.Generator().manual_seed(seed)
+        return entry.agent(ebm, policy, entry.config(lr=0.05), generator), policy, generator
+
+    def run(agent: Any, steps: int) -> None:
+        for _ in range(steps):
+            agent.update(ebm.score(agent.sample()), 0.5)
+
+    whole, expected, _ = made(0)
+    run(whole, 6 * EVERY)
+    first, policy, generator = made(0)
+    run(first, stop)
+    rest, found, other = made(1)
+    found.load_state_dict(policy.state_dict())
+    other.set_state(generator.get_state())
+    rest.load_state_dict(first.state_dict())
+    run(rest, 6 * EVERY - stop)
+    assert rest.batch_size.now == whole.batch_size.now
+    for x, y in zip(found.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(x, y)
 
 
 def test_a_run_ends_after_so_many_responses(tmp_path: Path) -> None:
