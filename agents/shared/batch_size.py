@@ -22,9 +22,9 @@ from torch import nn
 
 from rl_ebm.ebm import EBM
 
-START = 32
-MOST = 4096
-EVERY = 10
+START = 64
+MOST = 2048
+EVERY = 5
 """steps from one look to the next: a device is read at each"""
 KEPT = 0.7
 """of the mean of the looks before, at each"""

@@ -37,8 +37,8 @@ class OffPolicyOptions:
     """Options of every agent that learns from anybody's responses."""
 
     batch_size: int | None = None
-    """new responses in a step; None for as many as the noise of the gradient asks for: 32, and
-    twice as many whenever it dominates, up to 4096
+    """new responses in a step; None for as many as the noise of the gradient asks for: 64, and
+    twice as many whenever it dominates, up to 2048
     (fewer where that is many states to evaluate)"""
     explore: float | int = 0.5
     """share of them drawn from the reference (uniform without one), the rest from the policy"""

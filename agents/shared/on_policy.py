@@ -37,8 +37,8 @@ class OnPolicyOptions:
     """Options of every agent that learns from its policy's own responses."""
 
     batch_size: int | None = None
-    """responses in a step; None for as many as the noise of the gradient asks for: 32, and twice as
-    many whenever it dominates, up to 4096
+    """responses in a step; None for as many as the noise of the gradient asks for: 64, and twice as
+    many whenever it dominates, up to 2048
     (fewer where that is many states to evaluate)"""
     group_size: int | None = None
     """responses that are compared with each other, to one prompt: a step has as many whole groups

@@ -12,6 +12,7 @@ environment: rows are stored as ``benchmarks/frameworks/results/EBM-FRAMEWORK.js
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from rl_ebm.studies.frameworks.rows import FrameworkError, Row
 from rl_ebm.studies.problems import problems
 
 HERE = Path(__file__).parent
+SHOWN = 5e-5
+"""accuracy that four digits show"""
 Line = dict[str, Any]
 
 
@@ -145,8 +148,8 @@ def table(lines: list[Line]) -> str:
     """The rows of one EBM: those with one limit on one line."""
     groups: dict[tuple[Any, ...], list[Line]] = {}
     for x in lines:
-        ends = tuple(_number(x[k]) for k in ("tv", "kl_target_fixed_point", "expected_reward",
-                                             "kl_reference"))  # fmt: skip
+        others = ("kl_target_fixed_point", "expected_reward", "kl_reference")
+        ends = (_known(x), *(_number(x[k]) for k in others))
         groups.setdefault((x["framework"], x["version"], x["name"], ends, _note(x)), []).append(x)
     rows = [
         "| framework | loss | options | TV | KL(p*, end) | E[R] | KL(end, reference) | |",
@@ -162,6 +165,13 @@ def table(lines: list[Line]) -> str:
 def _options(x: Line) -> str:
     told = ", ".join(f"{k}={v}" for k, v in x["options"].items()) or "none"
     return f"**{told}** (shipped)" if x["default"] else told
+
+
+def _known(x: Line) -> str:
+    """TV, and by how much it may be off where that shows."""
+    off = x.get("accuracy")
+    shown = off is not None and x["tv"] is not None and SHOWN <= float(off) < math.inf
+    return _number(x["tv"]) + (f" ± {float(off):.1g}" if shown else "")
 
 
 def _number(x: float | str | None) -> str:

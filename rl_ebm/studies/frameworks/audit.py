@@ -36,9 +36,12 @@ FRAMEWORKS: dict[str, tuple[Rows, ...]] = {
 """package to what makes its rows"""
 UNKNOWN: dict[str, Any] = {
     "degenerate": None, "is_target": None, **dict.fromkeys(ours.MEASURES), "other_roots": [],
-    "depends_on_sampler": None,
+    "depends_on_sampler": None, "accuracy": None,
 }  # fmt: skip
-KEYS = ("degenerate", "is_target", *ours.MEASURES, "how", "other_roots", "depends_on_sampler")
+KEYS = (
+    "degenerate", "is_target", *ours.MEASURES, "how", "other_roots", "depends_on_sampler",
+    "accuracy",
+)  # fmt: skip
 
 
 def audit_framework(
@@ -55,8 +58,9 @@ def audit_framework(
     Returns:
         a dict for each: ``framework``, ``version``, ``name`` (qualified, of what was called),
         ``options``, ``default`` (they are what the framework ships, beta apart), the keys of
-        :func:`rl_ebm.audit`, and, where the limit is not the EBM, ``instead``: ``name`` and
-        ``options`` of another row, and the ``sentence`` that says what to set.
+        :func:`rl_ebm.audit`, ``accuracy`` (total variation that the limit may be off by), and,
+        where the limit is not the EBM, ``instead``: ``name`` and ``options`` of another row, and
+        the ``sentence`` that says what to set.
 
     Raises:
         ValueError: another name; a framework that is not installed, too old, or changed inside.
