@@ -28,8 +28,13 @@ SMALL_BATCHES = (
 )
 """further runs with :data:`SMALL` responses a step: more steps, for rewards that generalise"""
 SMALL = 256
+BATCHES = {"policy-gradient": 4096}
+"""responses of a step, of the others 2,048"""
 Network = Literal["Transformer", "MLP"]
-NETWORKS = {"Transformer": TransformerConfig(), "MLP": MLPConfig()}
+NETWORKS: dict[Network, TransformerConfig | MLPConfig] = {
+    "Transformer": TransformerConfig(),
+    "MLP": MLPConfig(),
+}
 
 
 def trainer(
@@ -68,28 +73,34 @@ def contender(
     limit: float | None = None,
     batch: int | None = None,
     network: Network = "Transformer",
+    grows: bool = False,
 ) -> Contender:
-    """An agent with its default options.
+    """An agent with its default options, but for the size of its batch.
 
     Args:
         limit: seconds after which its learning rate is zero; None for those of the others.
-        batch: responses of a step; None for the default.
+        batch: responses of a step; None for the agent's default, or :data:`BATCHES` where that
+            grows.
         network: of the policy, in its default size.
+        grows: whether the batch grows by itself, as it does by default.
     """
     entry = AGENTS[name]
-    size = batch or getattr(entry.config(), "batch_size", None)
-    options = {} if batch is None else {"batch_size": batch}
-    step = "all prefixes" if size is None else f"{size} responses"
+    usual = getattr(entry.config(), "batch_size", 0)
+    size = batch or (BATCHES.get(name, 2048) if usual is None and not grows else usual)
+    options = {"batch_size": size} if size else {}
+    step = "all prefixes a step" if size == 0 else f"{size} responses a step"
+    step = "a batch that grows by itself" if grows else step
     return Contender(
         name=f"rl-ebm {name}"
         + ("" if network == "Transformer" else f" ({network})")
         + ("" if batch is None else f", {batch} responses")
+        + (", defaults" if grows else "")
         + ("" if limit is None else f", {limit:.0f} s"),
         package="rl-ebm",
         module="rl_ebm",
         extra=None,
         network=network,
-        settings=f"{'the defaults: ' if batch is None else ''}{step} a step, "
+        settings=f"{'the defaults: ' if grows or size == usual else ''}{step}, "
         f"learning rate {entry.config().lr:g}, by a cosine that ends at "
         f"{'the time limit' if limit is None else f'{limit:.0f} s'}",
         source=f"`rl_ebm.agents`, {entry.paper}",
@@ -115,6 +126,12 @@ CONTENDERS += tuple(contender(name, limit, SMALL) for name, limit in SMALL_BATCH
 CONTENDERS += tuple(
     contender(name, limit, batch, network)
     for name, batch in (("tree-backup", None), ("vargrad", 128))
-    for network in ("Transformer", "MLP")
+    for network in NETWORKS
+    for limit in (None, 20.0)
+)
+CONTENDERS += tuple(
+    contender(name, limit, network=network, grows=True)
+    for name in ("soft-q", "policy-gradient", "vargrad", "ppo")
+    for network in NETWORKS
     for limit in (None, 20.0)
 )

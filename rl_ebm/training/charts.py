@@ -30,8 +30,9 @@ def charts(who: str, batch: Batch, num_prompts: int) -> dict[str, Tensor]:
 
 
 def batch_charts(agent: Agent, batch: Batch, num_prompts: int) -> dict[str, Tensor]:
-    """Curves of what an agent has drawn: of all of it, and of the policy's own draws alone."""
+    """Curves of what an agent has drawn: how much, and of all of it and of the policy's alone."""
     found = charts("behaviour", batch, num_prompts)
+    found["charts/batch_size"] = torch.tensor(float(len(batch)))
     rows: slice | None = getattr(agent, "own_rows", None)
     if rows is None:
         return found
