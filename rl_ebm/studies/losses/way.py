@@ -52,15 +52,18 @@ def decided(flow: Field, start: Float[Tensor, "S A"], end: Limit) -> Limit:
     """
     start = start.masked_fill(torch.isneginf(flow.responses.start), 0.0)
     unit = float(direction(flow, start).value.abs().max())
-    if unit <= NOTHING or not end.settled or _alone(flow, start, end, unit):
+    if unit <= NOTHING or not end.settled:
         return end
+    again = _back(flow, start, end, unit)
+    if again is not None:  # a kink may have been on the way alone
+        return again if end.kink and not again.kink else end
     coarse, fine = (_followed(flow, start, length) for length in LENGTHS)
     accuracy = max(end.accuracy, float(tv(coarse.log_law, fine.log_law)) + fine.accuracy)
     return replace(fine, dead=end.dead, accuracy=accuracy, kink=end.kink, many=True)
 
 
-def _alone(flow: Field, start: Tensor, end: Limit, unit: float) -> bool:
-    """Whether a rest comes back when it is pushed aside.
+def _back(flow: Field, start: Tensor, end: Limit, unit: float) -> Limit | None:
+    """Where a rest comes to when it is pushed aside; None where that is not itself.
 
     Only what has moved is pushed: where a loss never looks there are rests beside each, and no way
     goes there.
@@ -70,22 +73,22 @@ def _alone(flow: Field, start: Tensor, end: Limit, unit: float) -> bool:
     moved = normalised(end.theta, r.start) - normalised(start, r.start)
     share = moved.masked_fill(~alive, 0.0).abs().clamp(max=1.0)
     if float(share.max()) <= NEAR:
-        return True
+        return end
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(share.shape, generator=generator, dtype=torch.float64)
     aside = end.theta.masked_fill(~alive, GONE) + ASIDE * noise * share
     away = float(tv(r.log_law(normalised(aside, r.start)), end.log_law))
-    for rest in (NEAR, REST):
+    for rest in (REST,) if end.kink else (NEAR, REST):
         try:
             again = rest_from(flow, aside, unit, rest)
         except LossError:
-            return False
+            return None
         off = float(tv(again.log_law, end.log_law))
         if again.settled and off <= BACK * away + end.accuracy + again.accuracy:
-            return True
+            return again
         if again.kink:
-            return False
-    return False
+            return None
+    return None
 
 
 def _followed(flow: Field, theta: Tensor, length: float) -> Limit:
