@@ -164,6 +164,8 @@ class TreeBackupAgent(GroupedAgent):
                 f"memory must hold the prefixes of two steps, {least}, got {self.config.memory}: "
                 "give more, or a smaller batch_size"
             )
+        room = (self.config.memory // 2 - prompts) // space.max_length
+        self.batch_size.most = min(self.batch_size.most, room)
         self.tree = SeenTree(prompts, space.vocab_size, self.config.memory, self.ebm.device)
         self.log_z = torch.zeros(prompts, dtype=torch.float64, device=self.ebm.device)
 

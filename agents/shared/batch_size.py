@@ -14,11 +14,13 @@ its rate need not follow.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from rl_ebm.ebm import EBM
 
@@ -31,6 +33,7 @@ KEPT = 0.7
 LOOKS = 3
 """before the first growth"""
 DOMINATED = 0.5
+COUNTS = ("now", "steps", "looks", "cosine")
 STATES = {"cpu": 2**12}
 """states that a step evaluates, at most, by the kind of device;"""
 ELSEWHERE = 2**17
@@ -52,11 +55,11 @@ class BatchSize:
     Args:
         asked: a fixed number; None for one that grows.
         least: what a step needs, at least.
-        most: what it may have, at most; where that is below ``least``, it stays there.
+        most: what it may grow to; where that is below ``least``, it stays there.
     """
 
     def __init__(self, asked: int | None, least: int = 1, most: int = MOST) -> None:
-        self.grows, self.most = asked is None, most
+        self.grows, self.least, self.most = asked is None, least, most
         self.now = max(min(START, most), least) if asked is None else asked
         self.steps = self.looks = 0
         self.cosine = 0.0
@@ -69,7 +72,7 @@ class BatchSize:
         self.steps += 1
         if self.steps % EVERY > 1:
             return
-        gradient = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+        gradient = torch.cat([_gradient(p) for p in parameters])
         if self.steps % EVERY == 0:
             self.before = gradient
         elif len(self.before):
@@ -78,6 +81,8 @@ class BatchSize:
             self.before = gradient[:0]
 
     def _look(self, cosine: float) -> None:
+        if not math.isfinite(cosine):  # the run says so, and stops
+            return
         self.cosine = cosine if self.looks == 0 else KEPT * self.cosine + (1 - KEPT) * cosine
         self.looks += 1
         if self.looks >= LOOKS and self.cosine < DOMINATED:
@@ -86,27 +91,38 @@ class BatchSize:
                 self.cosine = 2 * self.cosine / (1 + self.cosine)
 
     def state_dict(self) -> dict[str, Any]:
-        """Its counts, its mean, and a gradient that waits for the next; empty of a fixed size."""
+        """By its name: counts, mean, and a gradient that waits for the next; nothing if fixed."""
         if not self.grows:
             return {}
-        return {
-            "now": self.now,
-            "steps": self.steps,
-            "looks": self.looks,
-            "cosine": self.cosine,
-            "before": self.before.clone(),
-        }
+        state = {name: getattr(self, name) for name in COUNTS}
+        return {"batch_size": state | {"before": self.before.clone()}}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What :meth:`state_dict` tells.
+    def load_state_dict(self, state: dict[str, Any], parameters: Iterable[nn.Parameter]) -> None:
+        """What :meth:`state_dict` tells, of what is learned by these.
+
+        It may have grown on a device that is given more at a time than this one.
 
         Raises:
             ValueError: numbers that it never has.
         """
         if not self.grows:
             return
-        fits = 1 <= state["now"] <= max(self.now, self.most)
-        if not fits or min(state["steps"], state["looks"]) < 0 or not -2 < state["cosine"] < 2:
-            raise ValueError("the state of a growing batch has a size or counts that it never has")
-        self.now, self.steps, self.looks = state["now"], state["steps"], state["looks"]
-        self.cosine, self.before = state["cosine"], state["before"]
+        found = state["batch_size"]
+        before, count = found["before"], sum(p.numel() for p in parameters)
+        if not (
+            self.least <= found["now"] <= max(MOST, self.least)
+            and 0 <= found["looks"] <= found["steps"]
+            and -1.001 < found["cosine"] < 1.001
+            and len(before) in (0, count)
+            and bool(torch.isfinite(before).all())
+        ):
+            raise ValueError("the state of a growing batch has numbers that it never has")
+        for name in COUNTS:
+            setattr(self, name, found[name])
+        self.before = before
+
+
+def _gradient(parameter: nn.Parameter) -> Float[Tensor, "n"]:
+    """In float32; 0 where a step had none."""
+    found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return found.detach().flatten().float()

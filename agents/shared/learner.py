@@ -48,7 +48,13 @@ def check_batch_size(name: str, value: int) -> None:
 def check_group_size(group_size: int | None, batch_size: int | None) -> None:
     """Raise ValueError unless a batch holds a group, and a group two responses."""
     if batch_size is None:
-        batch_size = MOST
+        if group_size is not None and not 2 <= group_size <= MOST:
+            raise ValueError(
+                f"group_size must be in [2, {MOST}], what a batch grows to by itself, got "
+                f"{group_size}: each response is compared with the others of its group; None makes "
+                "one group of all responses to a prompt in the step"
+            )
+        return
     if batch_size < 2:
         raise ValueError(
             f"batch_size must be >= 2, got {batch_size}: responses to a prompt are compared, and "

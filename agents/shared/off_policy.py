@@ -37,8 +37,8 @@ class OffPolicyOptions:
     """Options of every agent that learns from anybody's responses."""
 
     batch_size: int | None = None
-    """new responses in a step; None for as many as the noise of the gradient asks for: 64, and
-    twice as many whenever it dominates, up to 2048
+    """new responses in a step; None for as many as the noise of the gradient asks for: 64 (a whole
+    group, where that is more), and twice as many whenever it dominates, up to 2048
     (fewer where that is many states to evaluate)"""
     explore: float | int = 0.5
     """share of them drawn from the reference (uniform without one), the rest from the policy"""
@@ -188,16 +188,19 @@ class OffPolicyAgent(BaseAgent, ABC):
         return root_values(self.policy, self.ebm) if self.logits_are_values else None
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {
-            "replay": self.replay.state_dict(),
-            "batch_size": self.batch_size.state_dict(),
-            "extra": [parameter.detach().clone() for parameter in self.extra],
-        }
+        return (
+            super().state_dict()
+            | self.batch_size.state_dict()
+            | {
+                "replay": self.replay.state_dict(),
+                "extra": [parameter.detach().clone() for parameter in self.extra],
+            }
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.replay.load_state_dict(state["replay"])
-        self.batch_size.load_state_dict(state["batch_size"])
+        self.batch_size.load_state_dict(state, self.learner.parameters)
         kept = torch.arange(len(self.replay), device=self.ebm.device)
         check_rows(self.replay.rows.take(kept), self.ebm.space, self.ebm.num_prompts)
         with torch.no_grad():

@@ -37,8 +37,8 @@ class OnPolicyOptions:
     """Options of every agent that learns from its policy's own responses."""
 
     batch_size: int | None = None
-    """responses in a step; None for as many as the noise of the gradient asks for: 64, and twice as
-    many whenever it dominates, up to 2048
+    """responses in a step; None for as many as the noise of the gradient asks for: 64 (a whole
+    group, where that is more), and twice as many whenever it dominates, up to 2048
     (fewer where that is many states to evaluate)"""
     group_size: int | None = None
     """responses that are compared with each other, to one prompt: a step has as many whole groups
@@ -129,11 +129,11 @@ class OnPolicyAgent(BaseAgent, ABC):
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"batch_size": self.batch_size.state_dict()}
+        return super().state_dict() | self.batch_size.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.batch_size.load_state_dict(state["batch_size"])
+        self.batch_size.load_state_dict(state, self.learner.parameters)
 
     def log_pi(self, batch: Batch) -> Float[Tensor, "B T"]:
         """log pi of the tokens, 0 past the end."""

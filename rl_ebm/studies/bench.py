@@ -81,7 +81,8 @@ class Plan:
         agents: names of :data:`rl_ebm.agents.AGENTS`.
         problems: what they distil.
         seeds: of the initial weights and of what is drawn.
-        calls: responses that each run may score.
+        calls: responses that each run may score; where its batch grows, with the step that
+            reaches them.
         seconds: after which a run ends though calls are left; None for no limit.
         network: sizes of the Transformer.
         options: of each agent, where they are not its defaults.
@@ -135,7 +136,8 @@ class Plan:
                 hint = "" if name in AGENTS else meant(name, self.agents)
                 raise ValueError(f"options are given for {name!r}, which takes no part{hint}")
         for name in self.agents:
-            size = getattr(self.config(name), "batch_size", 1) or START
+            options = vars(self.config(name))
+            size = options.get("batch_size", 1) or max(START, options.get("group_size") or 0)
             if size > self.calls:
                 raise ValueError(
                     f"calls={self.calls} is less than one step of {name}, which scores {size} "

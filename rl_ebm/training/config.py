@@ -9,6 +9,8 @@ from typing import Any
 from rl_ebm.messages.arguments import Int, Number, Whole, is_number, shown, whole
 from rl_ebm.statistics.interval import check_samples
 
+UNDRAWN = 4096
+"""responses that a step counts for where an agent draws none"""
 LOG_SECONDS = 10.0
 """after so long without a row of metrics the next step is logged"""
 
@@ -36,7 +38,8 @@ class TrainConfig:
     """responses of target and policy each that a verification on the way draws where prefixes are
     too many to be listed; None for 100, fewer of long ones"""
     responses: Int | None = None
-    """responses drawn and scored, or looked up, at which the run ends; None for no limit"""
+    """responses drawn and scored, or looked up, at which the run ends, with the step that reaches
+    them; an agent that draws none counts 4,096 a step. None for no limit"""
 
     def __post_init__(self) -> None:
         if self.responses is not None:

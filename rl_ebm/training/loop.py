@@ -23,7 +23,7 @@ from rl_ebm.files.tensors import holds, save_tensors
 from rl_ebm.training.board import Board
 from rl_ebm.training.charts import batch_charts, drawn_charts
 from rl_ebm.training.checkpoint import load_state, save_state
-from rl_ebm.training.config import LOG_SECONDS
+from rl_ebm.training.config import LOG_SECONDS, UNDRAWN
 from rl_ebm.training.config import TrainConfig as TrainConfig
 from rl_ebm.training.directory import cut_back, load_weights, remove_parts
 from rl_ebm.training.metrics_csv import MetricsFile
@@ -84,7 +84,7 @@ class Trainer:
         progress: bool | None = None,
     ) -> None:
         if config.endless:
-            raise ValueError("a run needs an end: give steps or seconds to the TrainConfig")
+            raise ValueError("a run needs an end: give its TrainConfig steps, seconds or responses")
         self.ebm, self.agent, self.generator, self.config = ebm, agent, generator, config
         self.solution, self.run, self.description = solution, run, description
         self.progress_bar = progress
@@ -107,7 +107,8 @@ class Trainer:
     @property
     def progress(self) -> float:
         """Share of the run that is done: what schedules depend on."""
-        limits, drawn = self.config, self.reward_calls + self.looked_up
+        limits = self.config
+        drawn = self.reward_calls + self.looked_up or UNDRAWN * self.step
         return max(
             0.0 if limits.steps is None else self.step / max(limits.steps, 1),
             0.0 if limits.seconds is None else self.seconds / max(limits.seconds, 1e-9),
@@ -207,9 +208,9 @@ class Trainer:
             batch, asked = scored(self.agent, self.ebm, batch)
             self.reward_calls += asked
             self.looked_up += len(batch) - asked
-            metrics = self.agent.update(batch, self.progress)
+            charts = batch_charts(self.agent, batch, self.ebm.num_prompts)
+            metrics = self.agent.update(batch, self.progress) | charts
             self.tokens += batch.lengths.sum()
-            metrics |= batch_charts(self.agent, batch, self.ebm.num_prompts)
         self.step += 1
         bad = ~torch.isfinite(metrics["losses/loss"] + metrics["losses/grad_norm"])
         self.first_bad = torch.where((self.first_bad < 0) & bad, self.step, self.first_bad)

@@ -321,7 +321,7 @@ def resume(
             check_asked(description, policy, run, "resume")
             ebm = rebuild_ebm(description["ebm"], run, reward, reference).to(device)
             if extended:
-                description["train"] |= limits
+                description["train"] |= limits | {"responses": None}
             trainer = _trainer(ebm, description, run, progress, policy)
         trainer.resume()
         if trainer.finished and trainer.complete:

@@ -96,16 +96,47 @@ def test_it_goes_on_from_its_state(stop: int) -> None:
         weights.grad = gradient
         whole.saw([weights])
         if i == stop:
-            rest.load_state_dict(first.state_dict())
+            rest.load_state_dict(first.state_dict(), [weights])
         (first if i < stop else rest).saw([weights])
     assert rest.now == whole.now > START
     assert rest.cosine == whole.cosine
 
 
-@pytest.mark.parametrize("wrong", [{"now": 0}, {"now": 2**20}, {"steps": -1}, {"cosine": 7.0}])
-def test_a_state_that_it_never_has_is_refused(wrong: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"now": 0},
+        {"now": 2**20},
+        {"steps": -1},
+        {"looks": 5},
+        {"cosine": 7.0},
+        {"before": torch.ones(3)},
+        {"before": torch.tensor([float("nan")])},
+    ],
+)
+def test_a_state_that_it_never_has_is_refused(wrong: dict[str, Any]) -> None:
+    state = BatchSize(None).state_dict()["batch_size"] | wrong
     with pytest.raises(ValueError, match="growing batch"):
-        BatchSize(None).load_state_dict(BatchSize(None).state_dict() | wrong)
+        BatchSize(None).load_state_dict({"batch_size": state}, [nn.Parameter(torch.zeros(1))])
+
+
+def test_what_grew_where_more_fits_stays_as_it_is() -> None:
+    state = BatchSize(None).state_dict()["batch_size"] | {"now": 1024}
+    small = BatchSize(None, most=256)
+    small.load_state_dict({"batch_size": state}, [])
+    assert small.now == 1024
+
+
+def test_parameters_without_a_gradient_count_as_zero() -> None:
+    """As of experts, of which each step has others."""
+    a, b = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(5, dtype=torch.float64))
+    sizes = BatchSize(None)
+    for step in range(1, EVERY * LOOKS + 2):
+        a.grad, b.grad = (torch.ones(3), None) if step % 2 else (None, torch.ones(5).double())
+        sizes.saw([a, b])
+    assert sizes.looks == LOOKS
+    assert sizes.cosine == 0
+    assert sizes.now == 2 * START
 
 
 def _ebm(seed: int = 0) -> EBM:
@@ -158,6 +189,35 @@ def test_an_agent_goes_on_to_the_last_bit(name: str, stop: int) -> None:
     assert rest.batch_size.now == whole.batch_size.now
     for x, y in zip(found.parameters(), expected.parameters(), strict=True):
         assert torch.equal(x, y)
+
+
+def test_the_curves_are_of_what_was_drawn(tmp_path: Path) -> None:
+    """Also of the step after which the batch grows: its first half is the explorer's."""
+    run, config = tmp_path / "run", TrainConfig(steps=200, log_every=1, eval_every=1e9)
+    rl_ebm.train(_ebm(), "vargrad", run, network="tabular", config=config, progress=False)
+    rows = [row for row in read_csv(run) if row["charts/batch_size"]]
+    assert len({row["charts/batch_size"] for row in rows}) > 1
+    assert all(float(row["charts/episodic_length"]) == 3 for row in rows)
+
+
+def test_a_run_of_responses_goes_on_with_steps(tmp_path: Path) -> None:
+    run, config = tmp_path / "run", TrainConfig(responses=300)
+    rl_ebm.train(_ebm(), "vargrad", run, network="tabular", config=config, progress=False)
+    assert not rl_ebm.resume(run)[2]
+    assert rl_ebm.resume(run, steps=40)[2]
+
+
+def test_an_agent_that_draws_nothing_ends_as_well() -> None:
+    config = TrainConfig(responses=3 * 4096)
+    policy, _ = rl_ebm.train(_ebm(), "exact", network="tabular", config=config, progress=False)
+    assert policy is not None
+
+
+def test_a_tree_keeps_its_memory() -> None:
+    ebm, entry = _ebm(), AGENTS["tree-backup"]
+    options = entry.config(batch_size=None, memory=2 * (1 + 64 * 3))
+    agent = entry.agent(ebm, Tabular(ebm.space), options, torch.Generator())
+    assert agent.batch_size.most == 64
 
 
 def test_a_run_ends_after_so_many_responses(tmp_path: Path) -> None:

@@ -185,7 +185,10 @@ def test_it_samples_its_own_policy_in_groups_that_share_a_prompt():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"group_size": 1}, r"group_size must be in \[2, batch_size=2048\], got 1"),
+        (
+            {"group_size": 1},
+            r"group_size must be in \[2, 2048\], what a batch grows to by itself, got 1",
+        ),
         ({"group_size": 9, "batch_size": 8}, r"group_size must be in \[2, batch_size=8\], got 9"),
         ({"baseline": "none", "advantage": "group-std"}, "use advantage='none'"),
         ({"baseline": "mean"}, "baseline must be one of leave-one-out, group-mean, none"),

@@ -163,7 +163,7 @@ WORDS = {
     "log_prob of a list": "tokens must be a tensor of integers of shape (B, T), got list",
     "sample(-1)": "n must be an integer in [0, 2147483648], got -1",
     "sample(2.5)": "n must be an integer in [0, 2147483648], got 2.5",
-    "no end": "a run needs an end: give steps or seconds to the TrainConfig",
+    "no end": "a run needs an end: give its TrainConfig steps, seconds or responses",
     "steps=2.5": "steps must be an integer, got 2.5",
     "steps=True": "steps must be an integer, got True",
     "seconds=nan": "seconds must be a finite number >= 0, got nan",
