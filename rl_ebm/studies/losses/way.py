@@ -24,15 +24,15 @@ from rl_ebm.studies.losses.responses import normalised
 
 ASIDE = 1e-2
 """nats that a rest is pushed, and"""
-BACK = 0.1
+BACK = 1e-3
 """of the way that it may stay off, of a rest that is alone"""
 NEAR = 1e-5
-"""of the size of D at the start, where it has come back or never will; then"""
+"""nats that have not moved"""
 LENGTHS = (4e-2, 2e-2)
 """nats of a step of the flow, at the rate of its first, that its error does not shorten"""
 ERROR = 1e-3
 """the same, of its error otherwise"""
-STEPS = 6000
+STEPS = 5000
 """of those, at most; fewer where they cost more:"""
 WORK = 100_000_000
 """rows that the loss is given in them"""
@@ -40,6 +40,8 @@ WINDOW = 200
 """steps whose mean law is looked at; it has ended where it is no more to go than"""
 ENDED = 1e-5
 """in total variation"""
+SLOW = 1e-6
+"""of the size of D at the start, where a flow without kinks has ended"""
 NOTHING = 1e-11
 """D of a start that is at rest"""
 
@@ -58,7 +60,10 @@ def decided(flow: Field, start: Float[Tensor, "S A"], end: Limit) -> Limit:
     if again is not None:  # a kink may have been on the way alone
         return again if end.kink and not again.kink else end
     coarse, fine = (_followed(flow, start, length) for length in LENGTHS)
-    accuracy = max(end.accuracy, float(tv(coarse.log_law, fine.log_law)) + fine.accuracy)
+    off = float(tv(coarse.log_law, fine.log_law)) + fine.accuracy
+    if not end.kink and direction(flow, fine.theta).size > SLOW * unit:
+        off = 1.0  # it may creep on for long
+    accuracy = min(1.0, max(end.accuracy, off))
     return replace(fine, dead=end.dead, accuracy=accuracy, kink=end.kink, many=True)
 
 
@@ -78,17 +83,13 @@ def _back(flow: Field, start: Tensor, end: Limit, unit: float) -> Limit | None:
     noise = torch.randn(share.shape, generator=generator, dtype=torch.float64)
     aside = end.theta.masked_fill(~alive, GONE) + ASIDE * noise * share
     away = float(tv(r.log_law(normalised(aside, r.start)), end.log_law))
-    for rest in (REST,) if end.kink else (NEAR, REST):
-        try:
-            again = rest_from(flow, aside, unit, rest)
-        except LossError:
-            return None
-        off = float(tv(again.log_law, end.log_law))
-        if again.settled and off <= BACK * away + end.accuracy + again.accuracy:
-            return again
-        if again.kink:
-            return None
-    return None
+    try:
+        again = rest_from(flow, aside, unit, REST)
+    except LossError:
+        return None
+    off = float(tv(again.log_law, end.log_law))
+    back = again.settled and off <= BACK * away + end.accuracy + again.accuracy
+    return again if back else None
 
 
 def _followed(flow: Field, theta: Tensor, length: float) -> Limit:
@@ -104,18 +105,20 @@ def _followed(flow: Field, theta: Tensor, length: float) -> Limit:
 
     first = f(theta)
     h = shortest = length / max(float(first.abs().max()), 1e-300)
-    laws: list[Tensor] = []
+    time, seen = 0.0, [(0.0, r.log_law(normalised(theta, r.start)))]
     left = 1.0
-    for _ in range(max(3, min(STEPS, WORK // (3 * flow.cost)) // WINDOW)):
+    for _ in range(max(4, min(STEPS, WORK // (3 * flow.cost)) // WINDOW)):
         mean = torch.zeros(len(r.reward), dtype=torch.float64)
         for _ in range(WINDOW):
-            theta, first, h = _one_step(f, theta, first, h, shortest, ERROR * length)
+            theta, first, taken, h = _one_step(f, theta, first, h, shortest, ERROR * length)
+            time += taken
             mean += r.log_law(normalised(theta, r.start)).exp() / WINDOW
-        laws.append(mean.log())
-        left = _to_go(laws)
+        seen.append((time, mean.log()))
+        left = 0.0 if not bool(first.any()) else _to_go(seen)
         if left <= ENDED:
             break
-    return Limit(theta, laws[-1], torch.zeros_like(theta, dtype=torch.bool), left)
+    law = r.log_law(normalised(theta, r.start)) if left == 0.0 else seen[-1][1]
+    return Limit(theta, law, torch.zeros_like(theta, dtype=torch.bool), left)
 
 
 def _one_step(
@@ -125,8 +128,8 @@ def _one_step(
     h: float,
     shortest: float,
     allowed: float,
-) -> tuple[Tensor, Tensor, float]:
-    """Where it leads, f there, and the length of the next."""
+) -> tuple[Tensor, Tensor, float, float]:
+    """Where it leads, f there, its length and that of the next."""
     while True:
         new, errors, last = step(f, theta, first, h)
         error = float(errors.abs().max())
@@ -134,16 +137,19 @@ def _one_step(
             break
         h = max(shortest, h / 4)
     if not math.isfinite(error):  # the loss fails there
-        return theta, first, h
+        return theta, first, 0.0, h
     longer = 0.9 * (allowed / max(error, 1e-300)) ** (1 / 3)
-    return new, last, max(shortest, h * min(2.0, max(0.5, longer)))
+    return new, last, h, max(shortest, h * min(2.0, max(0.5, longer)))
 
 
-def _to_go(laws: list[Tensor]) -> float:
-    """How far a law is from its end, of which windows come nearer by one ratio each."""
-    if len(laws) < 3:
-        return 1.0
-    before, now = (float(tv(x, y)) for x, y in zip(laws[-3:], laws[-2:], strict=False))
-    if now < 0.9 * before:
-        return now * max(1.0, now / (before - now))
-    return max(10 * now, float(tv(laws[len(laws) // 2], laws[-1])) if now > ENDED / 10 else 0.0)
+def _to_go(seen: list[tuple[float, Tensor]]) -> float:
+    """How far a law still is from its end: as far as it came in the last half of the time.
+
+    It comes less far in the next, as long, where that was less than in the quarter before.
+    """
+    time, law = seen[-1]
+    half, quarter = (
+        next(x for t, x in reversed(seen) if t <= share * time) for share in (0.5, 0.25)
+    )
+    before, now = float(tv(quarter, half)), float(tv(half, law))
+    return 2 * now if now < before / 2 else 1.0
