@@ -94,7 +94,7 @@ class BatchSize:
         """By its name: counts, mean, and a gradient that waits for the next; nothing if fixed."""
         if not self.grows:
             return {}
-        state = {name: getattr(self, name) for name in COUNTS}
+        state = {name: vars(self)[name] for name in COUNTS}
         return {"batch_size": state | {"before": self.before.clone()}}
 
     def load_state_dict(self, state: dict[str, Any], parameters: Iterable[nn.Parameter]) -> None:
