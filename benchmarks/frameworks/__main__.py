@@ -64,8 +64,8 @@ EBMS = {
     ),
     "large": Asked(
         "A = 8, T = 4, beta 1: `random`, uniform reference; without the losses of pairs and "
-        "torchrl's SFTLoss, each of which takes minutes there; of verl's distillation k1 and k3 in the "
-        "reward alone are done",
+        "torchrl's SFTLoss, each of which takes minutes there; of verl's distillation k1 and k3 in "
+        "the reward alone are done",
         lambda: make_task("random", vocab_size=8, max_length=4, beta=1.0, reference="uniform"),
         lambda row: row.kind != "preference" and not row.name.endswith("SFTLoss"),
     ),
