@@ -147,3 +147,20 @@ def _case(loss: Callable[..., Tensor]) -> Case:
     what = asked(loss, "preference", "centred", None, None, 1, None, Pairs("higher"))
     (case,) = cases_of(what, _solution())
     return case
+
+
+def _steep(student: Tensor, *_: Tensor) -> Tensor:
+    """Convex; least where the first difference is 1 and the second 2."""
+    first, second = (student[:, t, 1] - student[:, t, 0] for t in (0, 1))
+    return (30 * (first - 1).abs() + (second - 2).square()).mean()
+
+
+@pytest.mark.slow
+def test_what_slides_slowly_beside_a_steep_kink_gets_to_its_end() -> None:
+    found = audit_loss(_steep, _solution(), "distillation", sampler="teacher", beyond=False)
+    logits = torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, 2.0]], dtype=torch.float64)
+    log_pi = logits.log_softmax(-1)
+    expected = (log_pi[0][:, None] + log_pi[1:]).flatten()
+    assert found.log_laws is not None
+    assert found.accuracy < 1e-4
+    assert float(tv(found.log_laws[0], expected)) <= found.accuracy
