@@ -76,7 +76,7 @@ WINDOW = 100
 """and then twice as many moves by no more than this share of the length"""
 STAYS = 0.02
 """in total variation, or after so many means"""
-WINDOWS = 6
+WINDOWS = 7
 
 
 @runtime_checkable
