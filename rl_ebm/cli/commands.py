@@ -71,7 +71,7 @@ def run_train(args: Sequence[str]) -> int:
         raise ValueError("say where the run goes: --out FOLDER (or --resume RUN)")
     ebm, source = a.target.make()
     ebm = ebm.to(device_of_flag(a.device))
-    limits = not (a.steps is a.seconds is a.responses is None)
+    limits = (a.steps, a.seconds, a.responses) != (None, None, None)
     _, report = train(
         ebm,
         a.agent,

@@ -40,7 +40,7 @@ from rl_ebm.statistics.interval import check_samples
 from rl_ebm.studies.bench_rows import RANKED, RESULTS, Rows, bracket, looks, samples_of, write_rows
 from rl_ebm.studies.seeds import between
 from rl_ebm.training.checkpoint import outline
-from rl_ebm.training.config import TrainConfig
+from rl_ebm.training.config import UNDRAWN, TrainConfig
 from rl_ebm.training.directory import CONFIG, METRICS, SCORES, STATE, describe_ebm, read_config
 from rl_ebm.training.loop import MAX_EVALUATED, NonFiniteError, looks_at_all
 from rl_ebm.training.run import resume, train
@@ -151,9 +151,9 @@ class Plan:
     def steps(self, agent: str) -> int | None:
         """Gradient steps that the calls allow; None where the batch grows, and responses count.
 
-        An agent that draws nothing takes as many as one of 4,096 responses a step.
+        An agent that draws nothing takes as many as one of :data:`UNDRAWN` responses a step.
         """
-        size = getattr(self.config(agent), "batch_size", 4096)
+        size = getattr(self.config(agent), "batch_size", UNDRAWN)
         return None if size is None else max(1, self.calls // size)
 
     def training(self, agent: str, ebm: EBM) -> TrainConfig:
