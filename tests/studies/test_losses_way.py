@@ -101,8 +101,8 @@ def test_along_kinks_it_goes_on_to_the_end() -> None:
     found = audit_loss(_plain_hinge, _solution(), "preference", beyond=False)
     assert found.log_laws is not None
     assert found.how == "flow, along a kink"
-    assert found.accuracy < 1e-3
-    assert float(tv(found.log_laws[0], _least_hinge())) <= found.accuracy
+    assert found.accuracy < 1e-7
+    assert float(tv(found.log_laws[0], _least_hinge())) <= found.accuracy + 1e-9
 
 
 def _only_first(x: Tensor, old: Tensor, ref: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ from rl_ebm.studies.audit import MEASURES, any_of, is_target, measures
 from rl_ebm.studies.losses import beyond as further
 from rl_ebm.studies.losses.advantages import Advantages
 from rl_ebm.studies.losses.cases import Asked, Case, Kind, asked, cases_of, ended, sizes_of
-from rl_ebm.studies.losses.limit import Limit
+from rl_ebm.studies.losses.flow import Limit
 from rl_ebm.studies.losses.preference import Pairs
 
 SURVIVORS = 5

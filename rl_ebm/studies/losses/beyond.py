@@ -15,8 +15,8 @@ from rl_ebm.divergences import tv
 from rl_ebm.statistics.expectations import certain
 from rl_ebm.statistics.interval import Interval, average
 from rl_ebm.studies.losses.cases import SLOW, Case, ended
+from rl_ebm.studies.losses.flow import GONE, Limit, direction
 from rl_ebm.studies.losses.kinds import AnyFlow, in_units
-from rl_ebm.studies.losses.limit import GONE, Limit, direction
 from rl_ebm.studies.losses.measures import (
     favoured,
     norm,

@@ -17,6 +17,7 @@ from rl_ebm.policies import Policy
 from rl_ebm.policies.scoring import tree_q_values
 from rl_ebm.soft_bellman import q_from_r
 from rl_ebm.studies.losses.advantages import Advantages, advantages_of
+from rl_ebm.studies.losses.flow import Limit, direction
 from rl_ebm.studies.losses.kinds import (
     AnyFlow,
     distillation_flow,
@@ -24,7 +25,7 @@ from rl_ebm.studies.losses.kinds import (
     policy_gradient_flow,
     preference_flow,
 )
-from rl_ebm.studies.losses.limit import FLOW_STEPS, Limit, direction, limit_from
+from rl_ebm.studies.losses.limit import FLOW_STEPS, limit_from
 from rl_ebm.studies.losses.policy_gradient import LOWEST, PolicyGradient
 from rl_ebm.studies.losses.preference import Pairs
 from rl_ebm.studies.losses.responses import Responses, normalised, responses_of

@@ -70,6 +70,9 @@ class Distillation:
     def rest_near(self, theta: Tensor, rest: float) -> None:
         """The steps of :mod:`rl_ebm.studies.losses.limit` get there."""
 
+    def rest_on_kinks(self, theta: Tensor) -> None:
+        """Those of :mod:`rl_ebm.studies.losses.slide` do."""
+
     def field(self, theta: Float[Tensor, "S A"]) -> tuple[Tensor, Tensor]:
         """Expected gradient by theta, and the mass of each action under who draws."""
         found, log_mu = self.weights(theta)

@@ -21,18 +21,17 @@ accuracy is dead as well. Where no step is short enough, it slides along a kink,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from dataclasses import replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from rl_ebm.divergences import tv
-from rl_ebm.soft_bellman import log_policy
 from rl_ebm.studies.losses.contract import LossError
-from rl_ebm.studies.losses.responses import Responses, normalised
+from rl_ebm.studies.losses.flow import FAR, GONE, Direction, Field, Limit, direction, finished, step
+from rl_ebm.studies.losses.responses import normalised
+from rl_ebm.studies.losses.slide import slide
 
 FLOW_STEPS = 150
 """steps of the flow itself, at most, and"""
@@ -48,10 +47,6 @@ MIXED = 60
 """evaluations and"""
 MEMORY = 8
 """of them mixed"""
-FAR = 2.0
-"""most that a logit moves in a step"""
-GONE = -40.0
-"""log pi below which an action that is pushed down is dead, and a state is not visited"""
 REST = 1e-12
 """of the size of D at the start, what rounding leaves of it"""
 PLAIN = 1e-3
@@ -70,126 +65,6 @@ UNSEEN = 1e-8
 """in total variation"""
 ROUGH_REST = 1e-5
 """in a loss that leaves float64"""
-LENGTHS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
-"""nats of a step along a kink, each until the mean of so many steps"""
-WINDOW = 100
-"""and then twice as many moves by no more than this share of the length"""
-STAYS = 0.02
-"""in total variation, or after so many means"""
-WINDOWS = 7
-
-
-@runtime_checkable
-class Field(Protocol):
-    """An expected gradient, and how often each action is drawn."""
-
-    @property
-    def responses(self) -> Responses: ...
-
-    @property
-    def cost(self) -> int:
-        """Rows that the loss is given for one field."""
-
-    def rest_near(self, theta: Tensor, rest: float) -> Tensor | None:
-        """Logits at rest, by a method of the kind's own; None where it has none, or it fails."""
-
-    def field(self, theta: Tensor) -> tuple[Tensor, Tensor]: ...
-
-
-@dataclass(frozen=True)
-class Limit:
-    """Where a flow ends.
-
-    Attributes:
-        theta: the logits there, -inf of what is dead.
-        log_law: of every response that the reference allows.
-        dead: actions that states which are visited have lost.
-        accuracy: in total variation; inf where it did not settle.
-        kink: whether it slides along one.
-        faint: whether what is dead may be alive, and too rare for float64.
-        many: whether there are rests beside it, and the way decided.
-    """
-
-    theta: Float[Tensor, "S A"]
-    log_law: Float[Tensor, "N"]
-    dead: Bool[Tensor, "S A"]
-    accuracy: float
-    kink: bool = False
-    faint: bool = False
-    many: bool = False
-
-    @property
-    def settled(self) -> bool:
-        return math.isfinite(self.accuracy)
-
-
-@dataclass(frozen=True)
-class Direction:
-    """D, and what counts of it, at one point."""
-
-    value: Float[Tensor, "S A"]
-    alive: Bool[Tensor, "S A"]
-    """actions that a rest needs at rest: of states that are visited, and not dead"""
-    lost: Bool[Tensor, "S A"]
-    """dead actions of states that are visited"""
-
-    @property
-    def size(self) -> float:
-        return self.size_of(self.alive)
-
-    def size_of(self, which: Bool[Tensor, "S A"]) -> float:
-        """Largest entry of these."""
-        rest = self.value.abs()[which]
-        return float(rest.max()) if len(rest) else 0.0
-
-    def left(self, r: Responses) -> Direction:
-        """Without the states to which only dead actions lead."""
-        lost = r.at_tokens(self.lost.double()).cumsum(1).roll(1, 1) > 0
-        lost[:, 0] = False
-        reached = torch.zeros(len(self.lost), dtype=torch.bool)
-        reached[r.states[r.mask & ~lost]] = True
-        return Direction(self.value, self.alive & reached[:, None], self.lost)
-
-
-def direction(flow: Field, theta: Tensor) -> Direction:
-    """D at a point: the mass is the mean of what is drawn and what the policy would draw there."""
-    r = flow.responses
-    allowed = ~torch.isneginf(r.start)
-    gradient, mass = flow.field(theta)
-    log_pi = normalised(theta, r.start)
-    units = (mass + mass.sum(1, keepdim=True) * log_pi.exp()) / 2
-    value = (-gradient / units.clamp(min=1e-290)).masked_fill(~allowed | (units <= 1e-290), 0.0)
-    visited = mass.sum(1, keepdim=True).log() > GONE
-    mean = (log_pi.exp() * value).sum(1, keepdim=True)
-    lost = allowed & visited & (log_pi < GONE) & (value < mean)
-    alive = allowed & visited & ~lost
-    # A common number at each state moves no law. Only a loss that reads logits has a say in it.
-    law = log_pi.masked_fill(~alive, -torch.inf)
-    level = (log_policy(law).exp() * value).sum(1, keepdim=True)
-    free = gradient.sum(1, keepdim=True).abs() <= 1e-9 * gradient.abs().sum(1, keepdim=True)
-    value = torch.where(free & allowed, value - level, value)
-    return Direction(value, alive, lost)
-
-
-def step(
-    f: Callable[[Tensor], Tensor], theta: Tensor, first: Tensor, h: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of order 3, no logit by more than :data:`FAR`; its error, and f at its end.
-
-    A trial that leaves float64, or what the loss can take, has an infinite error.
-    """
-
-    def moved(slope: Tensor) -> Tensor:
-        return theta + slope.clamp(-FAR, FAR)
-
-    try:
-        second = f(moved(h / 2 * first))
-        third = f(moved(h * 3 / 4 * second))
-        new = moved(h / 9 * (2 * first + 3 * second + 4 * third))
-        last = f(new)
-    except LossError:
-        return theta, torch.full_like(theta, torch.inf), first
-    return new, h / 72 * (-5 * first + 6 * second + 8 * third - 9 * last), last
 
 
 def _plain_flow(flow: Field, theta: Tensor, unit: float, steps: int) -> Tensor:
@@ -233,14 +108,22 @@ def limit_from(
     unit = float(begin.value.abs().max())
     rest = ROUGH_REST if rough else REST
     if unit <= 1e-11:
-        return _finished(flow, theta, begin, unit)
+        return finished(flow, theta, begin, unit)
     theta = _plain_flow(flow, theta, unit, plain)
+    return rest_at_once(flow, theta, unit, rest) or rest_from(flow, theta, unit, rest)
+
+
+def rest_at_once(flow: Field, theta: Tensor, unit: float, rest: float) -> Limit | None:
+    """A rest by a method of the kind's own: a smooth one, or where kinks meet; None if it fails."""
     near = flow.rest_near(theta, rest * min(unit, 1.0))
     if near is not None:
         now = direction(flow, near)
-        if now.size <= 1e3 * rest * unit:
-            return _finished(flow, near, now, now.size, unit)
-    return rest_from(flow, theta, unit, rest)
+        return finished(flow, near, now, now.size, unit) if now.size <= 1e3 * rest * unit else None
+    found = flow.rest_on_kinks(theta)
+    if found is None:
+        return None
+    end = finished(flow, found[0], direction(flow, found[0]), 0.0)
+    return replace(end, accuracy=found[1], kink=True)
 
 
 def rest_from(flow: Field, theta: Tensor, unit: float, rest: float, bury: bool = True) -> Limit:
@@ -258,7 +141,7 @@ def rest_from(flow: Field, theta: Tensor, unit: float, rest: float, bury: bool =
         if i >= PATIENCE and bool(now.lost.any()):
             size = now.left(flow.responses).size
         if size <= rest * unit or (i >= LONG and size <= STALLED * unit):
-            return _finished(flow, theta, now, size, unit)
+            return finished(flow, theta, now, size, unit)
         if bury and i % PATIENCE == PATIENCE - 1:
             end = None
             if size > before / 2:
@@ -270,7 +153,7 @@ def rest_from(flow: Field, theta: Tensor, unit: float, rest: float, bury: bool =
             helped = max(i + HELPED, i * 5 // 4)
             found = _accelerated(flow, theta, now, h / 2, rest * unit)
             if found is not None:
-                return _finished(flow, *found, rest * unit, unit)
+                return finished(flow, *found, rest * unit, unit)
         counts = now.alive & ~(now.value < -1e3 * unit)
         h = min(h, 1.0 / max(float(now.value[counts].abs().max()), 1e-300)) if counts.any() else h
         for _ in range(40):
@@ -282,14 +165,14 @@ def rest_from(flow: Field, theta: Tensor, unit: float, rest: float, bury: bool =
             h *= max(0.2, 0.8 * (allowed / error) ** 0.5) if math.isfinite(error) else 0.2
         else:
             if size <= STALLED * unit:
-                return _finished(flow, theta, now, size, unit)
-            return _slide(flow, theta)
+                return finished(flow, theta, now, size, unit)
+            return slide(flow, theta)
         if h * size < 1e-9 * min(unit, 1.0) and size > 1e-6 * unit:
-            return _slide(flow, theta)
+            return slide(flow, theta)
         theta, now = new, seen[-1]  # the last that was looked at is the end of the step
         h *= min(3.0, 0.8 * (allowed / max(error, 1e-300)) ** 0.5)
     if now.size <= 1e-6 * unit:
-        return _finished(flow, theta, now, now.size, unit)
+        return finished(flow, theta, now, now.size, unit)
     log_law = flow.responses.log_law(normalised(theta, flow.responses.start))
     return _faded(flow, theta, now, unit) or Limit(theta, log_law, now.lost, math.inf)
 
@@ -306,7 +189,7 @@ def _faded(flow: Field, theta: Tensor, now: Direction, unit: float) -> Limit | N
     left = replace(now, lost=now.lost | fading, alive=now.alive & ~fading).left(r)
     if not bool(fading.any()) or left.size > STALLED * unit:
         return None
-    end = _finished(flow, theta, left, left.size, unit)
+    end = finished(flow, theta, left, left.size, unit)
     moved = float(tv(end.log_law, r.log_law(log_pi)))
     if moved > UNSEEN:
         return None
@@ -365,36 +248,3 @@ def _accelerated(
         if now.size <= rest:
             return theta, now
     return None
-
-
-def _slide(flow: Field, theta: Tensor) -> Limit:
-    """Along a kink: steps of one length, by what moves most, until their mean stays; then shorter.
-
-    What slides slowly moves a mean of twice as many steps twice as far: it stays if that is less.
-    """
-    r, theta, left = flow.responses, theta.clone(), 0.0
-    laws = [r.log_law(normalised(theta, r.start))]
-    for length in LENGTHS:
-        laws, moved, left = [*laws, laws[-1]], math.inf, 1.0
-        for k in range(WINDOWS):
-            mean = torch.zeros_like(theta)
-            for _ in range(WINDOW << k):
-                now = direction(flow, theta)
-                theta += length * (now.value / max(now.size, 1e-300)).clamp(-1, 1)
-                mean += theta
-            before, laws[-1] = laws[-1], r.log_law(normalised(mean / (WINDOW << k), r.start))
-            further, moved = moved, float(tv(before, laws[-1]))
-            left = moved if moved < 0.7 * further else 1.0
-            if left <= STAYS * length:
-                break
-        theta = mean / (WINDOW << k)
-    end = _finished(flow, theta, direction(flow, theta), 0.0)
-    return Limit(end.theta, end.log_law, end.dead, float(tv(laws[-2], laws[-1])) + left, kink=True)
-
-
-def _finished(flow: Field, theta: Tensor, now: Direction, size: float, unit: float = 1.0) -> Limit:
-    """At rest; its accuracy in nats, where D was of the size of a unit at the start."""
-    r = flow.responses
-    size /= unit if unit > 0 else 1.0
-    theta = theta.masked_fill(torch.isneginf(r.start) | now.lost, -torch.inf)
-    return Limit(theta, r.log_law(normalised(theta, r.start)), now.lost, size)

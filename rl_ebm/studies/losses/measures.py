@@ -26,6 +26,7 @@ from rl_ebm.statistics.expectations import sample_interval
 from rl_ebm.statistics.interval import Interval
 from rl_ebm.studies.losses.distillation import Distillation
 from rl_ebm.studies.losses.kinds import AnyFlow
+from rl_ebm.studies.losses.pair_rests import Drawn
 from rl_ebm.studies.losses.policy_gradient import PolicyGradient
 from rl_ebm.studies.losses.preference import Preference
 from rl_ebm.studies.losses.responses import Responses, normalised
@@ -97,12 +98,13 @@ def _of_pairs(flow: Preference, theta: Tensor, log_pi: Tensor) -> float:
     r = flow.responses
     log_mu, log_law = r.log_law(flow.who_draws(theta)), r.log_law(log_pi)
     one, total = torch.ones(r.mask.shape, dtype=torch.float64), 0.0
-    square, mean = r.inner(one, one, log_pi), flow.mean_count(log_mu)
-    for chosen in flow.blocks():
-        x, y = flow.slopes(log_law, chosen, mean)
-        each = x.square() * square[chosen, None] + y.square() * square
-        each += 2 * x * y * r.products(chosen, log_pi)
-        total += float((flow.chances(log_mu, chosen) * each).sum())
+    square, drawn = r.inner(one, one, log_pi), Drawn.by(flow, log_mu)
+    for (chosen, rejected), p in drawn.blocks():
+        x, y = drawn.at(log_law, (chosen, rejected))
+        own, place = chosen.unique(return_inverse=True)
+        each = x.square() * square[chosen] + y.square() * square[rejected]
+        each += 2 * x * y * r.products(own, log_pi)[place, rejected]
+        total += float((p * each).sum())
     return total
 
 

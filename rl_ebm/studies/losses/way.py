@@ -19,7 +19,8 @@ from torch import Tensor
 
 from rl_ebm.divergences import tv
 from rl_ebm.studies.losses.contract import LossError
-from rl_ebm.studies.losses.limit import GONE, REST, Field, Limit, direction, rest_from, step
+from rl_ebm.studies.losses.flow import GONE, Field, Limit, direction, step
+from rl_ebm.studies.losses.limit import REST, rest_at_once, rest_from
 from rl_ebm.studies.losses.responses import normalised
 
 ASIDE = 1e-2
@@ -84,7 +85,7 @@ def _back(flow: Field, start: Tensor, end: Limit, unit: float) -> Limit | None:
     aside = end.theta.masked_fill(~alive, GONE) + ASIDE * noise * share
     away = float(tv(r.log_law(normalised(aside, r.start)), end.log_law))
     try:
-        again = rest_from(flow, aside, unit, REST)
+        again = rest_at_once(flow, aside, unit, REST) or rest_from(flow, aside, unit, REST)
     except LossError:
         return None
     off = float(tv(again.log_law, end.log_law))

@@ -1,0 +1,382 @@
+r"""Where a preference loss comes to rest: an implicit flow in log pi of each response.
+
+Any law over the responses is a policy. So the unknowns are x = log pi of each response, and they
+follow their gradient in units of how often each is drawn: a pair whose order is plain hardly curves
+the loss, and what goes by its gradient alone takes exp(largest gap of R) steps. Steps are Euler's,
+backward, each as long as moves no log pi by more than :data:`LARGEST`: the last ones are Newton's.
+
+A hinge's gradient jumps, and where its pairs end at their kinks it vanishes nowhere. There the loss
+is averaged over a small shift s of each pair, (x + s, y - SKEW s) with s uniform in a window:
+
+    g_window(x, y) = 1 / (2 width) \int_{-width}^{width} g(x + s, y - SKEW s) ds.
+
+What the loss of a pair was a gradient of it still is, a kink becomes a slope of 1 / width, and its
+place in the window is found by bisection, of all pairs at once. The rest is followed while the
+window shrinks; it moves in proportion, so that two of them tell where it would be without one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from rl_ebm.divergences import tv
+from rl_ebm.studies.losses.contract import LossError
+
+IMPLICIT = 120
+"""implicit steps, at most"""
+LARGEST = 1.0
+"""nats that log pi of a response moves in one of them, at most"""
+RATE = 1.0
+"""one over the length of the first, in units of the loss's own curvature, and"""
+FASTER = 8.0
+"""by how much the next is longer, where it may"""
+GONE = -60.0
+"""nats that a response falls before it may be dead, which these steps do not see"""
+PAIRS = 2**17
+"""pairs that a loss is given at a time"""
+SKEW = 0.6
+"""of a shift, so that it crosses a kink in x, in y, and in x - y"""
+WIDTHS = tuple(2.0**-k for k in range(15))
+"""of the window, nats; the last is 6e-5, and"""
+ROUGH_WIDTHS = WIDTHS[:11]
+"""the last of a loss in float32 1e-3"""
+WIDE = 0.1
+"""a window in which something smooth may look bent"""
+BENT = 0.2
+"""second difference over first, in a window, of what has a kink there: else it is of the width"""
+FLAT = 1e-9
+"""of the largest derivative, what is none"""
+HALVINGS = 20
+"""of a window"""
+ASIDE = 1 / 8
+"""of a width, a step of a difference"""
+STILL = 1e-2
+"""of a width, a step after which a rest is found"""
+TRIES = 60
+"""steps in a window, at most"""
+LONGEST, NEWTON = 1e6, 1e-12
+"""rates of a step that is hardly one, and of one that is Newton's"""
+PAST = 0.5
+"""of the slope along a step, what is left of it or turned round at a point that will do, after"""
+SHORTER = 6
+"""shorter ones, at most"""
+
+
+class PairSlopes(Protocol):
+    """A loss of pairs, drawn by a law that stays."""
+
+    def slopes(
+        self,
+        x: Float[Tensor, "n"],
+        y: Float[Tensor, "n"],
+        pairs: tuple[Int64[Tensor, "n"], Int64[Tensor, "n"]],
+        mean_count: float,
+    ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
+        """The loss's derivatives by log pi of chosen responses and of rejected ones."""
+
+    def chances(
+        self, log_mu: Float[Tensor, "N"], chosen: Int64[Tensor, "n"]
+    ) -> Float[Tensor, "n N"]:
+        """Probability that a pair is (chosen, rejected)."""
+
+    def mean_count(self, log_mu: Float[Tensor, "N"]) -> float:
+        """Of a pair, in a large batch."""
+
+
+Slopes = tuple[Tensor, Tensor]
+Where = tuple[Tensor, Tensor]
+
+
+def pairs_of(
+    loss: PairSlopes, log_mu: Float[Tensor, "N"]
+) -> Iterator[tuple[Where, Float[Tensor, "n"]]]:
+    """Numbers of (chosen, rejected) and their probabilities, so many at a time; none that is 0."""
+    n = len(log_mu)
+    for chosen in torch.arange(n).split(max(1, PAIRS // n)):
+        p = loss.chances(log_mu, chosen)
+        row, rejected = (p > 0).nonzero(as_tuple=True)
+        yield (chosen[row], rejected), p[row, rejected]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """All pairs of responses that are ever drawn, and the loss of them."""
+
+    loss: PairSlopes
+    log_mu: Float[Tensor, "N"]
+    mean_count: float
+
+    @classmethod
+    def by(cls, loss: PairSlopes, log_mu: Float[Tensor, "N"]) -> Drawn:
+        return cls(loss, log_mu, loss.mean_count(log_mu))
+
+    def blocks(self) -> Iterator[tuple[Where, Float[Tensor, "n"]]]:
+        """Numbers of (chosen, rejected), and their probabilities."""
+        return pairs_of(self.loss, self.log_mu)
+
+    def at(
+        self, log_pi: Tensor, where: Where, more: tuple[float | Tensor, float | Tensor] = (0.0, 0.0)
+    ) -> Slopes:
+        """The loss's derivatives by log pi of both, with something added to them."""
+        x, y = (log_pi[rows] + m for rows, m in zip(where, more, strict=True))
+        return self.loss.slopes(x, y, where, self.mean_count)
+
+    def first(self, log_pi: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
+        """Expected derivatives by log pi of each."""
+        found = torch.zeros_like(self.log_mu)
+        for where, p in self.blocks():
+            for rows, g in zip(where, self.at(log_pi, where), strict=True):
+                found.index_add_(0, rows, p * g)
+        return found
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Expected derivatives by log pi, and theirs."""
+
+    first: Float[Tensor, "N"]
+    second: Float[Tensor, "N N"]
+
+    @classmethod
+    def none(cls, n: int) -> Slope:
+        return cls(torch.zeros(n).double(), torch.zeros(n, n).double())
+
+    def add(self, where: Where, p: Tensor, slopes: Slopes) -> None:
+        for rows, g in zip(where, slopes, strict=True):
+            self.first.index_add_(0, rows, p * g)
+
+    def add_second(self, where: Where, p: Tensor, k: int, by: Slopes) -> None:
+        """Of derivatives by log pi of the k-th of both, 0 for the chosen one."""
+        for rows, h in zip(where, by, strict=True):
+            self.second.index_put_((rows, where[k]), p * h, accumulate=True)
+
+    def off(self, log_pi: Tensor) -> Tensor:
+        """What of the first moves a law: a common number at all responses does not."""
+        return self.first - log_pi.exp() * self.first.sum()
+
+    def on_laws(self, log_pi: Tensor, mu: Tensor) -> Tensor:
+        """Derivative of :meth:`off`; its step keeps a law one: its rows add up to 0 without mu."""
+        pi = log_pi.exp()
+        found = self.second - pi[:, None] * self.second.sum(0) - torch.diag(pi * self.first.sum())
+        return found + mu[:, None] * pi
+
+
+def rest_near(
+    drawn: Drawn, log_pi: Float[Tensor, "N"], rest: float, small: float
+) -> Float[Tensor, "N"] | None:
+    """log pi where the expected gradient vanishes; None where it does not.
+
+    Args:
+        rest: of its size in units of mu, what is none.
+        small: step of a difference, nats.
+    """
+    lowest, mu = float(log_pi.min()) + GONE, drawn.log_mu.exp()
+    before, rate = math.inf, 0.0
+    for _ in range(IMPLICIT):
+        try:
+            found = _curvature(drawn, log_pi, small)
+        except LossError:
+            return None
+        off, slope = found.off(log_pi), found.on_laws(log_pi, mu)
+        size = float((off / mu).abs().max())
+        if size <= rest or (size <= 1e3 * rest and size >= before / 2):
+            return _newton(log_pi, slope, off)
+        before, units = size, (mu + log_pi.exp()) / 2
+        rate = rate or RATE * float((found.second.diagonal().abs() / units).max())
+        step, rate = _implicit(slope, off, units, rate / FASTER)
+        if not bool(torch.isfinite(step).all()):
+            return None
+        log_pi = torch.log_softmax(log_pi + step, 0)
+        if float(log_pi.min()) < lowest:
+            return None
+    return None
+
+
+def _curvature(drawn: Drawn, log_pi: Tensor, small: float) -> Slope:
+    """By differences of this step."""
+    found = Slope.none(len(log_pi))
+    for where, p in drawn.blocks():
+        here = drawn.at(log_pi, where)
+        found.add(where, p, here)
+        for k, more in enumerate(((small, 0.0), (0.0, small))):
+            there = drawn.at(log_pi, where, more)
+            by = [(b - a) / small for a, b in zip(here, there, strict=True)]
+            found.add_second(where, p, k, (by[0], by[1]))
+    return found
+
+
+def rest_on_kinks(
+    drawn: Drawn, log_pi: Float[Tensor, "N"], rough: bool
+) -> tuple[Float[Tensor, "N"], float] | None:
+    """log pi where the gradient jumps about 0, and how far off in total variation.
+
+    None where no pair ends at a kink, or a response may die.
+
+    Args:
+        rough: whether the loss computes in float32.
+    """
+    lowest, laws, rate = float(log_pi.min()) + GONE, [log_pi], 0.0
+    for width in ROUGH_WIDTHS if rough else WIDTHS:
+        try:
+            begin = log_pi if len(laws) < 3 else _narrowed(laws[-2], laws[-1], 0.5)
+            found = _in_window(drawn, begin, width, lowest, rate)
+        except LossError:
+            return None
+        if found is None:
+            return None
+        log_pi, rate = found
+        laws.append(log_pi)
+    coarse, fine = (_narrowed(*two) for two in (laws[-3:-1], laws[-2:]))
+    return fine, float(tv(coarse, fine))
+
+
+def _narrowed(
+    wide: Float[Tensor, "N"], narrow: Float[Tensor, "N"], by: float = 1.0
+) -> Float[Tensor, "N"]:
+    """What a window without width gives: where kinks meet a rest moves by a share of its width.
+
+    Args:
+        by: of a window that is narrower by so much of its width.
+    """
+    return torch.log_softmax(narrow - by * (wide - narrow), 0)
+
+
+def _in_window(
+    drawn: Drawn, log_pi: Tensor, width: float, lowest: float, rate: float
+) -> tuple[Tensor, float] | None:
+    """The rest of what this window makes of the loss, and the rate of the last step.
+
+    None where no kink is in it, or it fails. A step ends where the slope along it is small: that
+    grows with each step of a loss that is convex, and beyond the rest it is positive.
+    """
+    mu = drawn.log_mu.exp()
+    for _ in range(TRIES):
+        now, kinks = _averaged(drawn, log_pi, width, curved=True)
+        units, off = (mu + log_pi.exp()) / 2, now.off(log_pi)
+        rate = rate or max(float((x.abs() / units).max()) for x in (now.second.diagonal(), off))
+        step, rate = _implicit(now.on_laws(log_pi, mu), off, units, max(rate / FASTER, NEWTON))
+        if not bool(torch.isfinite(step).all()):
+            return None
+        along, share = abs(float(off @ step)), 1.0
+        for _ in range(SHORTER):
+            new = torch.log_softmax(log_pi + share * step, 0)
+            after = float(_averaged(drawn, new, width)[0].off(new) @ step)
+            if after <= PAST * along:
+                break
+            share *= max(0.1, along / (along + after))
+        log_pi = new
+        if float(new.min()) < lowest:
+            return None
+        if float(step.abs().max()) <= STILL * width and rate <= 1.0:
+            return (log_pi, rate) if kinks or width > WIDE else None
+    return None
+
+
+def _averaged(
+    drawn: Drawn, log_pi: Tensor, width: float, curved: bool = False
+) -> tuple[Slope, int]:
+    """Expected derivatives of a loss that is averaged over a window; how many pairs have kinks.
+
+    Args:
+        curved: with the second ones.
+    """
+    found, kinks = Slope.none(len(log_pi)), 0
+    small = ASIDE * width
+    for where, p in drawn.blocks():
+        here = _Window.of(drawn, log_pi, where, (0.0, 0.0), width)
+        bent = here.bent()
+        kinks += int(bent.sum())
+        mean = here.mean(bent, here)
+        found.add(where, p, mean)
+        for k, more in enumerate(((small, 0.0), (0.0, small)) if curved else ()):
+            there = _Window.of(drawn, log_pi, where, more, width).mean(bent, here)
+            by = [(b - a) / small for a, b in zip(mean, there, strict=True)]
+            found.add_second(where, p, k, (by[0], by[1]))
+    return found, kinks
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Derivatives of pairs at both ends of their windows and in the middle."""
+
+    drawn: Drawn
+    log_pi: Tensor
+    where: Where
+    more: tuple[float, float]
+    width: float
+    ends: tuple[Float[Tensor, "2 n"], Float[Tensor, "2 n"], Float[Tensor, "2 n"]]
+
+    @classmethod
+    def of(
+        cls, drawn: Drawn, log_pi: Tensor, where: Where, more: tuple[float, float], width: float
+    ) -> _Window:
+        ends = [
+            torch.stack(drawn.at(log_pi, where, (more[0] + s, more[1] - SKEW * s)))
+            for s in (-width, 0.0, width)
+        ]
+        return cls(drawn, log_pi, where, more, width, (ends[0], ends[1], ends[2]))
+
+    def bent(self) -> Bool[Tensor, "n"]:
+        """Where there is a kink: the middle is not halfway."""
+        low, middle, high = self.ends
+        change = (high - low).abs().amax(0)
+        second = (high - 2 * middle + low).abs().amax(0)
+        none = FLAT * max(float(x.abs().max()) for x in self.ends)
+        return (change > none) & (second > BENT * change)
+
+    def mean(self, bent: Bool[Tensor, "n"], like: _Window) -> Slopes:
+        """Simpson's, and of kinks by where they are.
+
+        Args:
+            like: the window whose ends tell one side of a kink from the other.
+        """
+        low, middle, high = self.ends
+        found = (low + 4 * middle + high) / 6
+        if bool(bent.any()):
+            share = self._share(bent, like)
+            found[:, bent] = low[:, bent] * share + high[:, bent] * (1 - share)
+        return found[0], found[1]
+
+    def _share(self, bent: Tensor, like: _Window) -> Float[Tensor, "n"]:
+        """Of the window, what lies before the kink."""
+        where = (self.where[0][bent], self.where[1][bent])
+        low, high = like.ends[0][:, bent], like.ends[2][:, bent]
+        jump = high - low
+        a, b = (torch.full((len(where[0]),), x).double() for x in (-self.width, self.width))
+        for _ in range(HALVINGS):
+            s = (a + b) / 2
+            here = torch.stack(
+                self.drawn.at(self.log_pi, where, (self.more[0] + s, self.more[1] - SKEW * s))
+            )
+            after = ((here - low) * jump).sum(0) > jump.square().sum(0) / 2
+            a, b = torch.where(after, a, s), torch.where(after, s, b)
+        return ((a + b) / 2 + self.width) / (2 * self.width)
+
+
+def _implicit(
+    slope: Float[Tensor, "N N"], off: Float[Tensor, "N"], units: Float[Tensor, "N"], rate: float
+) -> tuple[Tensor, float]:
+    """A backward step, shortened until no entry moves by more than :data:`LARGEST`; its rate."""
+    while True:
+        step, info = torch.linalg.solve_ex(slope + torch.diag(rate * units), -off)
+        if int(info):
+            return torch.full_like(step, torch.nan), rate
+        if float(step.abs().max()) <= LARGEST or rate > LONGEST:
+            return step.clamp(-LARGEST, LARGEST), rate
+        rate = max(4 * rate, 1e-8)
+
+
+def _newton(
+    log_pi: Float[Tensor, "N"], slope: Float[Tensor, "N N"], off: Float[Tensor, "N"]
+) -> Float[Tensor, "N"]:
+    """The rest, one step further than implicit ones get: what they shorten them by is left out."""
+    step, info = torch.linalg.solve_ex(slope, -off)
+    small = not int(info) and float(step.abs().max()) <= LARGEST
+    return torch.log_softmax(log_pi + step, 0) if small else log_pi
