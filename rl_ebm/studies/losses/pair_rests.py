@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -69,6 +69,7 @@ SHORTER = 6
 """shorter ones, at most"""
 
 
+@runtime_checkable
 class PairSlopes(Protocol):
     """A loss of pairs, drawn by a law that stays."""
 
