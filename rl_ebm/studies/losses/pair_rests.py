@@ -234,7 +234,7 @@ def rest_on_kinks(
             return None
         log_pi, rate = found
         laws.append(log_pi)
-    coarse, fine = (_narrowed(*two) for two in (laws[-3:-1], laws[-2:]))
+    coarse, fine = _narrowed(laws[-3], laws[-2]), _narrowed(laws[-2], laws[-1])
     return fine, float(tv(coarse, fine))
 
 
