@@ -39,6 +39,10 @@ LEAST = 1
 """at least, where a step costs much:"""
 WORK = 30_000_000
 """rows that a loss is given in them"""
+TRIED = 2
+"""as many may be tried, since a kink shortens each; and"""
+FIRST = 40
+"""at least"""
 STEPS = 1500
 """steps to a rest"""
 HELPED = 4
@@ -75,14 +79,16 @@ def _plain_flow(flow: Field, theta: Tensor, unit: float, steps: int) -> Tensor:
 
     first = f(theta)
     h = 1e-2 / max(float(first.abs().max()), 1e-300)
-    for i in range(max(LEAST, min(steps, WORK // (3 * flow.cost)))):
-        for _ in range(40):
+    steps = max(LEAST, min(steps, WORK // (3 * flow.cost)))
+    left = max(FIRST, TRIED * steps)
+    for i in range(steps):
+        error = math.inf
+        while error > 1e-3 and left > 0:
             new, errors, last = step(f, theta, first, h)
-            error = float(errors.abs().max())
-            if error <= 1e-3:
-                break
-            h *= max(0.2, 0.9 * (1e-3 / error) ** (1 / 3)) if math.isfinite(error) else 0.2
-        else:
+            error, left = float(errors.abs().max()), left - 1
+            if error > 1e-3:
+                h *= max(0.2, 0.9 * (1e-3 / error) ** (1 / 3)) if math.isfinite(error) else 0.2
+        if error > 1e-3:
             break
         theta, first = new, last
         h *= min(4.0, 0.9 * (1e-3 / max(error, 1e-300)) ** (1 / 3))
