@@ -128,8 +128,8 @@ def rest_at_once(flow: Field, theta: Tensor, unit: float, rest: float) -> Limit 
     found = flow.rest_on_kinks(theta)
     if found is None:
         return None
-    end = finished(flow, found[0], direction(flow, found[0]), 0.0)
-    return replace(end, accuracy=found[1], kink=True)
+    theta, off = found
+    return replace(finished(flow, theta, direction(flow, theta), off), kink=True)
 
 
 def rest_from(flow: Field, theta: Tensor, unit: float, rest: float, bury: bool = True) -> Limit:

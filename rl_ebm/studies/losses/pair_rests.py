@@ -18,8 +18,9 @@ window shrinks; it moves in proportion, so that two of them tell where it would 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -33,10 +34,8 @@ IMPLICIT = 120
 """implicit steps, at most"""
 LARGEST = 1.0
 """nats that log pi of a response moves in one of them, at most"""
-RATE = 1.0
-"""one over the length of the first, in units of the loss's own curvature, and"""
 FASTER = 8.0
-"""by how much the next is longer, where it may"""
+"""by how much the next is longer, where it may; the first is one over the loss's curvature long"""
 GONE = -60.0
 """nats that a response falls before it may be dead, which these steps do not see"""
 PAIRS = 2**17
@@ -93,6 +92,8 @@ class PairSlopes(Protocol):
 
 Slopes = tuple[Tensor, Tensor]
 Where = tuple[Tensor, Tensor]
+More = tuple[float | Tensor, float | Tensor]
+"""what is added to log pi of chosen responses, and of rejected ones"""
 
 
 def pairs_of(
@@ -122,9 +123,7 @@ class Drawn:
         """Numbers of (chosen, rejected), and their probabilities."""
         return pairs_of(self.loss, self.log_mu)
 
-    def at(
-        self, log_pi: Tensor, where: Where, more: tuple[float | Tensor, float | Tensor] = (0.0, 0.0)
-    ) -> Slopes:
+    def at(self, log_pi: Tensor, where: Where, more: More = (0.0, 0.0)) -> Slopes:
         """The loss's derivatives by log pi of both, with something added to them."""
         x, y = (log_pi[rows] + m for rows, m in zip(where, more, strict=True))
         return self.loss.slopes(x, y, where, self.mean_count)
@@ -153,10 +152,14 @@ class Slope:
         for rows, g in zip(where, slopes, strict=True):
             self.first.index_add_(0, rows, p * g)
 
-    def add_second(self, where: Where, p: Tensor, k: int, by: Slopes) -> None:
-        """Of derivatives by log pi of the k-th of both, 0 for the chosen one."""
-        for rows, h in zip(where, by, strict=True):
-            self.second.index_put_((rows, where[k]), p * h, accumulate=True)
+    def add_second(
+        self, where: Where, p: Tensor, small: float, here: Slopes, at: Callable[[More], Slopes]
+    ) -> None:
+        """By differences of this step, first of the chosen response and then of the other."""
+        for k, more in enumerate(((small, 0.0), (0.0, small))):
+            for rows, a, b in zip(where, here, at(more), strict=True):
+                by = (b - a) / small
+                self.second.index_put_((rows, where[k]), p * by, accumulate=True)
 
     def off(self, log_pi: Tensor) -> Tensor:
         """What of the first moves a law: a common number at all responses does not."""
@@ -190,7 +193,7 @@ def rest_near(
         if size <= rest or (size <= 1e3 * rest and size >= before / 2):
             return _newton(log_pi, slope, off)
         before, units = size, (mu + log_pi.exp()) / 2
-        rate = rate or RATE * float((found.second.diagonal().abs() / units).max())
+        rate = rate or float((found.second.diagonal().abs() / units).max())
         step, rate = _implicit(slope, off, units, rate / FASTER)
         if not bool(torch.isfinite(step).all()):
             return None
@@ -206,10 +209,7 @@ def _curvature(drawn: Drawn, log_pi: Tensor, small: float) -> Slope:
     for where, p in drawn.blocks():
         here = drawn.at(log_pi, where)
         found.add(where, p, here)
-        for k, more in enumerate(((small, 0.0), (0.0, small))):
-            there = drawn.at(log_pi, where, more)
-            by = [(b - a) / small for a, b in zip(here, there, strict=True)]
-            found.add_second(where, p, k, (by[0], by[1]))
+        found.add_second(where, p, small, here, partial(drawn.at, log_pi, where))
     return found
 
 
@@ -289,17 +289,13 @@ def _averaged(
         curved: with the second ones.
     """
     found, kinks = Slope.none(len(log_pi)), 0
-    small = ASIDE * width
     for where, p in drawn.blocks():
-        here = _Window.of(drawn, log_pi, where, (0.0, 0.0), width)
-        bent = here.bent()
-        kinks += int(bent.sum())
-        mean = here.mean(bent, here)
+        here = _Window.of(drawn, log_pi, where, width, (0.0, 0.0))
+        kinks += int(here.bent.sum())
+        mean = here.mean(here)
         found.add(where, p, mean)
-        for k, more in enumerate(((small, 0.0), (0.0, small)) if curved else ()):
-            there = _Window.of(drawn, log_pi, where, more, width).mean(bent, here)
-            by = [(b - a) / small for a, b in zip(mean, there, strict=True)]
-            found.add_second(where, p, k, (by[0], by[1]))
+        if curved:
+            found.add_second(where, p, ASIDE * width, mean, here.beside)
     return found, kinks
 
 
@@ -310,20 +306,19 @@ class _Window:
     drawn: Drawn
     log_pi: Tensor
     where: Where
-    more: tuple[float, float]
+    more: More
     width: float
     ends: tuple[Float[Tensor, "2 n"], Float[Tensor, "2 n"], Float[Tensor, "2 n"]]
 
     @classmethod
-    def of(
-        cls, drawn: Drawn, log_pi: Tensor, where: Where, more: tuple[float, float], width: float
-    ) -> _Window:
+    def of(cls, drawn: Drawn, log_pi: Tensor, where: Where, width: float, more: More) -> _Window:
         ends = [
             torch.stack(drawn.at(log_pi, where, (more[0] + s, more[1] - SKEW * s)))
             for s in (-width, 0.0, width)
         ]
         return cls(drawn, log_pi, where, more, width, (ends[0], ends[1], ends[2]))
 
+    @cached_property
     def bent(self) -> Bool[Tensor, "n"]:
         """Where there is a kink: the middle is not halfway."""
         low, middle, high = self.ends
@@ -332,21 +327,26 @@ class _Window:
         none = FLAT * max(float(x.abs().max()) for x in self.ends)
         return (change > none) & (second > BENT * change)
 
-    def mean(self, bent: Bool[Tensor, "n"], like: _Window) -> Slopes:
+    def beside(self, more: More) -> Slopes:
+        """Of the window with this added to log pi of both."""
+        return self.of(self.drawn, self.log_pi, self.where, self.width, more).mean(self)
+
+    def mean(self, like: _Window) -> Slopes:
         """Simpson's, and of kinks by where they are.
 
         Args:
-            like: the window whose ends tell one side of a kink from the other.
+            like: the window that says where kinks are, and whose ends tell one side from the other.
         """
         low, middle, high = self.ends
-        found = (low + 4 * middle + high) / 6
+        found, bent = (low + 4 * middle + high) / 6, like.bent
         if bool(bent.any()):
-            share = self._share(bent, like)
+            share = self._share(like)
             found[:, bent] = low[:, bent] * share + high[:, bent] * (1 - share)
         return found[0], found[1]
 
-    def _share(self, bent: Tensor, like: _Window) -> Float[Tensor, "n"]:
+    def _share(self, like: _Window) -> Float[Tensor, "n"]:
         """Of the window, what lies before the kink."""
+        bent = like.bent
         where = (self.where[0][bent], self.where[1][bent])
         low, high = like.ends[0][:, bent], like.ends[2][:, bent]
         jump = high - low
