@@ -13,6 +13,7 @@ from rl_ebm import EBM, TokenSpace, audit_loss, solve
 from rl_ebm.divergences import tv
 from rl_ebm.exact import Solution
 from rl_ebm.studies.losses.cases import Case, asked, cases_of
+from rl_ebm.studies.losses.flow import states_apart
 from rl_ebm.studies.losses.kinds import in_units
 from rl_ebm.studies.losses.limit import limit_from
 from rl_ebm.studies.losses.preference import Pairs
@@ -160,3 +161,61 @@ def test_what_slides_slowly_beside_a_steep_kink_gets_to_its_end() -> None:
     expected = (log_pi[0][:, None] + log_pi[1:]).flatten()
     assert found.accuracy < 1e-4
     assert float(tv(found.log_laws[0], expected)) <= found.accuracy
+
+
+SCORES = torch.randn(9, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+SHORTEST = 2e-4
+
+
+def _top_two(student: Tensor, teacher: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Reverse KL on the student's two likeliest tokens, as if there were no others."""
+    best = student.topk(2, dim=-1).indices
+    own, taught = (x.gather(-1, best).log_softmax(-1) for x in (student, teacher))
+    return ((own.exp() * (own - taught)).sum(-1) * mask).sum() / mask.sum()
+
+
+def _alone(teacher: list[float]) -> list[float]:
+    """Logits of one state where tiny steps end: what leaves the first two comes to stay there."""
+    z = [0.0] * len(teacher)
+    for _ in range(int(40 / SHORTEST)):
+        i, j = sorted(range(len(z)), key=lambda a: -z[a])[:2]
+        own, taught = (1 / (1 + math.exp(x[j] - x[i])) for x in (z, teacher))
+        move = own * (1 - own) * (math.log(own / taught) - math.log((1 - own) / (1 - taught)))
+        z[i] -= SHORTEST * move
+        z[j] += SHORTEST * move
+    return z
+
+
+@pytest.mark.slow
+def test_each_state_is_followed_to_where_it_goes_alone() -> None:
+    """Which two are looked at changes on the way, and what was left behind stays where it is."""
+    solution = solve(EBM(TokenSpace(3, 2), SCORES, beta=0.5))
+    found = audit_loss(_top_two, solution, "distillation", beyond=False)
+    first = SCORES.view(3, 3) / 0.5
+    teacher = torch.cat([first.logsumexp(1)[None], first])
+    log_pi = torch.tensor([_alone(row) for row in teacher.tolist()]).double().log_softmax(-1)
+    expected = (log_pi[0][:, None] + log_pi[1:]).flatten()
+    assert found.how.endswith("to one rest of many")
+    assert found.accuracy < 1e-2
+    assert float(tv(found.log_laws[0], expected)) <= found.accuracy + SHORTEST
+    assert found.is_target is False
+
+
+def test_whether_states_see_each_other_is_found() -> None:
+    """Token by token they do not; a loss of a whole response, and one paid as a reward, do."""
+    solution = solve(EBM(TokenSpace(3, 2), SCORES, beta=0.5))
+
+    def of_whole(student: Tensor, teacher: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        own, taught = (
+            (x.log_softmax(-1).gather(-1, tokens[..., None])[..., 0] * mask).sum(1)
+            for x in (student, teacher)
+        )
+        return (own - taught).square().mean()
+
+    for loss, kind, apart in (
+        (_top_two, "distillation", True),
+        (of_whole, "distillation", False),
+        (_only_first, "policy-gradient", False),
+    ):
+        (case,) = cases_of(asked(loss, kind, "centred", None, None, 1, None, None), solution)
+        assert states_apart(in_units(case.flow), case.start) is apart

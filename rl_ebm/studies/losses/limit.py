@@ -15,12 +15,14 @@ the less the rarer it is (sigmoids that saturate), and would take forever: what 
 falls when D hardly does is made that rare, and is dead if it is that rare at the rest that
 follows. And where others draw, what only dead actions lead to goes on to move, and is no part of
 the law: after a while a rest is one of what is left, and what still falls when it is rarer than all
-accuracy is dead as well. Where no step is short enough, it slides along a kink, as fixed steps do.
+accuracy is dead as well. Where no step is short enough, it slides along a kink, as fixed steps do;
+but for states that do not see each other, of which :mod:`rl_ebm.studies.losses.way` follows each.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -29,7 +31,17 @@ from torch import Tensor
 
 from rl_ebm.divergences import tv
 from rl_ebm.studies.losses.contract import LossError
-from rl_ebm.studies.losses.flow import FAR, GONE, Direction, Field, Limit, direction, finished, step
+from rl_ebm.studies.losses.flow import (
+    FAR,
+    GONE,
+    Direction,
+    Field,
+    Limit,
+    direction,
+    finished,
+    states_apart,
+    step,
+)
 from rl_ebm.studies.losses.responses import normalised
 from rl_ebm.studies.losses.slide import slide
 
@@ -69,6 +81,8 @@ UNSEEN = 1e-8
 """in total variation"""
 ROUGH_REST = 1e-5
 """in a loss that leaves float64"""
+NOT_FOLLOWED = 1.0
+"""accuracy of a limit that nothing is known of"""
 
 
 def _plain_flow(flow: Field, theta: Tensor, unit: float, steps: int) -> Tensor:
@@ -115,8 +129,9 @@ def limit_from(
     rest = ROUGH_REST if rough else REST
     if unit <= 1e-11:
         return finished(flow, theta, begin, unit)
+    along = stopped if states_apart(flow, theta) else slide
     theta = _plain_flow(flow, theta, unit, plain)
-    return rest_at_once(flow, theta, unit, rest) or rest_from(flow, theta, unit, rest)
+    return rest_at_once(flow, theta, unit, rest) or rest_from(flow, theta, unit, rest, along=along)
 
 
 def rest_at_once(flow: Field, theta: Tensor, unit: float, rest: float) -> Limit | None:
@@ -132,8 +147,25 @@ def rest_at_once(flow: Field, theta: Tensor, unit: float, rest: float) -> Limit 
     return replace(finished(flow, theta, direction(flow, theta), off), kink=True)
 
 
-def rest_from(flow: Field, theta: Tensor, unit: float, rest: float, bury: bool = True) -> Limit:
-    """A rest, by steps whose error is small beside what they move."""
+def stopped(flow: Field, theta: Tensor) -> Limit:
+    """At a kink, which :func:`rl_ebm.studies.losses.way.decided` follows."""
+    return replace(finished(flow, theta, direction(flow, theta), NOT_FOLLOWED), kink=True)
+
+
+def rest_from(
+    flow: Field,
+    theta: Tensor,
+    unit: float,
+    rest: float,
+    bury: bool = True,
+    along: Callable[[Field, Tensor], Limit] = slide,
+) -> Limit:
+    """A rest, by steps whose error is small beside what they move.
+
+    Args:
+        bury: whether rare actions that still fall are made to die.
+        along: what goes on from a kink.
+    """
     seen = [direction(flow, theta)]
 
     def f(x: Tensor) -> Tensor:
@@ -172,9 +204,9 @@ def rest_from(flow: Field, theta: Tensor, unit: float, rest: float, bury: bool =
         else:
             if size <= STALLED * unit:
                 return finished(flow, theta, now, size, unit)
-            return slide(flow, theta)
+            return along(flow, theta)
         if h * size < 1e-9 * min(unit, 1.0) and size > 1e-6 * unit:
-            return slide(flow, theta)
+            return along(flow, theta)
         theta, now = new, seen[-1]  # the last that was looked at is the end of the step
         h *= min(3.0, 0.8 * (allowed / max(error, 1e-300)) ** 0.5)
     if now.size <= 1e-6 * unit:

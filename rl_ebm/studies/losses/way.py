@@ -4,7 +4,8 @@ A loss that is flat somewhere (a hinge whose margins are all kept) has rests bes
 each way down ends at another. The steps of :mod:`rl_ebm.studies.losses.limit` take a shorter way
 than the flow, d theta / dt = -F(theta), to the same rest where there is one. So a rest is pushed
 aside a little, along what has moved: where it does not come back, the flow itself is followed to
-its end, twice, with steps of two lengths where a kink leaves no other choice.
+its end, twice, with steps of two lengths where a kink leaves no other choice. States that do not
+see each other are followed each by its own clock, so that none waits for the ones before it.
 """
 
 from __future__ import annotations
@@ -19,18 +20,26 @@ from torch import Tensor
 
 from rl_ebm.divergences import tv
 from rl_ebm.studies.losses.contract import LossError
-from rl_ebm.studies.losses.flow import GONE, Field, Limit, direction, step
-from rl_ebm.studies.losses.limit import REST, rest_at_once, rest_from
+from rl_ebm.studies.losses.flow import GONE, Field, Limit, direction, states_apart, step
+from rl_ebm.studies.losses.limit import NOT_FOLLOWED, REST, rest_at_once, rest_from
 from rl_ebm.studies.losses.responses import normalised
 
 ASIDE = 1e-2
 """nats that a rest is pushed, and"""
 BACK = 1e-3
 """of the way that it may stay off, of a rest that is alone"""
+CREEPS = 1e-3
+"""accuracy of an end that is none"""
+FURTHER = 0.3
+"""nats that a rest at kinks is pushed, and"""
+THERE = 0.1
+"""of the way that it may stay off, of a rest that is alone"""
 NEAR = 1e-5
 """nats that have not moved"""
 LENGTHS = (4e-2, 2e-2)
 """nats of a step of the flow, at the rate of its first, that its error does not shorten"""
+FINER = 4
+"""times, where each state has its own clock"""
 ERROR = 1e-3
 """the same, of its error otherwise"""
 STEPS = 5000
@@ -57,32 +66,54 @@ def decided(flow: Field, start: Float[Tensor, "S A"], end: Limit) -> Limit:
     unit = float(direction(flow, start).value.abs().max())
     if unit <= NOTHING or not end.settled:
         return end
+    each = states_apart(flow, start)
+    if each and end.kink and end.accuracy == NOT_FOLLOWED:
+        found = _each_alone(flow, start, end, unit)
+        if found is not None:
+            return found
+        end = rest_from(flow, end.theta, unit, REST)
     again = _back(flow, start, end, unit)
     if again is not None:  # a kink may have been on the way alone
         return again if end.kink and not again.kink else end
-    coarse, fine = (_followed(flow, start, length) for length in LENGTHS)
+    lengths = [length / FINER for length in LENGTHS] if each else LENGTHS
+    coarse, fine = (_followed(flow, start, length, each) for length in lengths)
     off = float(tv(coarse.log_law, fine.log_law)) + fine.accuracy
-    if not end.kink and direction(flow, fine.theta).size > SLOW * unit:
+    if not end.kink and not fine.kink and direction(flow, fine.theta).size > SLOW * unit:
         off = 1.0  # it may creep on for long
     accuracy = min(1.0, max(end.accuracy, off))
-    return replace(fine, dead=end.dead, accuracy=accuracy, kink=end.kink, many=True)
+    return replace(fine, dead=end.dead, accuracy=accuracy, kink=end.kink or fine.kink, many=True)
+
+
+def _each_alone(flow: Field, start: Tensor, end: Limit, unit: float) -> Limit | None:
+    """Where states that do not see each other go, past a kink: each by its own clock.
+
+    A rest to which they come back, from further than a kink makes them jump, is gone to from there.
+    None where nothing has moved, or they creep, as beside a steep kink.
+    """
+    coarse = _followed(flow, start, LENGTHS[0] / FINER, each=True)
+    if coarse.accuracy > CREEPS:
+        return None
+    fine = _followed(flow, start, LENGTHS[1] / FINER, each=True)
+    aside = _pushed(flow, start, fine, FURTHER)
+    if aside is None:
+        return None
+    r = flow.responses
+    away = float(tv(r.log_law(normalised(aside, r.start)), fine.log_law))
+    again = _followed(flow, aside, LENGTHS[1] / FINER, each=True)
+    if float(tv(again.log_law, fine.log_law)) <= THERE * away:
+        last = rest_from(flow, fine.theta, unit, REST)
+        if last.settled and float(tv(last.log_law, fine.log_law)) <= THERE * away:
+            return last
+    off = float(tv(coarse.log_law, fine.log_law)) + fine.accuracy
+    return replace(fine, dead=end.dead, accuracy=min(1.0, off), kink=True, many=True)
 
 
 def _back(flow: Field, start: Tensor, end: Limit, unit: float) -> Limit | None:
-    """Where a rest comes to when it is pushed aside; None where that is not itself.
-
-    Only what has moved is pushed: where a loss never looks there are rests beside each, and no way
-    goes there.
-    """
+    """Where a rest comes to when it is pushed aside; None where that is not itself."""
     r = flow.responses
-    alive = ~torch.isneginf(end.theta)
-    moved = normalised(end.theta, r.start) - normalised(start, r.start)
-    share = moved.masked_fill(~alive, 0.0).abs().clamp(max=1.0)
-    if float(share.max()) <= NEAR:
+    aside = _pushed(flow, start, end, ASIDE)
+    if aside is None:
         return end
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(share.shape, generator=generator, dtype=torch.float64)
-    aside = end.theta.masked_fill(~alive, GONE) + ASIDE * noise * share
     away = float(tv(r.log_law(normalised(aside, r.start)), end.log_law))
     try:
         again = rest_at_once(flow, aside, unit, REST) or rest_from(flow, aside, unit, REST)
@@ -93,33 +124,55 @@ def _back(flow: Field, start: Tensor, end: Limit, unit: float) -> Limit | None:
     return again if back else None
 
 
-def _followed(flow: Field, theta: Tensor, length: float) -> Limit:
+def _pushed(flow: Field, start: Tensor, end: Limit, nats: float) -> Tensor | None:
+    """Logits beside a rest; None where nothing has moved.
+
+    Only what has moved is pushed: where a loss never looks there are rests beside each, and no way
+    goes there.
+    """
+    r = flow.responses
+    alive = ~torch.isneginf(end.theta)
+    moved = normalised(end.theta, r.start) - normalised(start, r.start)
+    share = moved.masked_fill(~alive, 0.0).abs().clamp(max=1.0)
+    if float(share.max()) <= NEAR:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(share.shape, generator=generator, dtype=torch.float64)
+    return end.theta.masked_fill(~alive, GONE) + nats * noise * share
+
+
+def _followed(flow: Field, theta: Tensor, length: float, each: bool) -> Limit:
     """The flow itself: steps by their error, and no shorter than a kink makes of it.
 
     The law is the mean over a window of steps, which evens out what jumps about a kink; its
     accuracy is how far it is still to go.
+
+    Args:
+        each: whether each state has its own clock, which goes as often as it is visited.
     """
     r = flow.responses
 
     def f(x: Tensor) -> Tensor:
-        return -flow.field(x)[0]
+        gradient, mass = flow.field(x)
+        return -gradient / mass.sum(1, keepdim=True).clamp(min=1e-290) if each else -gradient
 
     first = f(theta)
     h = shortest = length / max(float(first.abs().max()), 1e-300)
     time, seen = 0.0, [(0.0, r.log_law(normalised(theta, r.start)))]
-    left = 1.0
-    for _ in range(max(4, min(STEPS, WORK // (3 * flow.cost)) // WINDOW)):
-        mean = torch.zeros(len(r.reward), dtype=torch.float64)
+    left, kink = 1.0, False
+    steps = STEPS // 2 if each else STEPS
+    for _ in range(max(4, min(steps, WORK // (3 * flow.cost)) // WINDOW)):
+        mean, kink = torch.zeros(len(r.reward), dtype=torch.float64), False
         for _ in range(WINDOW):
-            theta, first, taken, h = _one_step(f, theta, first, h, shortest, ERROR * length)
-            time += taken
+            theta, first, taken, h, forced = _one_step(f, theta, first, h, shortest, ERROR * length)
+            time, kink = time + taken, kink or forced
             mean += r.log_law(normalised(theta, r.start)).exp() / WINDOW
         seen.append((time, mean.log()))
         left = 0.0 if not bool(first.any()) else _to_go(seen)
         if left <= ENDED:
             break
     law = r.log_law(normalised(theta, r.start)) if left == 0.0 else seen[-1][1]
-    return Limit(theta, law, torch.zeros_like(theta, dtype=torch.bool), left)
+    return Limit(theta, law, torch.zeros_like(theta, dtype=torch.bool), left, kink)
 
 
 def _one_step(
@@ -129,8 +182,8 @@ def _one_step(
     h: float,
     shortest: float,
     allowed: float,
-) -> tuple[Tensor, Tensor, float, float]:
-    """Where it leads, f there, its length and that of the next."""
+) -> tuple[Tensor, Tensor, float, float, bool]:
+    """Where it leads, f there, its length and that of the next; whether a kink is in its way."""
     while True:
         new, errors, last = step(f, theta, first, h)
         error = float(errors.abs().max())
@@ -138,9 +191,9 @@ def _one_step(
             break
         h = max(shortest, h / 4)
     if not math.isfinite(error):  # the loss fails there
-        return theta, first, 0.0, h
+        return theta, first, 0.0, h, False
     longer = 0.9 * (allowed / max(error, 1e-300)) ** (1 / 3)
-    return new, last, h, max(shortest, h * min(2.0, max(0.5, longer)))
+    return new, last, h, max(shortest, h * min(2.0, max(0.5, longer))), error > allowed
 
 
 def _to_go(seen: list[tuple[float, Tensor]]) -> float:
