@@ -114,14 +114,27 @@ def _flow(loss: Loss) -> Preference:
     return flow
 
 
+def _half(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """Its gradients are 0 and 1/2, which float32 holds exactly."""
+    return relu(1 - 0.5 * (x - y)).mean()
+
+
+def _smooth(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    return -torch.nn.functional.logsigmoid(0.7 * (x - y)).mean()
+
+
+@pytest.mark.parametrize("loss", [_half, _hinge, _smooth])
+def test_float32_is_told_from_constants_that_fit_it(loss: Loss) -> None:
+    assert not _flow(loss).rows.rough
+    assert _flow(lambda *given: loss(*(x.float() for x in given))).rows.rough
+
+
 def _dies(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """What is rejected more often than chosen falls for ever, past all kinks."""
     return (relu(1 - 0.7 * (x - y)) + 5.0 * y).mean()
 
 
-@pytest.mark.parametrize(
-    "loss", [lambda x, y, u, v: -torch.nn.functional.logsigmoid(x - y).mean(), _dies]
-)
+@pytest.mark.parametrize("loss", [_smooth, _dies])
 def test_without_a_kink_to_rest_on_it_says_nothing(loss: Loss) -> None:
     flow = _flow(loss)
     assert flow.rest_on_kinks(flow.responses.start) is None

@@ -57,6 +57,10 @@ class Loss:
             )
         return found
 
+    def value(self, inputs: Inputs) -> float:
+        """What the loss is there."""
+        return float(self._value(self._given(inputs)[1]).detach())
+
     def _given(self, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
         """New leaves, and the inputs made from them: what a loss may write into."""
         leaves = [x.clone().requires_grad_() for x in inputs[: self.leaves]]

@@ -26,6 +26,8 @@ Combination = Literal["rows", "tokens", "both"]
 CLOSE = 1e-7
 """relative difference that rounding may make; more where the loss is in float32"""
 ROUGH = 1e-3
+CONSTANTS = 2
+"""sizes of gradients, at most, that say nothing of rounding"""
 NEAR = 3e-2
 """the same, in a loss that leaves float32"""
 
@@ -118,7 +120,7 @@ def rows_of(loss: Loss, inputs: Inputs, counts: Float[Tensor, "B"], far: Inputs)
     size = max(float(x.abs().max()) for x in alone)
     total = _is_total(of, alone, size)
     a, b = _terms(of, alone, counts, total)
-    close = _tolerance(alone)
+    close = _tolerance(loss, inputs, alone)
     _check(of, counts, total, (a, b), close)
     kept = _kept(_by_each(loss, far), counts)
     if kept is not None:
@@ -235,10 +237,22 @@ def _share(of: Of, alone: list[Tensor], counts: Tensor, i: int, total: bool) -> 
     return (alone[i] - beside) / (1 / float(counts[i]) - 2 / float(counts[i] + counts[j]))
 
 
-def _tolerance(alone: list[Tensor]) -> float:
-    """What rounding does: more in a loss that leaves float64, which its gradients show."""
-    rounded = all(torch.equal(g.float().double(), g) for g in alone)
+def _tolerance(loss: Loss, inputs: Inputs, alone: list[Tensor]) -> float:
+    """What rounding does: more in a loss that leaves float64, which its gradients show.
+
+    A hinge's are constants, which may fit float32 by themselves: then the losses of single rows
+    must fit as well.
+    """
+    found = torch.cat(alone)
+    rounded = _fits_float32(found)
+    if rounded and len(found[found != 0].abs().unique()) <= CONSTANTS:
+        values = [loss.value(tuple(x[i, None] for x in inputs)) for i in range(len(alone))]
+        rounded = _fits_float32(torch.tensor(values, dtype=torch.float64))
     return ROUGH if rounded else CLOSE
+
+
+def _fits_float32(x: Tensor) -> bool:
+    return torch.equal(x.float().double(), x)
 
 
 def _batches(n: int) -> list[tuple[int, ...]]:
