@@ -96,6 +96,7 @@ def _least_hinge() -> Tensor:
     return best[1].log_softmax(0)
 
 
+@pytest.mark.slow
 def test_along_kinks_it_goes_on_to_the_end() -> None:
     """The reference is uniform, and so are the draws; pairs are labelled by Bradley-Terry."""
     found = audit_loss(_plain_hinge, _solution(), "preference", beyond=False)
