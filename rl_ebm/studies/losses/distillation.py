@@ -71,7 +71,7 @@ class Distillation:
         """The steps of :mod:`rl_ebm.studies.losses.limit` get there."""
 
     def rest_on_kinks(self, theta: Tensor) -> None:
-        """Those of :mod:`rl_ebm.studies.losses.slide` do."""
+        """Those of :mod:`rl_ebm.studies.losses.way` do, state by state, or slides."""
 
     def field(self, theta: Float[Tensor, "S A"]) -> tuple[Tensor, Tensor]:
         """Expected gradient by theta, and the mass of each action under who draws."""
