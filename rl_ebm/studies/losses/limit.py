@@ -160,12 +160,7 @@ def rest_from(
     bury: bool = True,
     along: Callable[[Field, Tensor], Limit] = slide,
 ) -> Limit:
-    """A rest, by steps whose error is small beside what they move.
-
-    Args:
-        bury: whether rare actions that still fall are made to die.
-        along: what goes on from a kink.
-    """
+    """A rest, by steps whose error is small beside what they move; ``along`` goes on at a kink."""
     seen = [direction(flow, theta)]
 
     def f(x: Tensor) -> Tensor:
