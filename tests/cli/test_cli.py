@@ -12,6 +12,7 @@ from itertools import product
 import pytest
 import torch
 from run_cases import (
+    HANGS,
     NETWORK_FLAGS,
     load_state,
     refused,
@@ -340,7 +341,7 @@ def test_steps_and_seconds(tmp_path, monkeypatch):
 
 def test_a_process_is_the_same_command_line(tmp_path):
     process = start([*train_args(steps=1), "--beta", "0", "--out", str(tmp_path / "r")])
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANGS)
     assert (process.returncode, out) == (2, "")
     assert err == "rl-ebm: beta must be a finite number > 0, got 0.0\n"
 
@@ -370,7 +371,7 @@ def test_a_full_disk(kilobytes, tmp_path):
     try:
         args = train_args(steps=3000, checkpoint_every=0.05)
         process = start([*args, "--out", str(disk / "run")])
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=HANGS)
         assert process.returncode == 2
         assert err.count("\n") == 1
         assert "No space left on device" in err

@@ -11,6 +11,7 @@ import sys
 import textwrap
 
 import pytest
+from run_cases import HANGS
 
 PROGRAM = """
 import json, math, sys, traceback
@@ -150,7 +151,7 @@ def said():
         capture_output=True,
         text=True,
         check=True,
-        timeout=300,
+        timeout=HANGS,
     )
     return json.loads(done.stdout)
 

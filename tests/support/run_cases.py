@@ -94,6 +94,10 @@ def rows(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+HANGS = 1800.0
+"""seconds after which a process that has not ended hangs: no measure of speed, on any machine"""
+
+
 def start(args: list[str], **kwargs: Any) -> subprocess.Popen[str]:
     """``python -m rl_ebm`` in a process of its own."""
     return subprocess.Popen(

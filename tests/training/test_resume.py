@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from run_cases import (
+    HANGS,
     STATES,
     differences,
     killed_before_operation,
@@ -96,7 +97,7 @@ def test_killed_before_every_single_file_operation(whole, tmp_path):
 
 def one_subprocess_kill(run: Path, args: list[str], delay: float, watched: str) -> None:
     process = start(args)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANGS
     while not (run / watched).exists() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -247,13 +248,13 @@ def test_ctrl_c_ends_with_130_and_a_run_that_goes_on(tmp_path):
         process = start([*train_args(steps=3000, checkpoint_every=0.05), "--out", str(run)])
     finally:
         signal.signal(signal.SIGINT, before)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANGS
     while not (run / "state.pt").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=HANGS)
     assert process.returncode == 130
     assert err.count("\n") == 1
     assert "--resume" in err

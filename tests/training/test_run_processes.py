@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 from run_cases import (
+    HANGS,
     NETWORK,
     finished_run,
     load_state,
@@ -171,13 +172,13 @@ def test_sigterm_of_a_process(tmp_path):
     run = tmp_path / "run"
     args = train_args(steps=100_000, checkpoint_every=3600)
     process = start([*args, "--out", str(run)])
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + HANGS
     while not (run / "state.pt").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=HANGS)
     assert process.returncode == 143
     assert "Traceback" not in err
     assert load_state(run)["step"] > 0

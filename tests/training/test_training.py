@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from run_cases import (
+    HANGS,
     NETWORK,
     differences,
     every_agent,
@@ -330,7 +331,7 @@ def test_a_step_reads_no_number_from_the_device(monkeypatch):
 def test_compile_trains(tmp_path):
     """In a process of its own: what is compiled cannot be checked for shapes on the way."""
     process = start([*train_args(steps=2), "--compile", "--out", str(tmp_path / "r")])
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=HANGS)
     assert process.returncode == 0, err
     assert "Traceback" not in err
     assert load_state(tmp_path / "r")["step"] == 2
