@@ -19,7 +19,7 @@ def problems(solution: Solution) -> list[Problem]:
         ValueError: a response that the reference allows has reward -inf: no objective but those
             that are the EBM itself has a gradient there.
     """
-    check_solution(solution)
+    check_solution(solution, "pass rl_ebm.solve(ebm)", unsolved="")
     ebm, space = solution.ebm, solution.space
     if not lists(solution):
         raise TooLargeError(

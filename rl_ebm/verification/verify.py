@@ -77,15 +77,22 @@ def verify(
     return report if keep else replace(report, per_prompt=[])
 
 
-def check_solution(solution: object) -> None:
-    """Raise TypeError unless something is an exact solution."""
+def check_solution(
+    solution: object,
+    hint: str = "verify(policy, rl_ebm.solve(ebm))",
+    unsolved: str = "; or, where it cannot be solved, rl_ebm.certify(policy, ebm)",
+) -> None:
+    """Raise TypeError unless something is an exact solution.
+
+    Args:
+        hint: what to do instead, for the sentence, and
+        unsolved: what of an EBM that is too large.
+    """
     if is_solution(solution):
         return
     what = f"a {type(solution).__name__}"
-    hint = "verify(policy, rl_ebm.solve(ebm))"
     if isinstance(solution, EBM):
-        what = "the EBM itself"
-        hint = f"{hint}; or, where it cannot be solved, rl_ebm.certify(policy, ebm)"
+        what, hint = "the EBM itself", hint + unsolved
     elif is_policy(solution):
         what = f"another policy ({type(solution).__name__})"
     raise TypeError(f"solution must be what rl_ebm.solve(ebm) gives, got {what}: {hint}")
