@@ -202,6 +202,22 @@ def test_each_state_is_followed_to_where_it_goes_alone() -> None:
     assert found.is_target is False
 
 
+def _bent(student: Tensor, *_: Tensor) -> Tensor:
+    """Convex at each state; least at the kink, where the difference of its logits is 1."""
+    difference = student[..., 1] - student[..., 0]
+    return ((difference - 1).abs() + (difference - 2).square() / 4).mean()
+
+
+@pytest.mark.slow
+def test_a_rest_on_a_kink_that_is_alone_is_no_rest_of_many() -> None:
+    found = audit_loss(_bent, _solution(), "distillation", beyond=False)
+    log_pi = torch.tensor([0.0, 1.0], dtype=torch.float64).log_softmax(-1)
+    expected = (log_pi[:, None] + log_pi).flatten()
+    assert found.how == "flow, along a kink"
+    assert found.accuracy < 1e-3
+    assert float(tv(found.log_laws[0], expected)) <= found.accuracy
+
+
 def test_whether_states_see_each_other_is_found() -> None:
     """Token by token they do not; a loss of a whole response, and one paid as a reward, do."""
     solution = solve(EBM(TokenSpace(3, 2), SCORES, beta=0.5))

@@ -129,9 +129,10 @@ def limit_from(
     rest = ROUGH_REST if rough else REST
     if unit <= 1e-11:
         return finished(flow, theta, begin, unit)
-    along = stopped if states_apart(flow, theta) else slide
     theta = _plain_flow(flow, theta, unit, plain)
-    return rest_at_once(flow, theta, unit, rest) or rest_from(flow, theta, unit, rest, along=along)
+    return rest_at_once(flow, theta, unit, rest) or rest_from(
+        flow, theta, unit, rest, along=at_kink
+    )
 
 
 def rest_at_once(flow: Field, theta: Tensor, unit: float, rest: float) -> Limit | None:
@@ -147,9 +148,13 @@ def rest_at_once(flow: Field, theta: Tensor, unit: float, rest: float) -> Limit 
     return replace(finished(flow, theta, direction(flow, theta), off), kink=True)
 
 
-def stopped(flow: Field, theta: Tensor) -> Limit:
-    """At a kink, which :func:`rl_ebm.studies.losses.way.decided` follows."""
-    return replace(finished(flow, theta, direction(flow, theta), NOT_FOLLOWED), kink=True)
+def at_kink(flow: Field, theta: Tensor) -> Limit:
+    """At a kink: a slide, or its place for states that :mod:`rl_ebm.studies.losses.way` follows."""
+    if not states_apart(flow, theta):
+        return slide(flow, theta)
+    r = flow.responses
+    law, lost = r.log_law(normalised(theta, r.start)), direction(flow, theta).lost
+    return Limit(theta, law, lost, NOT_FOLLOWED, kink=True)
 
 
 def rest_from(

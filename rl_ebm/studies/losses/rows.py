@@ -26,10 +26,10 @@ Combination = Literal["rows", "tokens", "both"]
 CLOSE = 1e-7
 """relative difference that rounding may make; more where the loss is in float32"""
 ROUGH = 1e-3
-CONSTANTS = 2
-"""sizes of gradients, at most, that say nothing of rounding"""
 NEAR = 3e-2
 """the same, in a loss that leaves float32"""
+CONSTANTS = 2
+"""sizes of gradients, at most, that say nothing of rounding"""
 
 
 Of = Callable[..., list[Tensor]]

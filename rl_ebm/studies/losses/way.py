@@ -23,6 +23,7 @@ from rl_ebm.studies.losses.contract import LossError
 from rl_ebm.studies.losses.flow import GONE, Field, Limit, direction, states_apart, step
 from rl_ebm.studies.losses.limit import NOT_FOLLOWED, REST, rest_at_once, rest_from
 from rl_ebm.studies.losses.responses import normalised
+from rl_ebm.studies.losses.slide import slide
 
 ASIDE = 1e-2
 """nats that a rest is pushed, and"""
@@ -38,10 +39,10 @@ NEAR = 1e-5
 """nats that have not moved"""
 LENGTHS = (4e-2, 2e-2)
 """nats of a step of the flow, at the rate of its first, that its error does not shorten"""
-FINER = 4
-"""times, where each state has its own clock"""
 ERROR = 1e-3
 """the same, of its error otherwise"""
+FINER = 4
+"""times shorter, both, where each state has its own clock"""
 STEPS = 5000
 """of those, at most; fewer where they cost more:"""
 WORK = 100_000_000
@@ -66,17 +67,16 @@ def decided(flow: Field, start: Float[Tensor, "S A"], end: Limit) -> Limit:
     unit = float(direction(flow, start).value.abs().max())
     if unit <= NOTHING or not end.settled:
         return end
-    each = states_apart(flow, start)
-    if each and end.kink and end.accuracy == NOT_FOLLOWED:
+    if end.accuracy == NOT_FOLLOWED:
         found = _each_alone(flow, start, end, unit)
         if found is not None:
             return found
-        end = rest_from(flow, end.theta, unit, REST)
+        end = slide(flow, end.theta)
     again = _back(flow, start, end, unit)
     if again is not None:  # a kink may have been on the way alone
         return again if end.kink and not again.kink else end
-    lengths = [length / FINER for length in LENGTHS] if each else LENGTHS
-    coarse, fine = (_followed(flow, start, length, each) for length in lengths)
+    each = states_apart(flow, start)
+    coarse, fine = (_followed(flow, start, length, each) for length in LENGTHS)
     off = float(tv(coarse.log_law, fine.log_law)) + fine.accuracy
     if not end.kink and not fine.kink and direction(flow, fine.theta).size > SLOW * unit:
         off = 1.0  # it may creep on for long
@@ -88,18 +88,21 @@ def _each_alone(flow: Field, start: Tensor, end: Limit, unit: float) -> Limit | 
     """Where states that do not see each other go, past a kink: each by its own clock.
 
     A rest to which they come back, from further than a kink makes them jump, is gone to from there.
-    None where nothing has moved, or they creep, as beside a steep kink.
+    None where nothing has moved, where they creep, as beside a steep kink, or where they saw each
+    other at the start.
     """
-    coarse = _followed(flow, start, LENGTHS[0] / FINER, each=True)
+    if not states_apart(flow, start):
+        return None
+    coarse = _followed(flow, start, LENGTHS[0], each=True)
     if coarse.accuracy > CREEPS:
         return None
-    fine = _followed(flow, start, LENGTHS[1] / FINER, each=True)
+    fine = _followed(flow, start, LENGTHS[1], each=True)
     aside = _pushed(flow, start, fine, FURTHER)
     if aside is None:
         return None
     r = flow.responses
     away = float(tv(r.log_law(normalised(aside, r.start)), fine.log_law))
-    again = _followed(flow, aside, LENGTHS[1] / FINER, each=True)
+    again = _followed(flow, aside, LENGTHS[1], each=True)
     if float(tv(again.log_law, fine.log_law)) <= THERE * away:
         last = rest_from(flow, fine.theta, unit, REST)
         if last.settled and float(tv(last.log_law, fine.log_law)) <= THERE * away:
@@ -150,7 +153,7 @@ def _followed(flow: Field, theta: Tensor, length: float, each: bool) -> Limit:
     Args:
         each: whether each state has its own clock, which goes as often as it is visited.
     """
-    r = flow.responses
+    r, length = flow.responses, length / FINER if each else length
 
     def f(x: Tensor) -> Tensor:
         gradient, mass = flow.field(x)
