@@ -12,8 +12,8 @@ from torch.nn.functional import relu
 from rl_ebm import EBM, TokenSpace, audit_loss, solve
 from rl_ebm.divergences import tv
 from rl_ebm.exact import Solution
+from rl_ebm.studies.losses.apart import states_apart
 from rl_ebm.studies.losses.cases import Case, asked, cases_of
-from rl_ebm.studies.losses.flow import states_apart
 from rl_ebm.studies.losses.kinds import in_units
 from rl_ebm.studies.losses.limit import limit_from
 from rl_ebm.studies.losses.preference import Pairs
@@ -200,6 +200,17 @@ def test_each_state_is_followed_to_where_it_goes_alone() -> None:
     assert found.accuracy < 1e-2
     assert float(tv(found.log_laws[0], expected)) <= found.accuracy + SHORTEST
     assert found.is_target is False
+
+
+@pytest.mark.slow
+def test_a_state_that_is_at_rest_is_not_moved_by_rounding() -> None:
+    """The second token is worth nothing: there the teacher is the student's start."""
+    reward = SCORES[:3].repeat_interleave(3)
+    solution = solve(EBM(TokenSpace(3, 2), reward, beta=0.5))
+    found = audit_loss(_top_two, solution, "distillation", beyond=False)
+    law = found.log_laws[0].view(3, 3)
+    assert found.how.endswith("to one rest of many")
+    assert float((law - law.logsumexp(1, keepdim=True) + math.log(3)).abs().max()) < 1e-9
 
 
 def _bent(student: Tensor, *_: Tensor) -> Tensor:

@@ -25,9 +25,6 @@ FAR = 2.0
 GONE = -40.0
 """log pi below which an action that is pushed down is dead, and a state is not visited"""
 
-APART = 1e-5
-"""of a state's gradient, what others may do to it: rounding, also of float32"""
-
 
 @runtime_checkable
 class Field(Protocol):
@@ -122,31 +119,6 @@ def direction(flow: Field, theta: Tensor) -> Direction:
     free = gradient.sum(1, keepdim=True).abs() <= 1e-9 * gradient.abs().sum(1, keepdim=True)
     value = torch.where(free & allowed, value - level, value)
     return Direction(value, alive, lost)
-
-
-def states_apart(flow: Field, theta: Tensor) -> bool:
-    """Whether the gradient at each state is one of its own logits, times how often it is visited.
-
-    Distillation token by token is so. The states' clocks may then run as one likes: where each
-    goes is the same. Tried with half of the states moved, and then with the other half.
-    """
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(theta.shape, generator=generator, dtype=torch.float64)
-    half = torch.rand(len(theta), 1, generator=generator) < 0.5
-
-    def ways(x: Tensor) -> Tensor:
-        gradient = flow.field(x)[0]
-        return gradient / gradient.abs().amax(1, keepdim=True).clamp(min=1e-290)
-
-    now = ways(theta)
-    for moved in (half, ~half):
-        try:
-            off = (ways(theta + noise * moved) - now).abs().masked_fill(moved, 0.0)
-        except LossError:
-            return False
-        if float(off.max()) > APART:
-            return False
-    return True
 
 
 def step(

@@ -30,6 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rl_ebm.divergences import tv
+from rl_ebm.studies.losses.apart import states_apart
 from rl_ebm.studies.losses.contract import LossError
 from rl_ebm.studies.losses.flow import (
     FAR,
@@ -39,7 +40,6 @@ from rl_ebm.studies.losses.flow import (
     Limit,
     direction,
     finished,
-    states_apart,
     step,
 )
 from rl_ebm.studies.losses.responses import normalised

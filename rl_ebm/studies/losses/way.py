@@ -4,8 +4,8 @@ A loss that is flat somewhere (a hinge whose margins are all kept) has rests bes
 each way down ends at another. The steps of :mod:`rl_ebm.studies.losses.limit` take a shorter way
 than the flow, d theta / dt = -F(theta), to the same rest where there is one. So a rest is pushed
 aside a little, along what has moved: where it does not come back, the flow itself is followed to
-its end, twice, with steps of two lengths where a kink leaves no other choice. States that do not
-see each other are followed each by its own clock, so that none waits for the ones before it.
+its end, twice, with steps of two lengths where a kink leaves no other choice; states that do not
+see each other by themselves, see :mod:`rl_ebm.studies.losses.apart`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rl_ebm.divergences import tv
+from rl_ebm.studies.losses.apart import followed_apart, states_apart
 from rl_ebm.studies.losses.contract import LossError
-from rl_ebm.studies.losses.flow import GONE, Field, Limit, direction, states_apart, step
+from rl_ebm.studies.losses.flow import GONE, Field, Limit, direction, step
 from rl_ebm.studies.losses.limit import NOT_FOLLOWED, REST, rest_at_once, rest_from
 from rl_ebm.studies.losses.responses import normalised
 from rl_ebm.studies.losses.slide import slide
@@ -41,8 +43,10 @@ LENGTHS = (4e-2, 2e-2)
 """nats of a step of the flow, at the rate of its first, that its error does not shorten"""
 ERROR = 1e-3
 """the same, of its error otherwise"""
-FINER = 4
-"""times shorter, both, where each state has its own clock"""
+APART_LENGTHS = (2e-2, 1.4e-2, 1e-2)
+"""the same, of states that do not see each other"""
+CHANCE = 2.0
+"""times the largest difference of their ends: about kinks a length is off as if by chance"""
 STEPS = 5000
 """of those, at most; fewer where they cost more:"""
 WORK = 100_000_000
@@ -75,8 +79,7 @@ def decided(flow: Field, start: Float[Tensor, "S A"], end: Limit) -> Limit:
     again = _back(flow, start, end, unit)
     if again is not None:  # a kink may have been on the way alone
         return again if end.kink and not again.kink else end
-    each = states_apart(flow, start)
-    coarse, fine = (_followed(flow, start, length, each) for length in LENGTHS)
+    coarse, fine = (_followed(flow, start, length) for length in LENGTHS)
     off = float(tv(coarse.log_law, fine.log_law)) + fine.accuracy
     if not end.kink and not fine.kink and direction(flow, fine.theta).size > SLOW * unit:
         off = 1.0  # it may creep on for long
@@ -88,27 +91,32 @@ def _each_alone(flow: Field, start: Tensor, end: Limit, unit: float) -> Limit | 
     """Where states that do not see each other go, past a kink: each by its own clock.
 
     A rest to which they come back, from further than a kink makes them jump, is gone to from there.
-    None where nothing has moved, where they creep, as beside a steep kink, or where they saw each
-    other at the start.
+    None where nothing has moved, where they creep, as beside a steep kink, where the loss fails on
+    the way, or where they saw each other at the start.
     """
     if not states_apart(flow, start):
         return None
-    coarse = _followed(flow, start, LENGTHS[0], each=True)
-    if coarse.accuracy > CREEPS:
+    try:
+        first = followed_apart(flow, start, APART_LENGTHS[0])
+        if first.accuracy > CREEPS:
+            return None
+        ends = [first, *(followed_apart(flow, start, length) for length in APART_LENGTHS[1:])]
+        fine = ends[-1]
+        aside = _pushed(flow, start, fine, FURTHER)
+        if aside is None:
+            return None
+        r = flow.responses
+        there = THERE * float(tv(r.log_law(normalised(aside, r.start)), fine.log_law))
+        again = followed_apart(flow, aside, APART_LENGTHS[0], max(ENDED, there / 4))
+        if float(tv(again.log_law, fine.log_law)) <= there:
+            last = rest_from(flow, fine.theta, unit, REST)
+            if last.settled and float(tv(last.log_law, fine.log_law)) <= there:
+                return last
+    except LossError:
         return None
-    fine = _followed(flow, start, LENGTHS[1], each=True)
-    aside = _pushed(flow, start, fine, FURTHER)
-    if aside is None:
-        return None
-    r = flow.responses
-    away = float(tv(r.log_law(normalised(aside, r.start)), fine.log_law))
-    again = _followed(flow, aside, LENGTHS[1], each=True)
-    if float(tv(again.log_law, fine.log_law)) <= THERE * away:
-        last = rest_from(flow, fine.theta, unit, REST)
-        if last.settled and float(tv(last.log_law, fine.log_law)) <= THERE * away:
-            return last
-    off = float(tv(coarse.log_law, fine.log_law)) + fine.accuracy
-    return replace(fine, dead=end.dead, accuracy=min(1.0, off), kink=True, many=True)
+    off = max(float(tv(a.log_law, b.log_law)) for a, b in combinations(ends, 2))
+    off = min(1.0, CHANCE * off + fine.accuracy)
+    return replace(fine, dead=end.dead, accuracy=off, kink=True, many=True)
 
 
 def _back(flow: Field, start: Tensor, end: Limit, unit: float) -> Limit | None:
@@ -144,27 +152,22 @@ def _pushed(flow: Field, start: Tensor, end: Limit, nats: float) -> Tensor | Non
     return end.theta.masked_fill(~alive, GONE) + nats * noise * share
 
 
-def _followed(flow: Field, theta: Tensor, length: float, each: bool) -> Limit:
+def _followed(flow: Field, theta: Tensor, length: float) -> Limit:
     """The flow itself: steps by their error, and no shorter than a kink makes of it.
 
     The law is the mean over a window of steps, which evens out what jumps about a kink; its
     accuracy is how far it is still to go.
-
-    Args:
-        each: whether each state has its own clock, which goes as often as it is visited.
     """
-    r, length = flow.responses, length / FINER if each else length
+    r = flow.responses
 
     def f(x: Tensor) -> Tensor:
-        gradient, mass = flow.field(x)
-        return -gradient / mass.sum(1, keepdim=True).clamp(min=1e-290) if each else -gradient
+        return -flow.field(x)[0]
 
     first = f(theta)
     h = shortest = length / max(float(first.abs().max()), 1e-300)
     time, seen = 0.0, [(0.0, r.log_law(normalised(theta, r.start)))]
     left, kink = 1.0, False
-    steps = STEPS // 2 if each else STEPS
-    for _ in range(max(4, min(steps, WORK // (3 * flow.cost)) // WINDOW)):
+    for _ in range(max(4, min(STEPS, WORK // (3 * flow.cost)) // WINDOW)):
         mean, kink = torch.zeros(len(r.reward), dtype=torch.float64), False
         for _ in range(WINDOW):
             theta, first, taken, h, forced = _one_step(f, theta, first, h, shortest, ERROR * length)
