@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from torch.nn.functional import relu
 from rl_ebm import EBM, TokenSpace, audit_loss, solve
 from rl_ebm.divergences import tv
 from rl_ebm.exact import Solution
+from rl_ebm.studies.losses import way
 from rl_ebm.studies.losses.apart import states_apart
 from rl_ebm.studies.losses.cases import Case, asked, cases_of
+from rl_ebm.studies.losses.contract import LossError
+from rl_ebm.studies.losses.flow import Limit
 from rl_ebm.studies.losses.kinds import in_units
 from rl_ebm.studies.losses.limit import limit_from
 from rl_ebm.studies.losses.preference import Pairs
@@ -200,6 +204,43 @@ def test_each_state_is_followed_to_where_it_goes_alone() -> None:
     assert found.accuracy < 1e-2
     assert float(tv(found.log_laws[0], expected)) <= found.accuracy + SHORTEST
     assert found.is_target is False
+
+
+@pytest.mark.slow
+def test_a_rest_beside_the_kink_that_led_to_it_is_no_end_of_its_own() -> None:
+    """The second and the third slide together until the first two are at rest: a smooth one."""
+    solution = solve(EBM(TokenSpace(3, 1), SCORES[:3], beta=0.5))
+    found = audit_loss(_top_two, solution, "distillation", beyond=False)
+    taught = (SCORES[:3] / 0.5).softmax(0)
+    ratio = taught[0] / taught[1]
+    expected = torch.stack([ratio, torch.ones(()), torch.ones(())]).log().log_softmax(0)
+    assert found.accuracy < 1e-2
+    assert float(tv(found.log_laws[0], expected)) <= found.accuracy
+
+
+def test_a_loss_that_fails_where_a_state_goes_by_itself_is_left_to_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(*_: object) -> Limit:
+        raise LossError("it is nan there")
+
+    solution = solve(EBM(TokenSpace(3, 1), SCORES[:3], beta=0.5))
+    what = asked(_top_two, "distillation", "centred", None, None, 1, None, None)
+    (case,) = cases_of(what, solution)
+    flow = in_units(case.flow)
+    start = flow.responses.start
+    end = Limit(start, flow.responses.log_law(start), torch.zeros_like(start).bool(), 0.0)
+    asks: list[Limit] = []
+
+    def at_once(*_: object) -> Limit:
+        asks.append(replace(end, accuracy=1.0))
+        return asks[-1]
+
+    monkeypatch.setattr(way, "followed_apart", at_once)
+    assert way._each_alone(flow, start, end, 1.0) is None  # it creeps
+    assert asks
+    monkeypatch.setattr(way, "followed_apart", failing)
+    assert way._each_alone(flow, start, end, 1.0) is None
 
 
 @pytest.mark.slow

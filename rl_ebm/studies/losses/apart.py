@@ -12,14 +12,14 @@ are off by remains of the order of the first one's length.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rl_ebm.divergences import tv
 from rl_ebm.studies.losses.contract import LossError
-from rl_ebm.studies.losses.flow import Field, Limit
+from rl_ebm.studies.losses.flow import Field, Limit, to_go
 from rl_ebm.studies.losses.responses import Responses, normalised
 
 APART = 1e-5
@@ -69,8 +69,8 @@ def followed_apart(
 ) -> Limit:
     """Where each state goes by itself.
 
-    The policy at a state is a mean over a window of steps, fewer of the first and last, which evens
-    out what jumps about a kink; its accuracy is how far the law is still to go.
+    The policy at a state is a mean over a window of steps, the middle ones most, which evens out
+    what jumps about a kink; its accuracy is how far the law is still to go.
 
     Args:
         length: nats of a state's step where it is fastest.
@@ -98,7 +98,7 @@ def followed_apart(
             theta, time = theta + h * slope, time + h
             mean += share * normalised(theta, r.start).exp()
         seen.append(_Seen(time, mean))
-        left = _to_go(r, seen, STILL * length) if bool(slope.any()) else 0.0
+        left = to_go(partial(_law_by, r, seen), STILL * length) if bool(slope.any()) else 0.0
         if left <= ended:
             break
     policy = normalised(theta, r.start) if left == 0.0 else seen[-1].policy.log()
@@ -114,19 +114,9 @@ class _Seen:
     policy: Float[Tensor, "S A"]
 
 
-def _to_go(r: Responses, seen: list[_Seen], still: float) -> float:
-    """How far the law still is from its end: as far as it came in the last half of the time.
-
-    It comes less far in the next, as long, where that was less than in the quarter before, or where
-    both are no motion. The halves and quarters are those of each state's own time.
-    """
+def _law_by(r: Responses, seen: list[_Seen], share: float) -> Tensor:
+    """The last law that was seen within a share of each state's own time."""
     times = torch.stack([x.time for x in seen])
     policies = torch.stack([x.policy for x in seen])
-
-    def law(share: float) -> Tensor:
-        at = (times <= share * times[-1]).sum(0) - 1
-        return r.log_law(policies.gather(0, at.expand_as(policies[0])[None])[0].log())
-
-    quarter, half, now = law(0.25), law(0.5), law(1.0)
-    before, last = float(tv(quarter, half)), float(tv(half, now))
-    return 2 * last if last < before / 2 or max(before, last) <= still else 1.0
+    at = (times <= share * times[-1]).sum(0) - 1
+    return r.log_law(policies.gather(0, at.expand_as(policies[0])[None])[0].log())

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from rl_ebm.divergences import tv
 from rl_ebm.soft_bellman import log_policy
 from rl_ebm.studies.losses.contract import LossError
 from rl_ebm.studies.losses.responses import Responses, normalised
@@ -58,6 +59,7 @@ class Limit:
         kink: whether it slides along one.
         faint: whether what is dead may be alive, and too rare for float64.
         many: whether there are rests beside it, and the way decided.
+        ahead: whether it is no end: a place on the way, from which the flow is to be followed.
     """
 
     theta: Float[Tensor, "S A"]
@@ -67,6 +69,7 @@ class Limit:
     kink: bool = False
     faint: bool = False
     many: bool = False
+    ahead: bool = False
 
     @property
     def settled(self) -> bool:
@@ -140,6 +143,21 @@ def step(
     except LossError:
         return theta, torch.full_like(theta, torch.inf), first
     return new, h / 72 * (-5 * first + 6 * second + 8 * third - 9 * last), last
+
+
+def to_go(law_by: Callable[[float], Tensor], still: float = 0.0) -> float:
+    """How far a law still is from its end, in total variation: 1 where that cannot be told yet.
+
+    It is as far as it came in the last half of the time: it comes less far in the next, as long,
+    where that was less than half of what it came in the quarter before.
+
+    Args:
+        law_by: the log-law that was seen last within a share of the time.
+        still: what is no motion.
+    """
+    quarter, half, now = (law_by(share) for share in (0.25, 0.5, 1.0))
+    before, last = float(tv(quarter, half)), float(tv(half, now))
+    return 2 * last if last < before / 2 or max(before, last) <= still else 1.0
 
 
 def finished(flow: Field, theta: Tensor, now: Direction, size: float, unit: float = 1.0) -> Limit:

@@ -81,8 +81,6 @@ UNSEEN = 1e-8
 """in total variation"""
 ROUGH_REST = 1e-5
 """in a loss that leaves float64"""
-NOT_FOLLOWED = 1.0
-"""accuracy of a limit that nothing is known of"""
 
 
 def _plain_flow(flow: Field, theta: Tensor, unit: float, steps: int) -> Tensor:
@@ -154,7 +152,7 @@ def at_kink(flow: Field, theta: Tensor) -> Limit:
         return slide(flow, theta)
     r = flow.responses
     law, lost = r.log_law(normalised(theta, r.start)), direction(flow, theta).lost
-    return Limit(theta, law, lost, NOT_FOLLOWED, kink=True)
+    return Limit(theta, law, lost, 1.0, kink=True, ahead=True)
 
 
 def rest_from(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 
 import torch
@@ -22,8 +23,8 @@ from torch import Tensor
 from rl_ebm.divergences import tv
 from rl_ebm.studies.losses.apart import followed_apart, states_apart
 from rl_ebm.studies.losses.contract import LossError
-from rl_ebm.studies.losses.flow import GONE, Field, Limit, direction, step
-from rl_ebm.studies.losses.limit import NOT_FOLLOWED, REST, rest_at_once, rest_from
+from rl_ebm.studies.losses.flow import GONE, Field, Limit, direction, step, to_go
+from rl_ebm.studies.losses.limit import REST, rest_at_once, rest_from
 from rl_ebm.studies.losses.responses import normalised
 from rl_ebm.studies.losses.slide import slide
 
@@ -71,10 +72,11 @@ def decided(flow: Field, start: Float[Tensor, "S A"], end: Limit) -> Limit:
     unit = float(direction(flow, start).value.abs().max())
     if unit <= NOTHING or not end.settled:
         return end
-    if end.accuracy == NOT_FOLLOWED:
-        found = _each_alone(flow, start, end, unit)
-        if found is not None:
-            return found
+    alone = _each_alone(flow, start, end, unit) if end.ahead else None
+    if alone is not None:
+        return alone
+    tried = end.ahead
+    if tried:
         end = slide(flow, end.theta)
     again = _back(flow, start, end, unit)
     if again is not None:  # a kink may have been on the way alone
@@ -84,6 +86,10 @@ def decided(flow: Field, start: Float[Tensor, "S A"], end: Limit) -> Limit:
     if not end.kink and not fine.kink and direction(flow, fine.theta).size > SLOW * unit:
         off = 1.0  # it may creep on for long
     accuracy = min(1.0, max(end.accuracy, off))
+    if accuracy > CREEPS and not tried:  # it slid along a kink, to a rest beside it
+        alone = _each_alone(flow, start, end, unit)
+        if alone is not None and alone.accuracy < accuracy:
+            return alone
     return replace(fine, dead=end.dead, accuracy=accuracy, kink=end.kink or fine.kink, many=True)
 
 
@@ -174,7 +180,7 @@ def _followed(flow: Field, theta: Tensor, length: float) -> Limit:
             time, kink = time + taken, kink or forced
             mean += r.log_law(normalised(theta, r.start)).exp() / WINDOW
         seen.append((time, mean.log()))
-        left = 0.0 if not bool(first.any()) else _to_go(seen)
+        left = to_go(partial(_last_by, seen)) if bool(first.any()) else 0.0
         if left <= ENDED:
             break
     law = r.log_law(normalised(theta, r.start)) if left == 0.0 else seen[-1][1]
@@ -202,14 +208,6 @@ def _one_step(
     return new, last, h, max(shortest, h * min(2.0, max(0.5, longer))), error > allowed
 
 
-def _to_go(seen: list[tuple[float, Tensor]]) -> float:
-    """How far a law still is from its end: as far as it came in the last half of the time.
-
-    It comes less far in the next, as long, where that was less than in the quarter before.
-    """
-    time, law = seen[-1]
-    half, quarter = (
-        next(x for t, x in reversed(seen) if t <= share * time) for share in (0.5, 0.25)
-    )
-    before, now = float(tv(quarter, half)), float(tv(half, law))
-    return 2 * now if now < before / 2 else 1.0
+def _last_by(seen: list[tuple[float, Tensor]], share: float) -> Tensor:
+    """The last law that was seen within a share of the time."""
+    return next(law for time, law in reversed(seen) if time <= share * seen[-1][0])
