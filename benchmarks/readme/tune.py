@@ -1,12 +1,15 @@
-"""Tune every agent on the same small grid, on other tasks and seeds than a benchmark reports.
+"""Tune every agent in the same way, on other tasks and seeds than a benchmark reports.
 
     python -m benchmarks.readme.tune            # hours; what is finished is not run again
     python -m benchmarks.readme.tune --quick    # a few steps each: only to see that it works
 
-The tasks are `prompts` and `random` unless ``--tasks`` says others, with task seed 7, the seed 100,
-the budget one of reward calls. Of each agent the point with the smallest geometric mean of
-KL(policy, target) wins. Writes ``benchmarks/results/tuned.json`` (for
-``rl-ebm bench --options``) and ``tuned.md``.
+Each agent begins with twelve points, rates and batches, and goes on beside its best, exploration
+and replay too where it has them, until that is bracketed (:mod:`benchmarks.readme.points`). The
+tasks are `prompts` and `random` unless ``--tasks`` says others, with task seed 7, the seeds 100 to
+102, the budget one of reward calls. Of each agent the point with the smallest geometric mean of
+KL(policy, target) wins. Writes ``benchmarks/results/tuned.json`` (for ``rl-ebm bench --options``),
+``tuned.md``, and where every run ended, ``tuned.csv``, which
+``python -m benchmarks.readme.protocols`` reads.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -22,22 +24,23 @@ from typing import Any
 import torch
 import tyro
 
+from benchmarks.readme.points import Point, ladders, next_point
 from benchmarks.support.machine import describe
 from benchmarks.support.runs import geometric_bracket
 from rl_ebm.agents import AGENTS
+from rl_ebm.files import write_text
 from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.studies.bench import Plan, Problem, run
-from rl_ebm.studies.bench_rows import RANKED, Rows, last_of, samples_of
+from rl_ebm.studies.bench_rows import RANKED, Rows, last_of, samples_of, write_rows
 from rl_ebm.studies.seeds import between
-from rl_ebm.training.checkpoint import write_text
 
 RESULTS = Path(__file__).parents[1] / "results"
-RATES = (3e-3, 1e-2, 3e-2)
-BATCHES = (256, 1024)
 TASK_SEED = 7
-SEEDS = (100,)
+SEEDS = (100, 101, 102)
 SMALLEST = 1e-9
 """KL below which more is not better, nats"""
+SMALL = TransformerConfig(1, 1, 8, 8)
+"""of a trial run"""
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,8 @@ class Options:
     """two points, few calls, a small network; writes nothing into the results"""
 
 
-def grid(quick: bool) -> list[dict[str, Any]]:
-    """The same points for every agent."""
-    points = product(RATES[:1], BATCHES[:2]) if quick else product(RATES, BATCHES)
-    return [{"lr": lr, "batch_size": batch} for lr, batch in points]
+Tried = dict[Point, Rows]
+"""where the runs of each point ended"""
 
 
 def score(rows: Rows, agent: str, runs: int) -> float:
@@ -80,41 +81,88 @@ def shown(rows: Rows, agent: str, runs: int) -> str:
     return between(*geometric_bracket(looks, RANKED, SMALLEST), value)
 
 
+def settings(options: Options) -> dict[str, Any]:
+    """What the plans of all points share."""
+    names = options.tasks.split(",")[: 1 if options.quick else None]
+    return {
+        "problems": tuple(Problem(name, task_seed=TASK_SEED) for name in names),
+        "seeds": SEEDS[:1] if options.quick else SEEDS,
+        "calls": 4096 if options.quick else options.calls,
+        "network": SMALL if options.quick else TransformerConfig(),
+        "samples": options.samples,
+    }
+
+
+def try_points(options: Options, agents: tuple[str, ...]) -> dict[str, Tried]:
+    """One point of each agent at a time, until all that are best are bracketed."""
+    shared = settings(options)
+    runs = len(shared["problems"]) * len(shared["seeds"])
+    tried: dict[str, Tried] = {agent: {} for agent in agents}
+    for k in range(2 if options.quick else 1000):
+        scores = {a: {p: score(rows, a, runs) for p, rows in tried[a].items()} for a in agents}
+        found = {agent: next_point(agent, scores[agent]) for agent in agents}
+        todo = {agent: point for agent, point in found.items() if point is not None}
+        if not todo:
+            break
+        plan = Plan(tuple(todo), options={a: p.options() for a, p in todo.items()}, **shared)
+        rows, _ = run(plan, options.out / str(k), options.workers)
+        for agent, point in todo.items():
+            tried[agent][point] = last_of(rows, agent=agent)
+    return tried
+
+
+def best(agent: str, tried: Tried, runs: int) -> Point:
+    """The point with the smallest score; of several the one that was tried first."""
+    return min(tried, key=lambda point: score(tried[point], agent, runs))
+
+
+def line(agent: str, tried: Tried, runs: int) -> str:
+    """An agent's line of the table."""
+    point = best(agent, tried, runs)
+    has = {n: ladder for n, ladder in ladders(agent).items() if n not in ("explore", "replay")}
+    ends = [name for name, x in has.items() if point.told()[name] in (x[0], x[-1])]
+    explore = "" if point.explore is None else f"{point.explore:g}"
+    replay = "" if point.replay is None else str(point.replay)
+    cells = [f"`{agent}`", f"{point.lr:g}", f"{point.batch_size:,}", explore, replay]
+    told = shown(tried[point], agent, runs)
+    return f"| {' | '.join([*cells, str(len(tried)), told, ', '.join(ends)])} |"
+
+
+def table(tried: dict[str, Tried], runs: int) -> str:
+    """What was chosen, and by what."""
+    head = ["agent", "lr", "batch_size", "explore", "replayed for each new one", "points tried"]
+    head += ["KL(policy, target)", "at the end of what is tried"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *(line(agent, found, runs) for agent, found in tried.items())])
+
+
+def flat(tried: dict[str, Tried]) -> Rows:
+    """Where all runs ended, with the settings of each."""
+    return [
+        {**point.told(), **row}
+        for points in tried.values()
+        for point, rows in points.items()
+        for row in rows
+    ]
+
+
 def main(options: Options) -> None:
     torch.set_num_threads(1)  # what the runs have, and what `describe` says
-    agents = tuple(options.agents.split(","))
-    network = TransformerConfig(1, 1, 8, 8) if options.quick else TransformerConfig()
-    problems = tuple(Problem(name, task_seed=TASK_SEED) for name in options.tasks.split(","))
-    found: dict[str, list[tuple[float, str, dict[str, Any]]]] = {agent: [] for agent in agents}
-    for i, point in enumerate(grid(options.quick)):
-        plan = Plan(
-            agents,
-            problems[:1] if options.quick else problems,
-            SEEDS[:1] if options.quick else SEEDS,
-            2048 if options.quick else options.calls,
-            network=network,
-            options=dict.fromkeys(agents, point),
-            samples=options.samples,
-        )
-        rows, _ = run(plan, options.out / str(i), options.workers)
-        for agent in agents:
-            runs = len(plan.problems) * len(plan.seeds)
-            found[agent].append((score(rows, agent, runs), shown(rows, agent, runs), point))
-    best = {agent: min(points, key=lambda x: x[0]) for agent, points in found.items()}
-    lines = ["| agent | lr | batch_size | KL(policy, target) |", "|---|---|---|---|"]
-    lines += [
-        f"| `{agent}` | {point['lr']:g} | {point['batch_size']:,} | {told} |"
-        for agent, (_, told, point) in best.items()
-    ]
-    if any("[" in line for line in lines):
+    tried = try_points(options, tuple(options.agents.split(",")))
+    shared = settings(options)
+    runs = len(shared["problems"]) * len(shared["seeds"])
+    text = table(tried, runs)
+    ends = flat(tried)
+    if samples_of(ends) is not None:
         drawn = f"{options.samples:,} exact samples of target and policy each"
-        lines += ["", f"In brackets: what others than these {drawn} would change."]
-    text = "\n".join([*lines, "", describe()]) + "\n"
+        text += f"\n\nIn brackets: what others than these {drawn} would change."
+    text += f"\n\n{describe()}\n"
     print(text)
     if not options.quick:
-        chosen = {agent: point for agent, (*_, point) in best.items()}
+        chosen = {agent: best(agent, points, runs).options() for agent, points in tried.items()}
         write_text(RESULTS / "tuned.json", json.dumps(chosen, indent=1) + "\n")
         write_text(RESULTS / "tuned.md", text)
+        write_rows(RESULTS / "tuned.csv", ends)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,287 @@
+"""How far conclusions depend on how the methods were tuned.
+
+    python -m benchmarks.readme.protocols            # hours; what is finished is not run again
+    python -m benchmarks.readme.protocols --quick    # a few steps each: only to see that it works
+
+The runs of ``python -m benchmarks.readme.tune`` hold what smaller tunings would have seen: fewer
+points, one seed, one task. Each of these protocols chooses from them, and what it chose runs on
+tasks that nothing was tuned on. A conclusion is that one method ends closer than another on a task,
+where the 95% interval of the difference over the seeds says so; the table counts how many of them
+another protocol would have kept. Writes ``benchmarks/results/protocols.md`` and ``protocols.csv``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import permutations
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+import torch
+import tyro
+
+from benchmarks.readme.points import Point
+from benchmarks.readme.tune import RESULTS, SMALL, SMALLEST, Tried, best
+from benchmarks.support.machine import describe
+from rl_ebm.files import RunError, write_text
+from rl_ebm.networks.backbone import TransformerConfig
+from rl_ebm.studies.bench import Plan, Problem, run
+from rl_ebm.studies.bench_rows import RANKED, Rows, last_of, write_rows
+from rl_ebm.studies.seeds import geometric_interval, half_width
+from rl_ebm.training.loop import looks_at_all
+from rl_ebm.training.metrics_csv import read_rows
+
+FEW = {"lr": (3e-3, 1e-2, 3e-2), "batch_size": (128, 512)}
+"""what a small tuning tries"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of this script."""
+
+    tuned: Path = RESULTS / "tuned.csv"
+    """where every run of the tuning ended"""
+    tasks: str = "pairwise,planted,lookahead,zipf"
+    """named tasks that nothing was tuned on, separated by commas"""
+    seeds: int = 3
+    """runs of each method on each task"""
+    calls: int = 65_536
+    """responses that each run may score"""
+    workers: int = 2
+    """runs at a time"""
+    out: Path = Path("runs/protocols")
+    """where the runs go"""
+    quick: bool = False
+    """one task, few calls, a small network; writes nothing into the results"""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A way to tune: what it sees of the runs; None for all."""
+
+    seeds: tuple[int, ...] | None = None
+    tasks: tuple[str, ...] | None = None
+    few: bool = False
+    """only the points of a small tuning, at the agent's own exploration and without replay"""
+
+    def sees(self, row: Mapping[str, Any]) -> bool:
+        """Whether it has a run."""
+        return (self.seeds is None or row["seed"] in self.seeds) and (
+            self.tasks is None or row["task"] in self.tasks
+        )
+
+    def tries(self, point: Point, first: Point) -> bool:
+        """Whether it has a point; the first is one of the grid, which all agents begin with."""
+        own = (point.explore, point.replay) == (first.explore, first.replay)
+        few = own and point.lr in FEW["lr"] and point.batch_size in FEW["batch_size"]
+        return few or not self.few
+
+
+def protocols(rows: Rows) -> dict[str, Protocol]:
+    """The whole tuning first, then what is less of it."""
+    seeds, tasks = (sorted({row[key] for row in rows}) for key in ("seed", "task"))
+    found = {"all": Protocol()}
+    if len(seeds) > 1:
+        found |= {f"seed {seed} alone": Protocol(seeds=(seed,)) for seed in seeds}
+    if len(tasks) > 1:
+        found |= {f"`{task}` alone": Protocol(tasks=(task,)) for task in tasks}
+    return found | {"six points, one seed": Protocol(seeds=(seeds[0],), few=True)}
+
+
+def read_tried(path: Path) -> tuple[Rows, dict[str, Tried]]:
+    """The runs of a tuning, all of them and by agent and point.
+
+    Raises:
+        RunError: there is no such file, or it is no tuning's.
+    """
+    rows: Rows = []
+    tried: dict[str, Tried] = {}
+    try:
+        for text in read_rows(path)[1]:
+            row = {"task": text["task"], "agent": text["agent"], "seed": int(text["seed"])}
+            row[RANKED] = float(text[RANKED])
+            point = Point(
+                float(text["lr"]),
+                int(text["batch_size"]),
+                float(text["explore"]) if text.get("explore") else None,
+                int(text["replay"]) if text.get("replay") else None,
+            )
+            rows.append(row)
+            tried.setdefault(row["agent"], {}).setdefault(point, []).append(row)
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing: python -m benchmarks.readme.tune writes it") from None
+    except (KeyError, ValueError) as error:
+        raise RunError(f"{path} is no file of a tuning ({error})") from None
+    if not rows:
+        raise RunError(f"{path} is empty: python -m benchmarks.readme.tune writes it")
+    return rows, tried
+
+
+def choice(agent: str, tried: Tried, protocol: Protocol) -> Point:
+    """What a protocol would have chosen."""
+    first = next(iter(tried))
+    seen = {
+        point: [row for row in rows if protocol.sees(row)]
+        for point, rows in tried.items()
+        if protocol.tries(point, first)
+    }
+    return best(agent, seen, max(map(len, seen.values())))
+
+
+Ends = dict[str, dict[str, Rows]]
+"""where the runs of each agent ended, by protocol"""
+
+
+def run_choices(
+    chosen: dict[str, dict[str, dict[str, Any]]], shared: dict[str, Any], out: Path, workers: int
+) -> Ends:
+    """Each distinct choice of each agent once.
+
+    Args:
+        chosen: options by protocol and agent.
+        shared: what the plans of all choices share.
+    """
+    agents = list(next(iter(chosen.values())))
+    distinct: dict[str, list[dict[str, Any]]] = {agent: [] for agent in agents}
+    for of in chosen.values():
+        for agent, options in of.items():
+            if options not in distinct[agent]:
+                distinct[agent].append(options)
+    found: dict[tuple[str, int], Rows] = {}
+    for k in range(max(map(len, distinct.values()))):
+        todo = {agent: options[k] for agent, options in distinct.items() if k < len(options)}
+        rows, _ = run(Plan(tuple(todo), options=todo, **shared), out / str(k), workers)
+        found |= {(agent, k): last_of(rows, agent=agent) for agent in todo}
+    return {
+        name: {agent: found[agent, distinct[agent].index(options)] for agent, options in of.items()}
+        for name, of in chosen.items()
+    }
+
+
+def conclusions(ends: dict[str, Rows]) -> set[tuple[str, str, str]]:
+    """(task, closer, farther): which agents' difference over the seeds has a sign."""
+    logs = {
+        (row["task"], agent, row["seed"]): math.log(max(row[RANKED], SMALLEST))
+        for agent, rows in ends.items()
+        for row in rows
+    }
+    tasks, seeds = (sorted({key[i] for key in logs}) for i in (0, 2))
+    found = set()
+    for task in tasks:
+        for one, other in permutations(ends, 2):
+            try:
+                off = [logs[task, other, s] - logs[task, one, s] for s in seeds]
+            except KeyError:  # a run of it failed
+                continue
+            if sum(off) / len(off) > half_width(off):
+                found.add((task, one, other))
+    return found
+
+
+def closest(ends: dict[str, Rows], task: str, seeds: int) -> tuple[str, list[float]]:
+    """The agent with the smallest geometric mean on a task, and where its runs ended.
+
+    Raises:
+        RunError: each has a run that failed.
+    """
+    values = {
+        agent: [max(row[RANKED], SMALLEST) for row in rows if row["task"] == task]
+        for agent, rows in ends.items()
+    }
+    whole = {agent: x for agent, x in values.items() if len(x) == seeds}
+    if not whole:
+        raise RunError(f"each agent has a run that failed on {task}")
+    return min(whole.items(), key=lambda item: geometric_mean(item[1]))
+
+
+def moved(ends: Ends) -> str:
+    """A line for each protocol: how many conclusions of the whole tuning it keeps."""
+    full = conclusions(ends["all"])
+    lines = ["| tuned by | conclusions | kept of all's | not told | told the other way | new |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name, of in ends.items():
+        found = conclusions(of)
+        turned = {(task, other, one) for task, one, other in full} & found
+        kept, new = full & found, found - full - turned
+        counts = (len(found), len(kept), len(full) - len(kept) - len(turned), len(turned), len(new))
+        lines.append(f"| {name} | {' | '.join(map(str, counts))} |")
+    return "\n".join(lines)
+
+
+def winners(ends: Ends, tasks: list[str], seeds: int) -> str:
+    """A line for each protocol: the closest agent of each task."""
+    lines = [f"| tuned by | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
+    for name, of in ends.items():
+        cells = []
+        for task in tasks:
+            agent, values = closest(of, task, seeds)
+            cells.append(f"`{agent}` {geometric_interval(values)}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(ends: Ends) -> str:
+    """A line for each agent: its mean over tasks by protocol, and the largest by the smallest."""
+    lines = [f"| agent | {' | '.join(ends)} | largest by smallest |"]
+    lines.append("|---" * (len(ends) + 2) + "|")
+    most = max(len(rows) for of in ends.values() for rows in of.values())
+    for agent in ends["all"]:
+        values = [
+            geometric_mean(max(row[RANKED], SMALLEST) for row in of[agent])
+            if len(of[agent]) == most
+            else math.inf
+            for of in ends.values()
+        ]
+        by = "" if math.inf in values else f"{max(values) / min(values):.2g}"
+        cells = ["failed" if x == math.inf else f"{x:.2g}" for x in values]
+        lines.append(f"| `{agent}` | {' | '.join([*cells, by])} |")
+    return "\n".join(lines)
+
+
+def main(options: Options) -> None:
+    torch.set_num_threads(1)  # what the runs have, and what `describe` says
+    rows, tried = read_tried(options.tuned)
+    problems = [Problem(name) for name in options.tasks.split(",")][: 1 if options.quick else None]
+    on = {row["task"] for row in rows}
+    for problem in problems:
+        if problem.label in on:
+            raise ValueError(f"methods were tuned on {problem.label}: give tasks that are held out")
+        if not looks_at_all(problem.make()[0]):
+            raise ValueError(f"{problem.label} is beyond enumeration: give tasks that are exact")
+    chosen = {
+        name: {a: choice(a, points, protocol).options() for a, points in tried.items()}
+        for name, protocol in protocols(rows).items()
+    }
+    chosen["defaults, untuned"] = {agent: {} for agent in tried}
+    calls = 4096 if options.quick else options.calls
+    shared = {
+        "problems": tuple(problems),
+        "seeds": tuple(range(options.seeds)),
+        "calls": calls,
+        "network": SMALL if options.quick else TransformerConfig(),
+    }
+    ends = run_choices(chosen, shared, options.out, options.workers)
+    tasks = [problem.label for problem in problems]
+    text = (
+        f"{moved(ends)}\n\nA conclusion: on one of {', '.join(tasks)} one method ends closer than "
+        f"another, the 95% interval of the difference of log KL(policy, target) over "
+        f"{options.seeds} seeds says so. `all` are all points, seeds and tasks of "
+        "[`tune.py`](../readme/tune.py); each other protocol chose from less of the same runs.\n\n"
+        f"{winners(ends, tasks, options.seeds)}\n\nThe closest method of each task, KL(policy, "
+        f"target) in nats after {calls:,} responses scored, geometric mean (95% interval).\n\n"
+        f"{spread(ends)}\n\nGeometric means over all of these tasks and seeds. {describe()}\n"
+    )
+    print(text)
+    if not options.quick:
+        flat = [
+            {"protocol": name, **row} for name, of in ends.items() for x in of.values() for row in x
+        ]
+        write_text(RESULTS / "protocols.md", text)
+        write_rows(RESULTS / "protocols.csv", flat)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,179 @@
+"""How methods are tuned: what is tried, what smaller tunings would have chosen, what that moves."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from benchmarks.readme import protocols, tune
+from benchmarks.readme.points import BATCHES, RATES, Point, beside, grid, ladders, next_point
+from benchmarks.readme.protocols import Protocol
+from rl_ebm.agents import AGENTS, entry_of, make_options
+from rl_ebm.files import RunError
+from rl_ebm.studies.bench_rows import write_rows
+
+SAMPLED = [name for name, entry in AGENTS.items() if not entry.needs_teacher]
+
+
+def search(agent, score):
+    """All that is tried, in order."""
+    scores = {}
+    while (point := next_point(agent, scores)) is not None:
+        assert point not in scores
+        scores[point] = score(point)
+    return scores
+
+
+@pytest.mark.parametrize("agent", SAMPLED)
+def test_each_agent_begins_with_twelve_points_that_it_takes(agent):
+    points = grid(agent)
+    assert len(set(points)) >= 12
+    assert 32 in {point.batch_size for point in points}
+    default = entry_of(agent).config()
+    for point in points:
+        options = make_options(agent, entry_of(agent), point.options())
+        assert (options.lr, options.batch_size) == (point.lr, point.batch_size)
+        assert getattr(options, "explore", None) == getattr(default, "explore", None)
+        assert not getattr(options, "replay_batch", 0)
+
+
+def test_exploration_and_replay_are_tried_where_there_are_any():
+    assert list(ladders("vargrad")) == ["lr", "batch_size", "explore", "replay"]
+    assert list(ladders("ppo")) == ["lr", "batch_size"]
+    assert "explore" not in ladders("monte-carlo")  # which learns from the reference alone
+    options = make_options("vargrad", entry_of("vargrad"), Point(1e-2, 32, 0.25, 1).options())
+    assert (options.explore, options.replay_batch) == (0.25, 32)
+    assert options.replay_size >= 32
+
+
+@pytest.mark.parametrize("agent", ["vargrad", "ppo"])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_best_is_bracketed(agent, seed):
+    has = ladders(agent)
+    wanted = {name: random.Random(seed).choice(ladder) for name, ladder in has.items()}
+
+    def score(point):
+        told = point.told()
+        return sum(abs(x.index(told[name]) - x.index(wanted[name])) for name, x in has.items())
+
+    scores = search(agent, score)
+    found = min(scores, key=scores.get)
+    assert found.told() == wanted
+    assert all(near in scores for near in beside(agent, found))
+    assert len(scores) < math.prod(map(len, has.values()))
+
+
+def test_neighbours_are_a_step_away():
+    near = beside("vargrad", Point(RATES[0], BATCHES[1], 0.5, 0))
+    assert Point(RATES[1], BATCHES[1], 0.5, 0) in near
+    assert Point(RATES[0], BATCHES[2], 0.5, 0) in near
+    assert Point(RATES[0], BATCHES[1], 0.75, 0) in near
+    assert Point(RATES[0], BATCHES[1], 0.5, 1) in near
+    assert len(near) == 1 + 2 + 2 + 1
+
+
+def test_an_agent_that_always_fails_is_given_up_after_the_grid():
+    assert len(search("ppo", lambda point: math.inf)) == 12
+
+
+def row(agent, seed, kl, task="t"):
+    return {"task": task, "agent": agent, "seed": seed, "kl_policy_target": kl}
+
+
+A, B, FAR = Point(1e-2, 512), Point(1e-3, 512), Point(1e-2, 128)
+
+
+def test_a_protocol_chooses_by_what_it_sees():
+    tried = {
+        B: [row("a", 1, 0.1), row("a", 2, 9.0), row("a", 1, 1.0, "u"), row("a", 2, 1.0, "u")],
+        A: [row("a", 1, 0.2), row("a", 2, 0.1), row("a", 1, 1.0, "u"), row("a", 2, 1.0, "u")],
+        FAR: [row("a", 1, 0.3), row("a", 2, 9.0), row("a", 1, 0.1, "u")],  # one failed
+    }
+    known = protocols.protocols([x for rows in tried.values() for x in rows])
+    assert next(iter(known)) == "all"
+    chosen = {name: protocols.choice("a", tried, protocol) for name, protocol in known.items()}
+    assert chosen == {
+        "all": A,
+        "seed 1 alone": FAR,
+        "seed 2 alone": A,
+        "`t` alone": A,
+        "`u` alone": B,
+        "six points, one seed": FAR,
+    }
+    explored = Point(1e-2, 512, 0.25, 0)
+    few = Protocol(few=True)
+    assert few.tries(explored, explored)
+    assert not few.tries(explored, Point(1e-3, 32, 0.5, 0))
+    assert Protocol().tries(explored, Point(1e-3, 32, 0.5, 0))
+
+
+def test_a_conclusion_is_a_difference_that_the_seeds_tell():
+    ends = {
+        "a": [row("a", s, x) for s, x in enumerate((1e-3, 2e-3, 1.5e-3))],
+        "b": [row("b", s, x) for s, x in enumerate((1e-1, 2e-1, 1.5e-1))],
+        "c": [row("c", s, x) for s, x in enumerate((1e-3, 1e-1, 1e-2))],
+        "d": [row("d", s, 1e-9) for s in range(2)],  # one failed
+    }
+    assert protocols.conclusions(ends) == {("t", "a", "b")}
+    # Paired by their seeds: what is common to a seed says nothing.
+    ends["c"] = [row("c", s, x) for s, x in enumerate((2e-3, 4e-3, 3e-3))]
+    assert protocols.conclusions(ends) == {("t", "a", "b"), ("t", "a", "c"), ("t", "c", "b")}
+    less = {"all": ends, "less": ends | {"a": [row("a", s, 1.0) for s in range(3)]}}
+    kept = protocols.moved(less).splitlines()
+    assert kept[2] == "| all | 3 | 3 | 0 | 0 | 0 |"
+    assert kept[3] == "| less | 3 | 1 | 0 | 2 | 0 |"
+    del less["less"]["c"]
+    assert protocols.moved(less).splitlines()[3] == "| less | 1 | 0 | 2 | 1 | 0 |"
+    assert protocols.closest(ends, "t", 3)[0] == "a"
+    assert protocols.closest(less["less"], "t", 3)[0] == "b"
+    assert protocols.spread({"all": ends}).splitlines()[-1] == "| `d` | failed |  |"
+    with pytest.raises(RunError, match="failed on t"):
+        protocols.closest(ends, "t", 4)
+
+
+def test_a_tuning_is_read_as_it_was_written(tmp_path):
+    tried = {
+        "vargrad": {Point(1e-2, 32, 0.5, 0): [row("vargrad", 100, 0.25)]},
+        "ppo": {Point(3e-3, 128): [row("ppo", 100, 0.5), row("ppo", 101, 0.75)]},
+    }
+    path = tmp_path / "tuned.csv"
+    with pytest.raises(RunError, match="tune writes it"):
+        protocols.read_tried(path)
+    write_rows(path, tune.flat(tried))
+    rows, again = protocols.read_tried(path)
+    assert again == tried
+    assert rows == [x for points in tried.values() for ends in points.values() for x in ends]
+    path.write_text("task,agent\nt,a\n")
+    with pytest.raises(RunError, match="no file of a tuning"):
+        protocols.read_tried(path)
+    write_rows(path, tune.flat(tried))
+    with pytest.raises(ValueError, match="held out"):
+        protocols.main(protocols.Options(path, tasks="t", out=tmp_path / "runs"))
+
+
+def test_the_table_says_where_a_best_is_at_an_end():
+    tried = {Point(1e-2, 32): [row("ppo", 0, 0.25)], Point(1e-2, 128): [row("ppo", 0, 0.5)]}
+    assert tune.line("ppo", tried, 1) == "| `ppo` | 0.01 | 32 |  |  | 2 | 0.25 | batch_size |"
+    tried = {Point(1e-2, 128, 0.0, 1): [row("vargrad", 0, 0.5)]}
+    assert tune.line("vargrad", tried, 1) == "| `vargrad` | 0.01 | 128 | 0 | 1 | 1 | 0.5 |  |"
+
+
+@pytest.mark.slow
+def test_choices_run_once_each_on_tasks_that_are_held_out(tmp_path, capsys):
+    points = [Point(1e-2, 32), Point(1e-2, 128)]
+    kl = {points[0]: (0.1, 0.9), points[1]: (0.9, 0.2)}
+    tried = {
+        agent: {p: [row(agent, 100 + s, x, "random") for s, x in enumerate(kl[p])] for p in points}
+        for agent in ("ppo", "policy-gradient")
+    }
+    path = tmp_path / "tuned.csv"
+    write_rows(path, tune.flat(tried))
+    options = protocols.Options(path, tasks="lookahead", workers=1, out=tmp_path / "runs")
+    protocols.main(protocols.Options(**(vars(options) | {"quick": True, "seeds": 2})))
+    said = capsys.readouterr().out
+    assert "| defaults, untuned |" in said
+    assert "| `ppo` |" in said
+    runs = sorted(path.parent.name for path in (tmp_path / "runs").glob("*/runs/*/*/*"))
+    assert runs == ["policy-gradient"] * 6 + ["ppo"] * 6  # three choices, two seeds
