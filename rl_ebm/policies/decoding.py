@@ -123,36 +123,39 @@ def sample(
     device = prompt_ids.device
     check_generator(generator, device)
     next_logits = _next_logits(policy, space, n, prompt_ids)
-    mask = space.action_mask(device)
+    forbidden = ~space.action_mask(device)
     tokens = torch.zeros(n, space.max_length, dtype=torch.int64, device=device)
-    lengths = torch.full((n,), space.max_length, device=device)
+    lengths = torch.full((n,), 0 if space.eos_id is not None else space.max_length, device=device)
     running = torch.ones(n, dtype=torch.bool, device=device)
     look = LOOK if device.type != "cpu" else 1
     for t in range(space.max_length):
         if space.eos_id is not None and t and t % look == 0 and not bool(running.any()):
             break
-        action = _draw(next_logits(t, tokens), mask[t], temperature, epsilon, generator)
-        tokens[:, t] = torch.where(running, action, tokens[:, t])
-        ends = running & space.ends(action, torch.full_like(action, t))
-        lengths = torch.where(ends, t + 1, lengths)
-        running = running & ~ends
+        action = _draw(next_logits(t, tokens), forbidden[t], temperature, epsilon, generator)
+        if space.eos_id is None:
+            tokens[:, t] = action
+            continue
+        tokens[:, t] = action * running
+        lengths += running
+        running &= action != space.eos_id
     return Batch(tokens, lengths, prompt_ids)
 
 
 def _draw(
     logits: Float[Tensor, "n A"],
-    allowed: Bool[Tensor, "A"],
+    forbidden: Bool[Tensor, "A"],
     temperature: float,
     epsilon: float | int,
     generator: torch.Generator | None,
 ) -> Int64[Tensor, "n"]:
     """The next token of each row."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    logits = logits / temperature
+    if temperature != 1:
+        logits = logits / temperature
     if epsilon:
         uniform = torch.rand(len(logits), 1, generator=generator, device=logits.device)
         logits = logits.masked_fill(uniform < epsilon, 0.0)
-    logits = logits.masked_fill(~allowed, -torch.inf)
+    logits = logits.masked_fill(forbidden, -torch.inf)
     # Gumbel noise is -log(Exponential); argmax of logits + noise is a draw from softmax.
     noise = torch.empty_like(logits).exponential_(generator=generator).log_()
     return (logits - noise).argmax(-1)
