@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -29,14 +31,27 @@ def charts(who: str, batch: Batch, num_prompts: int) -> dict[str, Tensor]:
     return {f"charts/{who}_return": means[0], f"charts/{who}_length": means[1]}
 
 
-def batch_charts(agent: Agent, batch: Batch, num_prompts: int) -> dict[str, Tensor]:
+class Drawn(NamedTuple):
+    """What an agent has drawn in a step, as it is until the next: its curves wait for a log."""
+
+    batch: Batch
+    own_rows: slice | None
+    """those that the policy drew as it is; None where there are none"""
+
+    @classmethod
+    def of(cls, agent: Agent, batch: Batch) -> Drawn:
+        """Before the agent learns from it, which may let its next batch grow."""
+        return cls(batch, getattr(agent, "own_rows", None))
+
+
+def batch_charts(drawn: Drawn, num_prompts: int) -> dict[str, Tensor]:
     """Curves of what an agent has drawn: how much, and of all of it and of the policy's alone."""
+    batch = drawn.batch
     found = charts("behaviour", batch, num_prompts)
     found["charts/batch_size"] = torch.tensor(float(len(batch)))
-    rows: slice | None = getattr(agent, "own_rows", None)
-    if rows is None:
+    if drawn.own_rows is None:
         return found
-    own = torch.arange(len(batch), device=batch.tokens.device)[rows]
+    own = torch.arange(len(batch), device=batch.tokens.device)[drawn.own_rows]
     return found | charts("episodic", batch.take(own), num_prompts)
 
 

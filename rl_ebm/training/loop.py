@@ -21,7 +21,7 @@ from rl_ebm.exact import LISTED, Solution
 from rl_ebm.files import METRICS, POLICY, REPORT, STATE, RunError, own_files, write_text
 from rl_ebm.files.tensors import holds, save_tensors
 from rl_ebm.training.board import Board
-from rl_ebm.training.charts import batch_charts, drawn_charts
+from rl_ebm.training.charts import Drawn, batch_charts, drawn_charts
 from rl_ebm.training.checkpoint import load_state, save_state
 from rl_ebm.training.config import LOG_SECONDS, UNDRAWN
 from rl_ebm.training.config import TrainConfig as TrainConfig
@@ -96,6 +96,7 @@ class Trainer:
         self.report: AnyReport | None = None
         self.lists = looks_at_all(ebm)
         self.evaluates = solution is not None and (self.lists or not solution.lists_all)
+        self.drawn: Drawn | None = None  # in the last step
         self.board: Board | None = None
         self.metrics_file: MetricsFile | None = None
         self.saved_step: int | None = None
@@ -140,7 +141,7 @@ class Trainer:
 
     def _train(self, asked: Asked) -> AnyReport | None:
         started, before = time.monotonic(), self.seconds
-        logged_step, logged_time, logged_tokens = self.step, started, int(self.tokens)
+        logged_time, logged_tokens = started, int(self.tokens)
         # A run that goes on was looked at where it stopped.
         evaluated, evaluation = (-math.inf if self.saved_step is None else started), 0.0
         self.complete = False
@@ -164,17 +165,12 @@ class Trainer:
                 metrics = self._update()
                 now = time.monotonic()
                 self.seconds = before + now - started
-                late = now - logged_time >= LOG_SECONDS
-                if (
-                    self.step == 1
-                    or self.step % self.config.log_every == 0
-                    or late
-                    or self.finished
-                ):
+                asked_for = self.step == 1 or self.step % self.config.log_every == 0
+                if asked_for or self.finished or now - logged_time >= LOG_SECONDS:
                     tokens = int(self.tokens)  # waits for the device
                     speed = (tokens - logged_tokens) / max(now - logged_time, 1e-9)
-                    self._log(metrics, speed, (self.step - logged_step))
-                    logged_step, logged_time, logged_tokens = self.step, now, tokens
+                    self._log(metrics, speed)
+                    logged_time, logged_tokens = now, tokens
                     self._show(bar, metrics)
                 if pace.due(now):
                     pace.did(now, now + self.save())
@@ -201,6 +197,7 @@ class Trainer:
     def _update(self) -> dict[str, Tensor]:
         """One step: no number leaves the device."""
         batch = self.agent.sample()
+        self.drawn = None
         if batch is None:
             metrics = self.agent.update(None, self.progress)
             self.tokens += self.ebm.num_prompts * self.ebm.space.num_states
@@ -208,8 +205,8 @@ class Trainer:
             batch, asked = scored(self.agent, self.ebm, batch)
             self.reward_calls += asked
             self.looked_up += len(batch) - asked
-            charts = batch_charts(self.agent, batch, self.ebm.num_prompts)
-            metrics = self.agent.update(batch, self.progress) | charts
+            self.drawn = Drawn.of(self.agent, batch)
+            metrics = self.agent.update(batch, self.progress)
             self.tokens += batch.lengths.sum()
         self.step += 1
         bad = ~torch.isfinite(metrics["losses/loss"] + metrics["losses/grad_norm"])
@@ -238,10 +235,11 @@ class Trainer:
 
     # Looking ------------------------------------------------------------------------------------
 
-    def _log(self, metrics: Mapping[str, Tensor], tokens_per_second: float, steps: int) -> None:
+    def _log(self, metrics: Mapping[str, Tensor], tokens_per_second: float) -> None:
         self.check_finite()
         found = dict(metrics)
-        if "charts/behaviour_return" in metrics:
+        if self.drawn is not None:
+            found |= batch_charts(self.drawn, self.ebm.num_prompts)
             found |= drawn_charts(self.agent, self.ebm, self.step)
         values = {name: float(value) for name, value in found.items()}
         values |= {

@@ -14,7 +14,7 @@ from rl_ebm.agents.policy_gradient import policy_gradient_loss
 from rl_ebm.agents.ppo import PPOConfig, clipped_loss
 from rl_ebm.agents.shared.kl_penalty import PenaltyOptions
 from rl_ebm.agents.shared.learner import EXTRA, learning_rate
-from rl_ebm.training.charts import batch_charts
+from rl_ebm.training.charts import Drawn, batch_charts
 
 
 def random_rows(batch, seed):
@@ -92,7 +92,7 @@ def test_a_step_of_whole_groups_is_shared_between_its_drawers(explore):
     assert agent.explored == round(12 * explore)
     own = agent.own_rows
     assert own is None if explore == 1 else own == slice(6, None)
-    found = batch_charts(agent, batch, problem.ebm.num_prompts)
+    found = batch_charts(Drawn.of(agent, batch), problem.ebm.num_prompts)
     assert ("charts/episodic_return" in found) == (explore < 1)
     assert all(math.isfinite(float(x)) for x in found.values())
 
