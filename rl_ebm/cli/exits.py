@@ -19,12 +19,12 @@ from rl_ebm.training.stopping import Terminated
 
 # What Python and torch say when a size is too large for the machine.
 _SIZES = re.compile("alloc|too large|overflow|out of memory", re.IGNORECASE)
-_STOPPED = "stopped; a run goes on with rl-ebm train --resume RUN"
+_STOPPED = "stopped; a run that has begun goes on with rl-ebm train --resume and its folder"
 
 
 def exit_code(command: Callable[[], int]) -> int:
-    """Run a command; its own exit code, or 2 for wrong input, 130 and 143 where it was stopped,
-    141 where nobody reads its output any more.
+    """Run a command; its own exit code, or 2 for wrong input, 130, 143 and 129 where Ctrl-C,
+    SIGTERM or SIGHUP stopped it, 141 where nobody reads its output any more.
     """
     try:
         with _warned():
@@ -51,12 +51,12 @@ def _told(command: Callable[[], int]) -> int:
     try:
         return command()
     except Terminated as stop:
-        fail(_STOPPED)
+        fail(stop.told or _STOPPED)
         return int(stop.code or 0)
     except SystemExit as stop:  # help was printed
         return int(stop.code or 0)
-    except KeyboardInterrupt:
-        fail(_STOPPED)
+    except KeyboardInterrupt as stop:
+        fail(str(stop) or _STOPPED)
         return 130
     except OSError as error:
         if error.filename is None:

@@ -45,7 +45,7 @@ from rl_ebm.training.directory import CONFIG, METRICS, SCORES, STATE, describe_e
 from rl_ebm.training.loop import MAX_EVALUATED, NonFiniteError, looks_at_all
 from rl_ebm.training.run import resume, train
 from rl_ebm.training.run_policy import network_config
-from rl_ebm.training.stopping import Terminated, sigterm_raises
+from rl_ebm.training.stopping import Terminated, ending_raises
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ def run(plan: Plan, out: Path, workers: int = 2) -> tuple[Rows, list[str]]:
         solve(ebm)  # what does not fit is told before anything is trained
     out.mkdir(parents=True, exist_ok=True)
     todo = jobs(plan, out)
-    with only_one(out), sigterm_raises():
+    with only_one(out), ending_raises():
         check_folders(out, [job.run for job in todo])
         return _run_all(plan, out, todo, workers)
 

@@ -128,14 +128,16 @@ class Trainer:
             NonFiniteError: a loss or gradient became NaN or infinite; the last good checkpoint
                 stays.
             OSError, RunError: the files could not be written.
-            KeyboardInterrupt, Terminated: Ctrl-C or SIGTERM, after a checkpoint of what was done.
+            KeyboardInterrupt, Terminated: a signal, after a checkpoint of what was done.
         """
         try:
             self._open()
             if self.run is None:
                 return self._train(Asked())
             with stops_between_steps() as asked:
-                return self._train(asked)
+                report = self._train(asked)
+                asked.kept(self.run, self.step)
+                return report
         finally:
             self._close()
 

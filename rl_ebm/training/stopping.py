@@ -1,24 +1,35 @@
-"""Ctrl-C and SIGTERM between two steps: what was trained is saved first."""
+"""Ctrl-C, SIGTERM and SIGHUP between two steps: what was trained is saved first."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Windows knows no terminal that hangs up.
+ENDS = (signal.SIGTERM,) if sys.platform == "win32" else (signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, *ENDS)
 _DEFAULT = (signal.SIG_DFL, signal.default_int_handler)
 
 
 class Terminated(SystemExit):
-    """SIGTERM has asked the process to end; 143 is its exit code."""
+    """SIGTERM or SIGHUP has asked the process to end; 143 or 129 is its exit code.
 
-    def __init__(self, code: int = 128 + signal.SIGTERM) -> None:
-        super().__init__(code)
+    Args:
+        number: of the signal.
+        told: what was saved, and how it goes on.
+    """
+
+    def __init__(self, number: int = signal.SIGTERM, told: str = "") -> None:
+        super().__init__(128 + number)
+        self.told = told
 
 
 class Interrupted(BaseException):
@@ -29,6 +40,8 @@ class Asked:
     """Whether a signal has asked to stop, and which."""
 
     signal: int | None = None
+    told = ""
+    """what was saved, and how it goes on"""
     at_once = False
 
     @contextmanager
@@ -40,13 +53,18 @@ class Asked:
         finally:
             self.at_once = False
 
+    def kept(self, run: Path, step: int) -> None:
+        """Say what was saved, and how it goes on."""
+        resume = f"rl-ebm train --resume {shlex.quote(str(run))}"
+        self.told = f"stopped at step {step}, which is kept: {resume} goes on"
+
     def __bool__(self) -> bool:
         return self.signal is not None
 
 
 @contextmanager
 def stops_between_steps() -> Iterator[Asked]:
-    """Only note the first Ctrl-C or SIGTERM; it is raised at the end. A second one acts at once.
+    """Only note the first of the signals; it is raised at the end. A second one acts at once.
 
     Signals that somebody else handles, or that another thread would get, are left alone.
 
@@ -80,24 +98,24 @@ def stops_between_steps() -> Iterator[Asked]:
     finally:
         restore()
     if asked.signal == signal.SIGINT:
-        raise KeyboardInterrupt
-    if asked.signal == signal.SIGTERM:
-        raise Terminated
+        raise KeyboardInterrupt(asked.told)
+    if asked.signal is not None:
+        raise Terminated(asked.signal, asked.told)
 
 
 @contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """Let SIGTERM raise :class:`Terminated`, as Ctrl-C raises KeyboardInterrupt."""
+def ending_raises() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise :class:`Terminated`, as Ctrl-C raises KeyboardInterrupt."""
 
     def end(number: int, frame: FrameType | None) -> None:
-        raise Terminated
+        raise Terminated(number)
 
     main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, end)
+    ours = [n for n in ENDS if main and signal.getsignal(n) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)

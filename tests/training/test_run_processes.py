@@ -74,7 +74,9 @@ def test_the_lock_holds_among_threads_and_is_free_again(tmp_path):
 # Signals and folders that go ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_between_steps_saves_what_was_trained(number, code, tmp_path, capsys):
     """No checkpoint is due for an hour: what is saved, the signal has saved."""
     from rl_ebm.agents import AGENTS
@@ -88,25 +90,26 @@ def test_a_signal_between_steps_saves_what_was_trained(number, code, tmp_path, c
             os.kill(os.getpid(), number)
         return real(*args)
 
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    run, whole = tmp_path / "a run", tmp_path / "whole"
+    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    before = signal.signal(number, usual)
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(agent, "update", update)
             args = train_args(steps=8, checkpoint_every=3600)
             assert main([*args, "--out", str(run)]) == code
+        assert signal.getsignal(number) == usual
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert "--resume" in err
+    assert f"stopped at step 5, which is kept: rl-ebm train --resume '{run}' goes on" in err
     assert load_state(run)["step"] == 5
     assert main(["train", "--resume", str(run)]) == 0
     assert main([*args, "--out", str(whole)]) == 0
     from run_cases import differences
 
     assert differences(load_state(whole), load_state(run)) == []
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_signal_while_it_is_verified_does_not_wait(tmp_path, capsys):
