@@ -307,3 +307,25 @@ def test_no_other_folder_is_overwritten_and_none_is_read_that_holds_no_model(tmp
         HuggingFace.from_pretrained(tmp_path / "mine", SPACE, PROMPTS, base=language_model())
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "mine")
     assert again.config.model_type == policy.model.config.model_type
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_code_that_came_with_a_model_is_never_run(adapter, tmp_path, monkeypatch):
+    """Nor is anybody asked whether it may be, who would say yes."""
+    folder, ran = tmp_path / "theirs", tmp_path / "ran"
+    language_model("llama").save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    code = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    config |= {"model_type": "theirs", "auto_map": code}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "theirs.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    if adapter:
+        adapted("llama").save_pretrained(tmp_path / "adapter")
+        path = tmp_path / "adapter" / "adapter_config.json"
+        said = json.loads(path.read_text()) | {"base_model_name_or_path": str(folder)}
+        path.write_text(json.dumps(said))
+        folder = tmp_path / "adapter"
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ValueError, match=f"{folder} needs code that came with the model, and none"):
+        HuggingFace.from_pretrained(folder, SPACE, PROMPTS)
+    assert not ran.exists()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +74,10 @@ def read_model(folder: Path, base: nn.Module | None) -> tuple[Any, dict[str, Any
             raise ValueError(f"{folder} holds a whole model, no adapter: leave base out")
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), known
+        with _no_code_of(folder):
+            return AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto", trust_remote_code=False
+            ), known
     from peft import AutoPeftModelForCausalLM, PeftModel
 
     if base is not None:
@@ -81,5 +86,21 @@ def read_model(folder: Path, base: nn.Module | None) -> tuple[Any, dict[str, Any
         raise ValueError(
             f"{folder} holds an adapter, and not the name of its model: pass the model, base=..."
         )
-    model = AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True, dtype="auto")
-    return model, known
+    with _no_code_of(folder):
+        return AutoPeftModelForCausalLM.from_pretrained(
+            folder, is_trainable=True, dtype="auto", trust_remote_code=False
+        ), known
+
+
+@contextmanager
+def _no_code_of(folder: Path) -> Iterator[None]:
+    """Let a model whose code would have to be run be one sentence; by default one is asked."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{folder} needs code that came with the model, and none of that is run: load the "
+            "model yourself, and pass it to HuggingFace(model, space)"
+        ) from None
