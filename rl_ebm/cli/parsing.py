@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import tyro
 
-from rl_ebm.messages.words import nearest
+from rl_ebm.messages.words import nearest, printable
 
 T = TypeVar("T")
 
@@ -94,7 +94,7 @@ def fail(message: str) -> int:
     Words of more than :data:`LONGEST` characters, no path and no name, lose their middle.
     """
     words = [w if len(w) <= LONGEST else f"{w[:56]} ... {w[-40:]}" for w in message.split()]
-    print("rl-ebm: " + " ".join(words), file=sys.stderr)
+    print("rl-ebm: " + printable(" ".join(words)), file=sys.stderr)
     return 2
 
 

@@ -16,6 +16,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f": did you mean {close[0]!r}?" if close else f"; there are: {', '.join(known)}"
 
 
+def printable(text: str) -> str:
+    """Text in which nothing moves a cursor, changes a colour or turns a line around: escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def count_text(n: int) -> str:
     """A whole number for people; a power of ten where it is astronomical."""
     return f"{n:,}" if n < 10**15 else f"about 10^{math.log10(n):.0f}"
