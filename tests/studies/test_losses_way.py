@@ -17,7 +17,7 @@ from rl_ebm.studies.losses import way
 from rl_ebm.studies.losses.apart import states_apart
 from rl_ebm.studies.losses.cases import Case, asked, cases_of
 from rl_ebm.studies.losses.contract import LossError
-from rl_ebm.studies.losses.flow import Limit
+from rl_ebm.studies.losses.flow import Limit, to_go
 from rl_ebm.studies.losses.kinds import in_units
 from rl_ebm.studies.losses.limit import limit_from
 from rl_ebm.studies.losses.preference import Pairs
@@ -288,3 +288,32 @@ def test_whether_states_see_each_other_is_found() -> None:
     ):
         (case,) = cases_of(asked(loss, kind, "centred", None, None, 1, None, None), solution)
         assert states_apart(in_units(case.flow), case.start) is apart
+
+
+def _creeping(student: Tensor, *_: Tensor) -> Tensor:
+    """Smooth, and flat from a difference of 1 on, to which it comes as 1 / time."""
+    gap = student[:, :, 1] - student[:, :, 0]
+    return relu(1 - gap).pow(3).mean()
+
+
+@pytest.mark.slow
+def test_what_creeps_without_a_kink_is_not_said_to_have_ended() -> None:
+    found = audit_loss(_creeping, _solution(), "distillation", sampler="teacher", beyond=False)
+    assert "kink" not in found.how
+    want = torch.tensor([0.0, 1.0], dtype=torch.float64).log_softmax(0)
+    law = (want[:, None] + want).flatten()
+    assert float(tv(found.log_laws[0], law)) <= found.accuracy
+
+
+def test_how_far_it_is_to_go_is_not_known_where_nothing_has_moved() -> None:
+    def law(p: float) -> Tensor:
+        return torch.tensor([p, 1 - p], dtype=torch.float64).log()
+
+    assert to_go(lambda share: law(0.5)) == 1.0
+    assert to_go(lambda share: law(0.5), still=1e-9) == 0.0
+    # As 2 ** -time: halves of the time bring it ever less far.
+    assert to_go(lambda share: law(0.5 + 2.0 ** (-20 * share) / 4)) == pytest.approx(
+        2 * (2.0**-10 - 2.0**-20) / 4
+    )
+    # As 1 / time, which always has as far to go as it came.
+    assert to_go(lambda share: law(0.5 + 0.01 / share)) == 1.0

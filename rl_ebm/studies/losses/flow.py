@@ -153,11 +153,11 @@ def to_go(law_by: Callable[[float], Tensor], still: float = 0.0) -> float:
 
     Args:
         law_by: the log-law that was seen last within a share of the time.
-        still: what is no motion.
+        still: what is less is no motion.
     """
     quarter, half, now = (law_by(share) for share in (0.25, 0.5, 1.0))
     before, last = float(tv(quarter, half)), float(tv(half, now))
-    return 2 * last if last < before / 2 or max(before, last) <= still else 1.0
+    return 2 * last if last < before / 2 or max(before, last) < still else 1.0
 
 
 def finished(flow: Field, theta: Tensor, now: Direction, size: float, unit: float = 1.0) -> Limit:

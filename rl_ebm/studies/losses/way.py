@@ -81,12 +81,12 @@ def decided(flow: Field, start: Float[Tensor, "S A"], end: Limit) -> Limit:
     again = _back(flow, start, end, unit)
     if again is not None:  # a kink may have been on the way alone
         return again if end.kink and not again.kink else end
-    coarse, fine = (_followed(flow, start, length) for length in LENGTHS)
+    (coarse, slid), (fine, slides) = (_followed(flow, start, length) for length in LENGTHS)
     off = float(tv(coarse.log_law, fine.log_law)) + fine.accuracy
     if not end.kink and not fine.kink and direction(flow, fine.theta).size > SLOW * unit:
         off = 1.0  # it may creep on for long
     accuracy = min(1.0, max(end.accuracy, off))
-    if accuracy > CREEPS and not tried:  # it slid along a kink, to a rest beside it
+    if accuracy > CREEPS and (slid or slides) and not tried:  # to a rest beside the kink
         alone = _each_alone(flow, start, end, unit)
         if alone is not None and alone.accuracy < accuracy:
             return alone
@@ -158,8 +158,10 @@ def _pushed(flow: Field, start: Tensor, end: Limit, nats: float) -> Tensor | Non
     return end.theta.masked_fill(~alive, GONE) + nats * noise * share
 
 
-def _followed(flow: Field, theta: Tensor, length: float) -> Limit:
+def _followed(flow: Field, theta: Tensor, length: float) -> tuple[Limit, bool]:
     """The flow itself: steps by their error, and no shorter than a kink makes of it.
+
+    Beside its end, whether there was a kink on the way.
 
     The law is the mean over a window of steps, which evens out what jumps about a kink; its
     accuracy is how far it is still to go.
@@ -172,19 +174,20 @@ def _followed(flow: Field, theta: Tensor, length: float) -> Limit:
     first = f(theta)
     h = shortest = length / max(float(first.abs().max()), 1e-300)
     time, seen = 0.0, [(0.0, r.log_law(normalised(theta, r.start)))]
-    left, kink = 1.0, False
+    left, kink, slid = 1.0, False, False
     for _ in range(max(4, min(STEPS, WORK // (3 * flow.cost)) // WINDOW)):
         mean, kink = torch.zeros(len(r.reward), dtype=torch.float64), False
         for _ in range(WINDOW):
             theta, first, taken, h, forced = _one_step(f, theta, first, h, shortest, ERROR * length)
             time, kink = time + taken, kink or forced
             mean += r.log_law(normalised(theta, r.start)).exp() / WINDOW
+        slid = slid or kink
         seen.append((time, mean.log()))
         left = to_go(partial(_last_by, seen)) if bool(first.any()) else 0.0
         if left <= ENDED:
             break
     law = r.log_law(normalised(theta, r.start)) if left == 0.0 else seen[-1][1]
-    return Limit(theta, law, torch.zeros_like(theta, dtype=torch.bool), left, kink)
+    return Limit(theta, law, torch.zeros_like(theta, dtype=torch.bool), left, kink), slid
 
 
 def _one_step(
