@@ -15,10 +15,10 @@ from typing import Any
 from rl_ebm.agents import entry_of, make_options
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-BATCHES = (32, 128, 512, 2048)
+BATCHES = (32, 64, 128, 256, 512, 1024, 2048)
 EXPLORED = (0.0, 0.25, 0.5, 0.75)
 REPLAYED = (0, 1)
-GRID = {"lr": RATES[2:6], "batch_size": BATCHES[:3]}
+GRID = {"lr": RATES[2:6], "batch_size": (32, 256, 1024)}
 """what everybody begins with: twelve points"""
 KEPT = 8192
 """responses that are kept, where some are replayed"""

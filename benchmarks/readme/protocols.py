@@ -3,11 +3,12 @@
     python -m benchmarks.readme.protocols            # hours; what is finished is not run again
     python -m benchmarks.readme.protocols --quick    # a few steps each: only to see that it works
 
-The runs of ``python -m benchmarks.readme.tune`` hold what smaller tunings would have seen: fewer
-points, one seed, one task. Each of these protocols chooses from them, and what it chose runs on
-tasks that nothing was tuned on. A conclusion is that one method ends closer than another on a task,
-where the 95% interval of the difference over the seeds says so; the table counts how many of them
-another protocol would have kept. Writes ``benchmarks/results/protocols.md`` and ``protocols.csv``.
+Smaller tunings would have seen less of the runs of ``python -m benchmarks.readme.tune``: fewer
+points, one seed, one task. Each of these protocols chooses from what it sees, and what it chose
+runs on tasks that nothing was tuned on. A conclusion is that one method ends closer than another on
+a task, where the 95% interval of the difference over the seeds says so; the table counts how many
+of them another protocol would have kept. What other seeds alone would change is its first line: the
+whole tuning's choices once more. Writes ``benchmarks/results/protocols.md``, ``protocols.csv``.
 """
 
 from __future__ import annotations
@@ -34,8 +35,15 @@ from rl_ebm.studies.seeds import geometric_interval, half_width
 from rl_ebm.training.loop import looks_at_all
 from rl_ebm.training.metrics_csv import read_rows
 
-FEW = {"lr": (3e-3, 1e-2, 3e-2), "batch_size": (128, 512)}
-"""what a small tuning tries"""
+FEW = {"lr": (3e-3, 1e-2, 3e-2), "batch_size": (256, 1024)}
+"""what a small tuning tries, as the README's first one did"""
+
+
+ALL, AGAIN = "all", "all, other seeds"
+Choices = dict[str, dict[str, dict[str, Any]]]
+"""options by protocol and agent"""
+Ends = dict[str, dict[str, Rows]]
+"""where the runs of each agent ended, by protocol"""
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ class Protocol:
 def protocols(rows: Rows) -> dict[str, Protocol]:
     """The whole tuning first, then what is less of it."""
     seeds, tasks = (sorted({row[key] for row in rows}) for key in ("seed", "task"))
-    found = {"all": Protocol()}
+    found = {ALL: Protocol()}
     if len(seeds) > 1:
         found |= {f"seed {seed} alone": Protocol(seeds=(seed,)) for seed in seeds}
     if len(tasks) > 1:
@@ -120,32 +128,40 @@ def read_tried(path: Path) -> tuple[Rows, dict[str, Tried]]:
     return rows, tried
 
 
-def choice(agent: str, tried: Tried, protocol: Protocol) -> Point:
-    """What a protocol would have chosen."""
+def choice(agent: str, tried: Tried, protocol: Protocol, runs: int) -> Point | None:
+    """What a protocol would have chosen; None where each of its points has a run that failed.
+
+    Args:
+        runs: that it sees of a point of which none has failed.
+    """
     first = next(iter(tried))
     seen = {
         point: [row for row in rows if protocol.sees(row)]
         for point, rows in tried.items()
         if protocol.tries(point, first)
     }
-    return best(agent, seen, max(map(len, seen.values())))
+    return best(agent, seen, runs)
 
 
-Ends = dict[str, dict[str, Rows]]
-"""where the runs of each agent ended, by protocol"""
+def choices(rows: Rows, tried: dict[str, Tried]) -> Choices:
+    """The options that each protocol chooses, of the agents that have any."""
+    found: Choices = {}
+    for name, protocol in protocols(rows).items():
+        runs = len({(row["task"], row["seed"]) for row in rows if protocol.sees(row)})
+        points = {agent: choice(agent, of, protocol, runs) for agent, of in tried.items()}
+        found[name] = {agent: p.options() for agent, p in points.items() if p is not None}
+    return found
 
 
-def run_choices(
-    chosen: dict[str, dict[str, dict[str, Any]]], shared: dict[str, Any], out: Path, workers: int
-) -> Ends:
+def run_choices(chosen: Choices, shared: dict[str, Any], out: Path, workers: int) -> Ends:
     """Each distinct choice of each agent once.
 
     Args:
-        chosen: options by protocol and agent.
         shared: what the plans of all choices share.
     """
-    agents = list(next(iter(chosen.values())))
-    distinct: dict[str, list[dict[str, Any]]] = {agent: [] for agent in agents}
+    distinct: dict[str, list[dict[str, Any]]] = {
+        agent: [] for of in chosen.values() for agent in of
+    }
     for of in chosen.values():
         for agent, options in of.items():
             if options not in distinct[agent]:
@@ -199,7 +215,7 @@ def closest(ends: dict[str, Rows], task: str, seeds: int) -> tuple[str, list[flo
 
 def moved(ends: Ends) -> str:
     """A line for each protocol: how many conclusions of the whole tuning it keeps."""
-    full = conclusions(ends["all"])
+    full = conclusions(ends[ALL])
     lines = ["| tuned by | conclusions | kept of all's | not told | told the other way | new |"]
     lines.append("|---|---|---|---|---|---|")
     for name, of in ends.items():
@@ -228,12 +244,11 @@ def spread(ends: Ends) -> str:
     lines = [f"| agent | {' | '.join(ends)} | largest by smallest |"]
     lines.append("|---" * (len(ends) + 2) + "|")
     most = max(len(rows) for of in ends.values() for rows in of.values())
-    for agent in ends["all"]:
+    for agent in dict.fromkeys(agent for of in ends.values() for agent in of):
+        rows = [of.get(agent, []) for of in ends.values()]
         values = [
-            geometric_mean(max(row[RANKED], SMALLEST) for row in of[agent])
-            if len(of[agent]) == most
-            else math.inf
-            for of in ends.values()
+            geometric_mean(max(row[RANKED], SMALLEST) for row in x) if len(x) == most else math.inf
+            for x in rows
         ]
         by = "" if math.inf in values else f"{max(values) / min(values):.2g}"
         cells = ["failed" if x == math.inf else f"{x:.2g}" for x in values]
@@ -251,10 +266,7 @@ def main(options: Options) -> None:
             raise ValueError(f"methods were tuned on {problem.label}: give tasks that are held out")
         if not looks_at_all(problem.make()[0]):
             raise ValueError(f"{problem.label} is beyond enumeration: give tasks that are exact")
-    chosen = {
-        name: {a: choice(a, points, protocol).options() for a, points in tried.items()}
-        for name, protocol in protocols(rows).items()
-    }
+    chosen = choices(rows, tried)
     chosen["defaults, untuned"] = {agent: {} for agent in tried}
     calls = 4096 if options.quick else options.calls
     shared = {
@@ -264,12 +276,22 @@ def main(options: Options) -> None:
         "network": SMALL if options.quick else TransformerConfig(),
     }
     ends = run_choices(chosen, shared, options.out, options.workers)
+    others = {"seeds": tuple(range(options.seeds, 2 * options.seeds))}
+    again = run_choices(
+        {AGAIN: chosen[ALL]}, shared | others, options.out / "again", options.workers
+    )
+    ends = {ALL: ends.pop(ALL)} | again | ends
     tasks = [problem.label for problem in problems]
+    pairs = len(tasks) * math.comb(len(tried), 2)
     text = (
         f"{moved(ends)}\n\nA conclusion: on one of {', '.join(tasks)} one method ends closer than "
         f"another, the 95% interval of the difference of log KL(policy, target) over "
-        f"{options.seeds} seeds says so. `all` are all points, seeds and tasks of "
-        "[`tune.py`](../readme/tune.py); each other protocol chose from less of the same runs.\n\n"
+        f"{options.seeds} seeds says so; of {pairs:,} comparisons one in twenty may say so by "
+        f"chance. `{ALL}` are all points, seeds and tasks of [`tune.py`](../readme/tune.py), and "
+        f"`{AGAIN}` runs the same choices once more: what a line loses beyond that is due to its "
+        "tuning. Each other protocol chose from less of the same runs, of points that the whole "
+        "tuning walked to: one that walks by itself may differ more. Where its choice is the same, "
+        "so are its runs.\n\n"
         f"{winners(ends, tasks, options.seeds)}\n\nThe closest method of each task, KL(policy, "
         f"target) in nats after {calls:,} responses scored, geometric mean (95% interval).\n\n"
         f"{spread(ends)}\n\nGeometric means over all of these tasks and seeds. {describe()}\n"

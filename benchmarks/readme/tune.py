@@ -111,14 +111,18 @@ def try_points(options: Options, agents: tuple[str, ...]) -> dict[str, Tried]:
     return tried
 
 
-def best(agent: str, tried: Tried, runs: int) -> Point:
-    """The point with the smallest score; of several the one that was tried first."""
-    return min(tried, key=lambda point: score(tried[point], agent, runs))
+def best(agent: str, tried: Tried, runs: int) -> Point | None:
+    """The point with the smallest score, of several the first; None where each has failed."""
+    scores = {point: score(rows, agent, runs) for point, rows in tried.items()}
+    found = min(scores, key=lambda point: scores[point], default=None)
+    return None if found is None or scores[found] == math.inf else found
 
 
 def line(agent: str, tried: Tried, runs: int) -> str:
     """An agent's line of the table."""
     point = best(agent, tried, runs)
+    if point is None:
+        return f"| `{agent}` |  |  |  |  | {len(tried)} | failed |  |"
     has = {n: ladder for n, ladder in ladders(agent).items() if n not in ("explore", "replay")}
     ends = [name for name, x in has.items() if point.told()[name] in (x[0], x[-1])]
     explore = "" if point.explore is None else f"{point.explore:g}"
@@ -159,7 +163,8 @@ def main(options: Options) -> None:
     text += f"\n\n{describe()}\n"
     print(text)
     if not options.quick:
-        chosen = {agent: best(agent, points, runs).options() for agent, points in tried.items()}
+        points = {agent: best(agent, of, runs) for agent, of in tried.items()}
+        chosen = {agent: point.options() for agent, point in points.items() if point is not None}
         write_text(RESULTS / "tuned.json", json.dumps(chosen, indent=1) + "\n")
         write_text(RESULTS / "tuned.md", text)
         write_rows(RESULTS / "tuned.csv", ends)

@@ -82,7 +82,7 @@ def row(agent, seed, kl, task="t"):
     return {"task": task, "agent": agent, "seed": seed, "kl_policy_target": kl}
 
 
-A, B, FAR = Point(1e-2, 512), Point(1e-3, 512), Point(1e-2, 128)
+A, B, FAR = Point(1e-2, 1024), Point(1e-3, 1024), Point(1e-2, 256)
 
 
 def test_a_protocol_chooses_by_what_it_sees():
@@ -93,7 +93,8 @@ def test_a_protocol_chooses_by_what_it_sees():
     }
     known = protocols.protocols([x for rows in tried.values() for x in rows])
     assert next(iter(known)) == "all"
-    chosen = {name: protocols.choice("a", tried, protocol) for name, protocol in known.items()}
+    runs = {"all": 4, "six points, one seed": 2}
+    chosen = {n: protocols.choice("a", tried, p, runs.get(n, 2)) for n, p in known.items()}
     assert chosen == {
         "all": A,
         "seed 1 alone": FAR,
@@ -102,11 +103,34 @@ def test_a_protocol_chooses_by_what_it_sees():
         "`u` alone": B,
         "six points, one seed": FAR,
     }
-    explored = Point(1e-2, 512, 0.25, 0)
+    rows = [x for of in tried.values() for x in of]
+    by = {n: {"a": p.options()} for n, p in chosen.items()}
+    assert protocols.choices(rows, {"a": tried}) == by
+    explored = Point(1e-2, 1024, 0.25, 0)
     few = Protocol(few=True)
     assert few.tries(explored, explored)
     assert not few.tries(explored, Point(1e-3, 32, 0.5, 0))
     assert Protocol().tries(explored, Point(1e-3, 32, 0.5, 0))
+
+
+def test_what_failed_is_not_chosen():
+    """By what all agents' runs say that there are, not by what one of them has left."""
+    tried = {
+        "a": {A: [row("a", 1, 0.1), row("a", 2, 0.1)], FAR: [row("a", 1, 0.2), row("a", 2, 0.2)]},
+        "b": {A: [row("b", 1, 0.1)], FAR: [row("b", 1, 0.2)]},  # seed 2 failed with each
+        "c": {B: [row("c", 1, 0.1), row("c", 2, 0.2)]},  # all of the six points failed
+    }
+    rows = [x for of in tried.values() for ends in of.values() for x in ends]
+    chosen = protocols.choices(rows, tried)
+    assert {name: list(of) for name, of in chosen.items()} == {
+        "all": ["a", "c"],
+        "seed 1 alone": ["a", "b", "c"],
+        "seed 2 alone": ["a", "c"],
+        "six points, one seed": ["a", "b"],
+    }
+    assert tune.best("b", tried["b"], 2) is None
+    assert tune.best("b", {}, 2) is None
+    assert tune.line("b", tried["b"], 2) == "| `b` |  |  |  |  | 2 | failed |  |"
 
 
 def test_a_conclusion_is_a_difference_that_the_seeds_tell():
@@ -162,7 +186,7 @@ def test_the_table_says_where_a_best_is_at_an_end():
 
 @pytest.mark.slow
 def test_choices_run_once_each_on_tasks_that_are_held_out(tmp_path, capsys):
-    points = [Point(1e-2, 32), Point(1e-2, 128)]
+    points = [Point(1e-2, 32), Point(1e-2, 256)]
     kl = {points[0]: (0.1, 0.9), points[1]: (0.9, 0.2)}
     tried = {
         agent: {p: [row(agent, 100 + s, x, "random") for s, x in enumerate(kl[p])] for p in points}
@@ -174,6 +198,9 @@ def test_choices_run_once_each_on_tasks_that_are_held_out(tmp_path, capsys):
     protocols.main(protocols.Options(**(vars(options) | {"quick": True, "seeds": 2})))
     said = capsys.readouterr().out
     assert "| defaults, untuned |" in said
+    assert "| all, other seeds |" in said
     assert "| `ppo` |" in said
-    runs = sorted(path.parent.name for path in (tmp_path / "runs").glob("*/runs/*/*/*"))
+    runs = sorted(path.parent.name for path in (tmp_path / "runs").glob("?/runs/*/*/*"))
     assert runs == ["policy-gradient"] * 6 + ["ppo"] * 6  # three choices, two seeds
+    again = {path.name for path in (tmp_path / "runs").glob("again/0/runs/*/*/*")}
+    assert again == {"2", "3"}
