@@ -19,6 +19,7 @@ from rl_ebm.training.stopping import Terminated
 
 # What Python and torch say when a size is too large for the machine.
 _SIZES = re.compile("alloc|too large|overflow|out of memory", re.IGNORECASE)
+_ENDED = (129, 130, 143)
 _STOPPED = "stopped; a run that has begun goes on with rl-ebm train --resume and its folder"
 
 
@@ -26,6 +27,7 @@ def exit_code(command: Callable[[], int]) -> int:
     """Run a command; its own exit code, or 2 for wrong input, 130, 143 and 129 where Ctrl-C,
     SIGTERM or SIGHUP stopped it, 141 where nobody reads its output any more.
     """
+    code = 0
     try:
         with _warned():
             code = _told(command)
@@ -37,7 +39,8 @@ def exit_code(command: Callable[[], int]) -> int:
         return 141
     except OSError as error:
         _be_silent()
-        return fail(f"{error.strerror or error}: standard output")
+        told = f"{error.strerror or error}: standard output"
+        return code if code in _ENDED else _last_words(told, 2)
 
 
 def out_of_memory(text: str) -> str:
@@ -51,13 +54,11 @@ def _told(command: Callable[[], int]) -> int:
     try:
         return command()
     except Terminated as stop:
-        fail(stop.told or _STOPPED)
-        return int(stop.code or 0)
+        return _last_words(stop.told or _STOPPED, int(stop.code or 0))
     except SystemExit as stop:  # help was printed
         return int(stop.code or 0)
     except KeyboardInterrupt as stop:
-        fail(str(stop) or _STOPPED)
-        return 130
+        return _last_words(str(stop) or _STOPPED, 130)
     except OSError as error:
         if error.filename is None:
             raise  # of standard output
@@ -72,6 +73,13 @@ def _told(command: Callable[[], int]) -> int:
         if not _SIZES.search(str(error)):
             raise
         return fail(out_of_memory(str(error)))
+
+
+def _last_words(text: str, code: int) -> int:
+    """The code, said or not: the terminal may be gone, and nobody there to read."""
+    with suppress(OSError):
+        fail(text)
+    return code
 
 
 @contextmanager

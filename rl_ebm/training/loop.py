@@ -136,7 +136,7 @@ class Trainer:
                 return self._train(Asked())
             with stops_between_steps() as asked:
                 report = self._train(asked)
-                asked.kept(self.run, self.step)
+                asked.kept(self.run, self.step, self.complete)
                 return report
         finally:
             self._close()

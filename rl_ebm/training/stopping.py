@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 # Windows knows no terminal that hangs up.
 ENDS = (signal.SIGTERM,) if sys.platform == "win32" else (signal.SIGTERM, signal.SIGHUP)
 SIGNALS = (signal.SIGINT, *ENDS)
+AGAIN = 5.0
+"""seconds in which the ends that a shell, a terminal or a scheduler send are one and the same"""
 _DEFAULT = (signal.SIG_DFL, signal.default_int_handler)
 
 
@@ -53,10 +56,12 @@ class Asked:
         finally:
             self.at_once = False
 
-    def kept(self, run: Path, step: int) -> None:
+    def kept(self, run: Path, step: int, complete: bool) -> None:
         """Say what was saved, and how it goes on."""
         resume = f"rl-ebm train --resume {shlex.quote(str(run))}"
         self.told = f"stopped at step {step}, which is kept: {resume} goes on"
+        if complete:
+            self.told = f"asked to stop as the run was finished: step {step}, the last, is kept"
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -64,14 +69,16 @@ class Asked:
 
 @contextmanager
 def stops_between_steps() -> Iterator[Asked]:
-    """Only note the first of the signals; it is raised at the end. A second one acts at once.
+    """Only note the first of the signals; it is raised at the end. A second Ctrl-C acts at once.
 
+    So does a SIGTERM some time after it. A terminal that is closed may hang up twice, and a shell
+    or a scheduler ends a parent and its children, which the parent then ends: that is one wish.
     Signals that somebody else handles, or that another thread would get, are left alone.
 
     Raises:
         KeyboardInterrupt, Terminated: at the end, where one was noted.
     """
-    asked = Asked()
+    asked, since = Asked(), 0.0
     before: dict[int, Any] = {}
 
     def restore() -> None:
@@ -79,10 +86,13 @@ def stops_between_steps() -> Iterator[Asked]:
             signal.signal(number, handler)
 
     def note(number: int, frame: FrameType | None) -> None:
+        nonlocal since
         if not asked:
-            asked.signal = number
+            asked.signal, since = number, time.monotonic()
             if asked.at_once:
                 raise Interrupted
+            return
+        if number in ENDS and (number != signal.SIGTERM or time.monotonic() - since < AGAIN):
             return
         restore()
         os.kill(os.getpid(), number)
@@ -107,11 +117,14 @@ def stops_between_steps() -> Iterator[Asked]:
 def ending_raises() -> Iterator[None]:
     """Let SIGTERM and SIGHUP raise :class:`Terminated`, as Ctrl-C raises KeyboardInterrupt."""
 
-    def end(number: int, frame: FrameType | None) -> None:
-        raise Terminated(number)
-
     main = threading.current_thread() is threading.main_thread()
     ours = [n for n in ENDS if main and signal.getsignal(n) is signal.SIG_DFL]
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for other in ours:  # the same wish again: what ends now is not disturbed
+            signal.signal(other, signal.SIG_IGN)
+        raise Terminated(number)
+
     for number in ours:
         signal.signal(number, end)
     try:
