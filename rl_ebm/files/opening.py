@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import secrets
 import stat
 from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +32,7 @@ EVENTS = "events.out.tfevents.*"
 LOCK = "run.lock"
 FILES = (CONFIG, POLICY, STATE, SCORES, REPORT, CERTIFICATE, METRICS)
 
+_PART = re.compile(r"(.+?)(\.[0-9a-f]{8})?\.part")
 # What Windows lacks is 0 there.
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)
@@ -75,9 +79,16 @@ def own_files(run: Path) -> list[Path]:
     """
     names = [*FILES, *(path.name for path in sorted(run.glob(EVENTS)))]
     found = [run / name for name in names if os.path.lexists(run / name)]
-    for path in (*found, *run.glob("*.part"), run / LOCK):
+    for path in (*found, *parts(run), run / LOCK):
         check_regular(path)
     return found
+
+
+def parts(folder: Path, names: Iterable[str] = (*FILES, EVENTS)) -> list[Path]:
+    """What writes of these files that were cut short have left in their folder."""
+    found = [(path, _PART.fullmatch(path.name)) for path in sorted(folder.glob("*.part"))]
+    names = tuple(names)
+    return [path for path, part in found if part and any(fnmatch(part[1], n) for n in names)]
 
 
 def check_folder(path: Path) -> None:
@@ -156,20 +167,24 @@ def check_size(path: Path, size: int) -> None:
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Write a file beside ``path`` and move it there: readers see the old one or the new one.
 
+    Of two processes that write the same file at a time both are whole, and one of them stays.
+
     Raises:
         RunError: no regular file is at ``path``, or its folder is gone.
         OSError: of the file system (a full disk, say); ``path`` is then as it was.
     """
     check_regular(path)
-    part = path.with_name(path.name + ".part")
+    part, made = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part"), False
     try:
-        with _new(part) as file:
+        with open(part, "xb", opener=_fresh) as file:
+            made = True
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        _remove(part)
+        if made:
+            _remove(part)
         if isinstance(error, FileNotFoundError) and not path.parent.is_dir():
             raise gone(path.parent) from None
         raise OSError(error.errno, error.strerror, str(path)) from None
@@ -218,7 +233,11 @@ def create(path: Path) -> BinaryIO:
         RunError: what has its name is no regular file.
     """
     check_regular(path)
-    return _new(path)
+    try:
+        return open(path, "xb", opener=_fresh)
+    except FileExistsError:
+        path.unlink()
+        return open(path, "xb", opener=_fresh)
 
 
 def cut(path: Path, size: int) -> None:
@@ -241,15 +260,6 @@ def _copy(old: BinaryIO, new: BinaryIO, size: int) -> None:
     while size and (chunk := old.read(min(size, 2**20))):
         new.write(chunk)
         size -= len(chunk)
-
-
-def _new(path: Path) -> BinaryIO:
-    try:
-        return open(path, "xb", opener=_fresh)
-    except FileExistsError:
-        # Left by a write that was cut short; or a link, of which this removes the name alone.
-        path.unlink()
-        return open(path, "xb", opener=_fresh)
 
 
 def _remove(part: Path) -> None:

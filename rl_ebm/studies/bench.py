@@ -27,7 +27,7 @@ from rl_ebm.agents.shared.batch_size import START
 from rl_ebm.ebm import EBM
 from rl_ebm.envs import TASKS, make_task
 from rl_ebm.exact import find_machines, solve
-from rl_ebm.files import RunError, check_folder, write_text
+from rl_ebm.files import RunError, check_folder, parts, write_text
 from rl_ebm.files.lock import only_one
 from rl_ebm.files.tensors import holds
 from rl_ebm.messages.arguments import WrongTypeError, shown
@@ -45,7 +45,9 @@ from rl_ebm.training.directory import CONFIG, METRICS, SCORES, STATE, describe_e
 from rl_ebm.training.loop import MAX_EVALUATED, NonFiniteError, looks_at_all
 from rl_ebm.training.run import resume, train
 from rl_ebm.training.run_policy import network_config
-from rl_ebm.training.stopping import Terminated, ending_raises
+from rl_ebm.training.stopping import ENDS, Terminated, ending_raises
+
+PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
@@ -287,6 +289,8 @@ def run(plan: Plan, out: Path, workers: int = 2) -> tuple[Rows, list[str]]:
     todo = jobs(plan, out)
     with only_one(out), ending_raises():
         check_folders(out, [job.run for job in todo])
+        for part in parts(out, (PLAN, RESULTS)):  # of a benchmark that was killed
+            part.unlink()
         return _run_all(plan, out, todo, workers)
 
 
@@ -302,7 +306,7 @@ def check_folders(out: Path, runs: Sequence[Path]) -> None:
 
 
 def _run_all(plan: Plan, out: Path, todo: list[Job], workers: int) -> tuple[Rows, list[str]]:
-    write_text(out / "plan.json", json.dumps(asdict(plan), indent=1) + "\n")
+    write_text(out / PLAN, json.dumps(asdict(plan), indent=1) + "\n")
     found: dict[int, Rows] = {}
     failed: dict[int, str] = {}
     waiting = list(range(len(todo)))
@@ -357,9 +361,14 @@ def read_options(path: Path | None) -> dict[str, dict[str, Any]]:
 
 
 def _begin() -> None:
-    """One thread for each process, which Ctrl-C ends without a word of its own."""
+    """One thread for each process, which Ctrl-C ends without a word of its own.
+
+    Where a terminal is closed the parent is told as well, and ends its processes.
+    """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in set(ENDS) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _say(job: Job, rows: Rows, done: int, total: int) -> None:

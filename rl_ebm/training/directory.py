@@ -27,6 +27,7 @@ from rl_ebm.files import (
     another_policy,
     cut,
     own_files,
+    parts,
     write_text,
 )
 from rl_ebm.files.tensors import holds, load_tensors, save_tensors
@@ -69,7 +70,7 @@ def cut_back(run: Path, events: Mapping[str, int]) -> None:
 
 def remove_parts(run: Path) -> None:
     """Delete what writes that were cut short have left."""
-    for part in run.glob("*.part"):
+    for part in parts(run):
         part.unlink()
 
 

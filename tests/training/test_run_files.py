@@ -110,13 +110,47 @@ def test_a_hard_link_keeps_what_it_had(run, tmp_path):
     assert load_state(run)["step"] == 5
 
 
-def test_the_part_of_a_file_is_not_followed(tmp_path):
+def test_the_part_of_a_file_is_not_followed(tmp_path, monkeypatch):
     outside, path = tmp_path / "outside", tmp_path / "f"
     outside.write_text("mine")
-    (tmp_path / "f.part").symlink_to(outside)
-    files.write_text(path, "new")
-    assert (path.read_text(), outside.read_text()) == ("new", "mine")
-    assert not path.is_symlink()
+    monkeypatch.setattr(files.secrets, "token_hex", lambda n: "known")
+    (tmp_path / "f.known.part").symlink_to(outside)
+    with pytest.raises(OSError, match="exists"):
+        files.write_text(path, "new")
+    assert outside.read_text() == "mine"
+    assert (tmp_path / "f.known.part").is_symlink()
+    assert not path.exists()
+
+
+def test_nobody_knows_the_part_of_a_file_before_it_is_there(tmp_path):
+    names = []
+    for _ in range(2):
+        files.write_atomically(tmp_path / "f", lambda file: names.append(file.name))
+    assert names[0] != names[1]
+    assert all(Path(name).match(f"{tmp_path}/f.*.part") for name in names)
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    path = tmp_path / "f"
+
+    def outer(file):
+        file.write(b"outer")
+        files.write_text(path, "inner")  # begins and ends while the other is written
+
+    files.write_atomically(path, outer)
+    assert path.read_text() == "outer"
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_only_parts_of_a_runs_own_files_are_deleted(run):
+    ours = ["state.pt.part", "state.pt.0a1b2c3d.part"]
+    ours.append(f"{file_of(run, 'events').name}.0a1b2c3d.part")
+    theirs = ["thesis.part", "notes.state.pt.part", "state.part", "state.pt.old.part"]
+    for name in ours + theirs:
+        (run / name).write_text("x")
+    assert main(["train", "--resume", str(run), "--steps", "5"]) == 0
+    assert not any((run / name).exists() for name in ours)
+    assert all((run / name).read_text() == "x" for name in theirs)
 
 
 def test_a_link_that_appears_between_the_look_and_the_opening(tmp_path, monkeypatch):
