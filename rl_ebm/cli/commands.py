@@ -34,7 +34,7 @@ from rl_ebm.cli.flags import (
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import TooLargeError, solve, summarise
 from rl_ebm.files import write_text
-from rl_ebm.messages.words import count_text, nearest
+from rl_ebm.messages.words import count_text, nearest, printable
 from rl_ebm.packages.version import VERSION
 from rl_ebm.policies import Policy, log_prob, sample
 from rl_ebm.statistics.interval import Interval
@@ -200,7 +200,7 @@ def run_solve(args: Sequence[str]) -> int:
             print(f"{name:17s} " + (_NOT_KNOWN if value is None else f"{value:.6f}{unit}"))
         print(f"{'probability':>13} {'score':>10}  sequence")
         for x in part["top"]:
-            print(f"{x['probability']:13.6g} {x['score']:10.5g}  {x['sequence']}")
+            print(f"{x['probability']:13.6g} {x['score']:10.5g}  {printable(x['sequence'])}")
     return 0
 
 
@@ -308,9 +308,8 @@ def _print_samples(
     reward = batch.rewards()
     for row in range(len(batch)):
         tokens = batch.tokens[row, : int(batch.lengths[row])].tolist()
-        cells = [
-            decode(source, tokens), f"{float(log_pi[row]):.5f}", f"{float(reward[row]):.6g}"
-        ]  # fmt: skip
+        text = printable(decode(source, tokens))
+        cells = [text, f"{float(log_pi[row]):.5f}", f"{float(reward[row]):.6g}"]
         if ebm.prompts is not None:
             cells.insert(0, " ".join(map(str, ebm.prompts[int(prompt_ids[row])])))
         print("\t".join(cells))

@@ -93,7 +93,8 @@ def fail(message: str) -> int:
 
     Words of more than :data:`LONGEST` characters, no path and no name, lose their middle.
     """
-    words = [w if len(w) <= LONGEST else f"{w[:56]} ... {w[-40:]}" for w in message.split()]
+    line = " ".join(part.strip() for part in message.split("\n"))  # the spaces of a path stay
+    words = [w if len(w) <= LONGEST else f"{w[:56]} ... {w[-40:]}" for w in line.split(" ")]
     print("rl-ebm: " + printable(" ".join(words)), file=sys.stderr)
     return 2
 

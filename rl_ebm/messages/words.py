@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from difflib import get_close_matches
+from unicodedata import category
+
+_TURNS = "\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""what ends a line, or changes the direction of text"""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -17,8 +21,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def printable(text: str) -> str:
-    """Text in which nothing moves a cursor, changes a colour or turns a line around: escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    r"""Text in which nothing moves a cursor, changes a colour or turns a line around.
+
+    Such characters are escaped, \x1b say; others, a \ too, are as they were. For people alone.
+    """
+
+    def acts(c: str) -> bool:
+        return category(c) in ("Cc", "Cs") or c in _TURNS
+
+    return "".join(ascii(c)[1:-1] if acts(c) else c for c in text)
 
 
 def count_text(n: int) -> str:

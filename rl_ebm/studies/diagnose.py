@@ -37,6 +37,7 @@ from rl_ebm.exact import Solution, solve
 from rl_ebm.fixed_points import Problem
 from rl_ebm.messages.arguments import finite, shown, whole
 from rl_ebm.messages.numerals import as_json
+from rl_ebm.messages.words import printable
 from rl_ebm.policies import Policy, Tabular, Trainable
 from rl_ebm.policies.scoring import tree_q_values
 from rl_ebm.soft_bellman import log_policy, q_from_r, sequence_log_probs
@@ -117,7 +118,7 @@ class Diagnosis:
             f"p* of what was hardly drawn   {number(self.starved_mass)}",
         ]
         lines += [
-            f"  missing: {m.sequence}  p* {m.target:.3g}, policy {m.policy:.3g}"
+            f"  missing: {printable(m.sequence)}  p* {m.target:.3g}, policy {m.policy:.3g}"
             for m in self.missing
         ]
         return "\n".join([*lines, "", self.advice])

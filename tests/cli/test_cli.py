@@ -26,7 +26,6 @@ from rl_ebm.agents import AGENTS
 from rl_ebm.cli import commands as cli
 from rl_ebm.cli import main
 from rl_ebm.cli import parsing as flags
-from rl_ebm.training.directory import decode
 
 TABLE = "sequence\tscore\n" + "".join(f"{a}{b}\t{i}\n" for i, (a, b) in enumerate(
     product("AC", repeat=2)))  # fmt: skip
@@ -286,20 +285,6 @@ def test_sample_prints_lines_that_score_themselves(made, capsys):
         want = log_pi(policy, ebm.space, tokens, torch.tensor([2]), torch.tensor([0])).detach()
         assert float(printed) == pytest.approx(float(want), abs=1e-5)
         assert float(score) == float(scores[sequence])
-
-
-ESCAPES = "a\x1b[2J", "\u202eb", "\ud800\x9b\x07"
-ESCAPED = "a\\x1b[2J\\t\\u202eb\\t\\ud800\\x9b\\x07"
-
-
-def test_what_a_terminal_would_obey_is_escaped(tmp_path, capsys):
-    source = {"alphabet": list(ESCAPES), "separator": "\t"}
-    assert decode(source, [0, 1, 2]) == ESCAPED
-    assert decode({"alphabet": ["ä", "日", "x y"]}, [0, 1, 2]) == "ä 日 x y"
-    assert main(["verify", str(tmp_path / "a\x1b[2J\u202e")]) == 2
-    err = capsys.readouterr().err
-    assert "a\\x1b[2J\\u202e" in err
-    assert not set("\x1b\u202e") & set(err)
 
 
 def test_agents_lists_all(capsys):
