@@ -19,6 +19,8 @@ T = TypeVar("T")
 _STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
 
+_UNION = re.compile(r"no type matching (\S+) could be instantiated from \[(.*)\]$")
+_KINDS = {"{None}": "None", "INT": "a whole number", "FLOAT": "a number", "STR": "text"}
 LONGEST = 600
 """characters that are kept of what tyro says, and of a word"""
 
@@ -99,6 +101,12 @@ def fail(message: str) -> int:
     return 2
 
 
+def _takes(found: re.Match[str]) -> str:
+    """What a flag of several types takes, in words for tyro's."""
+    kinds = [_KINDS.get(kind, kind) for kind in found[1].split("|")]
+    return f"it takes {' or '.join(sorted(kinds, key='None'.__eq__))}, got {found[2]}"
+
+
 def _sentence(box: str, prog: str) -> str:
     """The first paragraph of what tyro prints in a box."""
     # Without a terminal that has them, tyro draws its lines with ASCII characters.
@@ -110,7 +118,7 @@ def _sentence(box: str, prog: str) -> str:
                 break
             continue
         text.append(words)
-    said = (" ".join(text) or "wrong flags").rstrip(".")
+    said = _UNION.sub(_takes, (" ".join(text) or "wrong flags").rstrip("."))
     if len(said) > LONGEST:  # it quotes a value in full
         said = f"{said[: LONGEST - 100]} ... {said[-60:]}"
     return f"{said}; {prog} --help explains every flag"

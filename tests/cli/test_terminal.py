@@ -80,3 +80,12 @@ def test_a_terminal_that_is_gone_changes_no_exit_code(stop, code, monkeypatch):
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, Gone())
     assert exit_code(command) == code
+
+
+@pytest.mark.parametrize(
+    ("flag", "takes"), [("--steps", "a whole number or None"), ("--seconds", "a number or None")]
+)
+def test_what_a_flag_takes_is_said_in_words(flag, takes, tmp_path, capsys):
+    assert main(["train", "--task", "random", flag, "many", "--out", str(tmp_path / "run")]) == 2
+    assert f"{flag}: it takes {takes}, got 'many'; rl-ebm train" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
