@@ -7,8 +7,8 @@ Smaller tunings would have seen less of the runs of ``python -m benchmarks.readm
 points, one seed, one task. Each of these protocols chooses from what it sees, and what it chose
 runs on tasks that nothing was tuned on. A conclusion is that one method ends closer than another on
 a task, where the 95% interval of the difference over the seeds says so; the table counts how many
-of them another protocol would have kept. What other seeds alone would change is its first line: the
-whole tuning's choices once more. Writes ``benchmarks/results/protocols.md``, ``protocols.csv``.
+of them another protocol would have kept. Its second line is what other seeds alone would change:
+the whole tuning's choices once more. Writes ``benchmarks/results/protocols.md``, ``protocols.csv``.
 """
 
 from __future__ import annotations
@@ -37,8 +37,6 @@ from rl_ebm.training.metrics_csv import read_rows
 
 FEW = {"lr": (3e-3, 1e-2, 3e-2), "batch_size": (256, 1024)}
 """what a small tuning tries, as the README's first one did"""
-
-
 ALL, AGAIN = "all", "all, other seeds"
 Choices = dict[str, dict[str, dict[str, Any]]]
 """options by protocol and agent"""

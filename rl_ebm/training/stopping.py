@@ -115,13 +115,15 @@ def stops_between_steps() -> Iterator[Asked]:
 
 @contextmanager
 def ending_raises() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP raise :class:`Terminated`, as Ctrl-C raises KeyboardInterrupt."""
+    """Let SIGTERM and SIGHUP raise :class:`Terminated`, as Ctrl-C raises KeyboardInterrupt.
 
+    Once: what ends then is not disturbed.
+    """
     main = threading.current_thread() is threading.main_thread()
     ours = [n for n in ENDS if main and signal.getsignal(n) is signal.SIG_DFL]
 
     def end(number: int, frame: FrameType | None) -> None:
-        for other in ours:  # the same wish again: what ends now is not disturbed
+        for other in ours:
             signal.signal(other, signal.SIG_IGN)
         raise Terminated(number)
 

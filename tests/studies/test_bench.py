@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import signal
 import subprocess
 import sys
 from itertools import pairwise
@@ -20,6 +21,7 @@ from rl_ebm.agents import AGENTS
 from rl_ebm.cli import commands as cli
 from rl_ebm.fixed_points import boundary
 from rl_ebm.policies import Tabular, TransformerConfig, Uniform
+from rl_ebm.studies import bench
 from rl_ebm.studies import seeds as intervals
 from rl_ebm.studies.bench import Plan, Problem, finished, jobs, measure, rows_of, run
 from rl_ebm.studies.bench_report import frontier, targets, write_report
@@ -293,3 +295,19 @@ def test_a_table_with_impossible_responses_is_reported(tmp_path):
     assert known == {"best-of-n": None, "vargrad": True}
     assert intervals.interval([math.inf, 1.0]) == "∞"
     assert intervals.half_width([math.inf, 1.0]) == math.inf
+
+
+def test_what_a_killed_benchmark_was_writing_is_deleted(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "_run_all", lambda plan, out, todo, workers: ([], []))
+    (tmp_path / "results.csv.0a1b2c3d.part").write_text("x")
+    (tmp_path / "thesis.part").write_text("x")
+    bench.run(plan(problems=(Problem("lookahead"),)), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.part"]
+
+
+def test_a_terminal_that_hangs_up_is_the_parents_affair(monkeypatch):
+    handlers = {}
+    monkeypatch.setattr(bench.signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(bench.torch, "set_num_threads", lambda threads: None)
+    bench._begin()
+    assert handlers == {signal.SIGINT: signal.SIG_DFL, signal.SIGHUP: signal.SIG_IGN}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ import rl_ebm
 from rl_ebm.cli import main
 from rl_ebm.files import RunError
 from rl_ebm.files.lock import only_one
+from rl_ebm.training import stopping
 from rl_ebm.training.run import train
 
 SPACE = rl_ebm.TokenSpace(3, 3)
@@ -112,6 +114,66 @@ def test_a_signal_between_steps_saves_what_was_trained(number, code, tmp_path, c
     from run_cases import differences
 
     assert differences(load_state(whole), load_state(run)) == []
+
+
+@pytest.fixture
+def usual():
+    """The usual handlers: a process in the background may have been told to ignore some."""
+    handlers = dict.fromkeys(stopping.ENDS, signal.SIG_DFL)
+    handlers[signal.SIGINT] = signal.default_int_handler
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield handlers
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "later", "acts"),
+    [
+        (signal.SIGINT, signal.SIGINT, False, True),
+        (signal.SIGTERM, signal.SIGINT, False, True),
+        (signal.SIGTERM, signal.SIGTERM, False, False),
+        (signal.SIGTERM, signal.SIGTERM, True, True),
+        (signal.SIGHUP, signal.SIGHUP, True, False),
+        (signal.SIGHUP, signal.SIGTERM, False, False),
+    ],
+)
+def test_which_second_signals_act_at_once(first, second, later, acts, usual, monkeypatch):
+    sent = []
+    monkeypatch.setattr(stopping.os, "kill", lambda pid, number: sent.append((pid, number)))
+
+    def work() -> None:
+        with stopping.stops_between_steps() as asked:
+            signal.raise_signal(first)
+            assert asked.signal == first
+            monkeypatch.setattr(stopping, "AGAIN", 0.0 if later else 1e9)
+            signal.raise_signal(second)
+            assert sent == ([(os.getpid(), second)] if acts else [])
+            for number, handler in usual.items():
+                assert (signal.getsignal(number) == handler) == acts
+            asked.kept(Path("runs/a b"), 7, complete=False)
+
+    with pytest.raises((KeyboardInterrupt, stopping.Terminated)) as stop:
+        work()
+    told = str(stop.value) if first == signal.SIGINT else stop.value.told
+    assert "step 7, which is kept: rl-ebm train --resume 'runs/a b' goes on" in told
+    assert {number: signal.getsignal(number) for number in usual} == usual
+
+
+@pytest.mark.parametrize("number", stopping.ENDS)
+def test_what_is_told_to_end_is_told_once(number, usual):
+    def work() -> None:
+        with stopping.ending_raises():
+            try:
+                signal.raise_signal(number)
+            finally:
+                for other in stopping.ENDS:
+                    signal.raise_signal(other)
+
+    with pytest.raises(stopping.Terminated) as stop:
+        work()
+    assert stop.value.code == 128 + number
+    assert {number: signal.getsignal(number) for number in usual} == usual
 
 
 def test_a_signal_while_it_is_verified_does_not_wait(tmp_path, capsys):

@@ -60,7 +60,8 @@ def read_model(folder: Path, base: nn.Module | None) -> tuple[Any, dict[str, Any
         base: the model of an adapter; None for the one that the adapter names.
 
     Raises:
-        ValueError: no model there, or an adapter whose model has to be given.
+        ValueError: no model there, one whose code came with it and would have to be run, or an
+            adapter whose model has to be given.
     """
     adapted = (folder / ADAPTER).exists()
     if not adapted and not (folder / "config.json").exists():

@@ -186,7 +186,8 @@ class HuggingFace(nn.Module):
                 the adapter names.
 
         Raises:
-            ValueError: no model there, or an adapter whose model has to be given.
+            ValueError: no model there, one whose code came with it and would have to be run, or an
+                adapter whose model has to be given.
         """
         model, extras = folders.read_model(Path(folder), base)
         bos_id = extras.get("bos_id") if bos_id is None else bos_id

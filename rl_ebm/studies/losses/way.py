@@ -72,11 +72,11 @@ def decided(flow: Field, start: Float[Tensor, "S A"], end: Limit) -> Limit:
     unit = float(direction(flow, start).value.abs().max())
     if unit <= NOTHING or not end.settled:
         return end
-    alone = _each_alone(flow, start, end, unit) if end.ahead else None
-    if alone is not None:
-        return alone
     tried = end.ahead
     if tried:
+        alone = _each_alone(flow, start, end, unit)
+        if alone is not None:
+            return alone
         end = slide(flow, end.theta)
     again = _back(flow, start, end, unit)
     if again is not None:  # a kink may have been on the way alone
