@@ -201,7 +201,7 @@ def test_each_state_is_followed_to_where_it_goes_alone() -> None:
     log_pi = torch.tensor([_alone(row) for row in teacher.tolist()]).double().log_softmax(-1)
     expected = (log_pi[0][:, None] + log_pi[1:]).flatten()
     assert found.how.endswith("to one rest of many")
-    assert found.accuracy < 1e-2
+    assert found.accuracy < 1e-5
     assert float(tv(found.log_laws[0], expected)) <= found.accuracy + SHORTEST
     assert found.is_target is False
 
@@ -214,8 +214,8 @@ def test_a_rest_beside_the_kink_that_led_to_it_is_no_end_of_its_own() -> None:
     taught = (SCORES[:3] / 0.5).softmax(0)
     ratio = taught[0] / taught[1]
     expected = torch.stack([ratio, torch.ones(()), torch.ones(())]).log().log_softmax(0)
-    assert found.accuracy < 1e-2
-    assert float(tv(found.log_laws[0], expected)) <= found.accuracy
+    assert found.accuracy < 1e-6
+    assert float(tv(found.log_laws[0], expected)) <= found.accuracy + 1e-7
 
 
 def test_a_loss_that_fails_where_a_state_goes_by_itself_is_left_to_others(
@@ -236,11 +236,13 @@ def test_a_loss_that_fails_where_a_state_goes_by_itself_is_left_to_others(
         asks.append(replace(end, accuracy=1.0))
         return asks[-1]
 
+    monkeypatch.setattr(way, "followed_on_ties", lambda *_: None)
     monkeypatch.setattr(way, "followed_apart", at_once)
     assert way._each_alone(flow, start, end, 1.0) is None  # it creeps
     assert asks
-    monkeypatch.setattr(way, "followed_apart", failing)
-    assert way._each_alone(flow, start, end, 1.0) is None
+    for name in ("followed_apart", "followed_on_ties"):
+        monkeypatch.setattr(way, name, failing)
+        assert way._each_alone(flow, start, end, 1.0) is None
 
 
 @pytest.mark.slow

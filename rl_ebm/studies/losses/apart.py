@@ -81,17 +81,13 @@ def followed_apart(
     """
     r = flow.responses
 
-    def f(x: Tensor) -> Tensor:
-        gradient, mass = flow.field(x)
-        return -gradient / mass.sum(1, keepdim=True).clamp(min=1e-290)
-
     time = fastest = torch.zeros_like(theta[:, :1])
     seen, left = [_Seen(time, normalised(theta, r.start).exp())], 1.0
     shares = torch.hann_window(WINDOW + 1, periodic=False, dtype=theta.dtype)[1:] / (WINDOW / 2)
-    for _ in range(max(4, min(STEPS, WORK // flow.cost) // WINDOW)):
+    for _ in range(max(4, min(STEPS, WORK // flow.visit_cost) // WINDOW)):
         mean = torch.zeros_like(theta)
         for share in shares:
-            slope = f(theta)
+            slope = -flow.per_visit(theta)
             speed = slope.abs().amax(1, keepdim=True)
             fastest = fastest.maximum(speed).maximum(LEAST * speed.max()).clamp(min=1e-290)
             h = length / fastest * (fastest / speed.clamp(min=1e-290)).sqrt().clamp(max=LONGER)

@@ -46,6 +46,13 @@ class Field(Protocol):
 
     def field(self, theta: Tensor) -> tuple[Tensor, Tensor]: ...
 
+    def per_visit(self, theta: Tensor) -> Tensor:
+        """The gradient of each state's logits, over how often the state is visited."""
+
+    @property
+    def visit_cost(self) -> int:
+        """Rows that the loss is given for that."""
+
 
 @dataclass(frozen=True)
 class Limit:
@@ -125,9 +132,11 @@ def direction(flow: Field, theta: Tensor) -> Direction:
 
 
 def step(
-    f: Callable[[Tensor], Tensor], theta: Tensor, first: Tensor, h: float
+    f: Callable[[Tensor], Tensor], theta: Tensor, first: Tensor, h: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of order 3, no logit by more than :data:`FAR`; its error, and f at its end.
+
+    It has a length, or one for each state, (S, 1).
 
     A trial that leaves float64, or what the loss can take, has an infinite error.
     """

@@ -27,6 +27,7 @@ from rl_ebm.studies.losses.flow import GONE, Field, Limit, direction, step, to_g
 from rl_ebm.studies.losses.limit import REST, rest_at_once, rest_from
 from rl_ebm.studies.losses.responses import normalised
 from rl_ebm.studies.losses.slide import slide
+from rl_ebm.studies.losses.ties import followed_on_ties
 
 ASIDE = 1e-2
 """nats that a rest is pushed, and"""
@@ -46,6 +47,8 @@ ERROR = 1e-3
 """the same, of its error otherwise"""
 APART_LENGTHS = (2e-2, 1.4e-2, 1e-2)
 """the same, of states that do not see each other"""
+HELD = 1e-4
+"""accuracy of an end along ties that hold, which is more where it hangs on what is no event"""
 CHANCE = 2.0
 """times the largest difference of their ends: about kinks a length is off as if by chance"""
 STEPS = 5000
@@ -103,6 +106,9 @@ def _each_alone(flow: Field, start: Tensor, end: Limit, unit: float) -> Limit | 
     if not states_apart(flow, start):
         return None
     try:
+        held = _held(flow, start)
+        if held is not None:
+            return replace(held, dead=end.dead)
         first = followed_apart(flow, start, APART_LENGTHS[0])
         if first.accuracy > CREEPS:
             return None
@@ -123,6 +129,20 @@ def _each_alone(flow: Field, start: Tensor, end: Limit, unit: float) -> Limit | 
     off = max(float(tv(a.log_law, b.log_law)) for a, b in combinations(ends, 2))
     off = min(1.0, CHANCE * off + fine.accuracy)
     return replace(fine, dead=end.dead, accuracy=off, kink=True, many=True)
+
+
+def _held(flow: Field, start: Tensor) -> Limit | None:
+    """Where ties lead that hold, and whether there is another rest beside it; None elsewhere."""
+    end = followed_on_ties(flow, start)
+    if end is None or end.accuracy > HELD:
+        return None
+    aside = _pushed(flow, start, end, FURTHER)
+    again = None if aside is None else followed_on_ties(flow, aside)
+    if aside is None or again is None:
+        return end
+    r = flow.responses
+    there = THERE * float(tv(r.log_law(normalised(aside, r.start)), end.log_law))
+    return replace(end, many=float(tv(again.log_law, end.log_law)) > there)
 
 
 def _back(flow: Field, start: Tensor, end: Limit, unit: float) -> Limit | None:
