@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from loss_cases import top_two
 from torch import Tensor
 from torch.nn.functional import relu
 
@@ -172,13 +173,6 @@ SCORES = torch.randn(9, dtype=torch.float64, generator=torch.Generator().manual_
 SHORTEST = 2e-4
 
 
-def _top_two(student: Tensor, teacher: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """Reverse KL on the student's two likeliest tokens, as if there were no others."""
-    best = student.topk(2, dim=-1).indices
-    own, taught = (x.gather(-1, best).log_softmax(-1) for x in (student, teacher))
-    return ((own.exp() * (own - taught)).sum(-1) * mask).sum() / mask.sum()
-
-
 def _alone(teacher: list[float]) -> list[float]:
     """Logits of one state where tiny steps end: what leaves the first two comes to stay there."""
     z = [0.0] * len(teacher)
@@ -195,7 +189,7 @@ def _alone(teacher: list[float]) -> list[float]:
 def test_each_state_is_followed_to_where_it_goes_alone() -> None:
     """Which two are looked at changes on the way, and what was left behind stays where it is."""
     solution = solve(EBM(TokenSpace(3, 2), SCORES, beta=0.5))
-    found = audit_loss(_top_two, solution, "distillation", beyond=False)
+    found = audit_loss(top_two, solution, "distillation", beyond=False)
     first = SCORES.view(3, 3) / 0.5
     teacher = torch.cat([first.logsumexp(1)[None], first])
     log_pi = torch.tensor([_alone(row) for row in teacher.tolist()]).double().log_softmax(-1)
@@ -210,7 +204,7 @@ def test_each_state_is_followed_to_where_it_goes_alone() -> None:
 def test_a_rest_beside_the_kink_that_led_to_it_is_no_end_of_its_own() -> None:
     """The second and the third slide together until the first two are at rest: a smooth one."""
     solution = solve(EBM(TokenSpace(3, 1), SCORES[:3], beta=0.5))
-    found = audit_loss(_top_two, solution, "distillation", beyond=False)
+    found = audit_loss(top_two, solution, "distillation", beyond=False)
     taught = (SCORES[:3] / 0.5).softmax(0)
     ratio = taught[0] / taught[1]
     expected = torch.stack([ratio, torch.ones(()), torch.ones(())]).log().log_softmax(0)
@@ -225,7 +219,7 @@ def test_a_loss_that_fails_where_a_state_goes_by_itself_is_left_to_others(
         raise LossError("it is nan there")
 
     solution = solve(EBM(TokenSpace(3, 1), SCORES[:3], beta=0.5))
-    what = asked(_top_two, "distillation", "centred", None, None, 1, None, None)
+    what = asked(top_two, "distillation", "centred", None, None, 1, None, None)
     (case,) = cases_of(what, solution)
     flow = in_units(case.flow)
     start = flow.responses.start
@@ -250,7 +244,7 @@ def test_a_state_that_is_at_rest_is_not_moved_by_rounding() -> None:
     """The second token is worth nothing: there the teacher is the student's start."""
     reward = SCORES[:3].repeat_interleave(3)
     solution = solve(EBM(TokenSpace(3, 2), reward, beta=0.5))
-    found = audit_loss(_top_two, solution, "distillation", beyond=False)
+    found = audit_loss(top_two, solution, "distillation", beyond=False)
     law = found.log_laws[0].view(3, 3)
     assert found.how.endswith("to one rest of many")
     assert float((law - law.logsumexp(1, keepdim=True) + math.log(3)).abs().max()) < 1e-9
@@ -284,7 +278,7 @@ def test_whether_states_see_each_other_is_found() -> None:
         return (own - taught).square().mean()
 
     for loss, kind, apart in (
-        (_top_two, "distillation", True),
+        (top_two, "distillation", True),
         (of_whole, "distillation", False),
         (_only_first, "policy-gradient", False),
     ):

@@ -64,7 +64,7 @@ def followed_on_ties(flow: Field, theta: Float[Tensor, "S A"]) -> Limit | None:
     Twice: with two errors of a step, and with the other order of what is equal.
 
     Raises:
-        LossError: the loss fails at the start.
+        LossError: the loss fails where a state stands; a step to where it fails is made shorter.
     """
     coarse = _Way(flow, theta, ERRORS[0], 1).end()
     fine = None if coarse is None else _Way(flow, theta, ERRORS[1], -1).end()
@@ -214,10 +214,9 @@ class _Way:
     def _gaps(self, theta: Tensor) -> Float[Tensor, "S A A"]:
         """How far the first of a pair stands above the second; inf for what is no pair."""
         gaps = theta[:, :, None] - theta[:, None]
-        pair = self.allowed[:, :, None] & self.allowed[:, None]
-        pair = pair & ~(self.tied[:, :, None] & self.tied[:, None])
-        pair = pair & ~torch.eye(theta.shape[1], dtype=torch.bool)
-        return gaps.masked_fill(~pair, torch.inf)
+        both, equal = (x[:, :, None] & x[:, None] for x in (self.allowed, self.tied))
+        same = torch.eye(theta.shape[1], dtype=torch.bool)
+        return gaps.masked_fill(~both | equal | same, torch.inf)
 
     def _closing(self) -> Float[Tensor, "S A A"]:
         v = self.now.velocity
@@ -244,10 +243,9 @@ class _Way:
         )
         both = upper | lower
         some = both.any(1)
-        tied = torch.where(some[:, None], both, self.tied)
         mean = (self.theta * both).sum(1, keepdim=True) / both.sum(1, keepdim=True).clamp(min=1)
         level = torch.where(both, mean, self.theta)
-        stays = pull(self._f, level, tied, self.order).holds[:, None] & some[:, None]
+        stays = (pull(self._f, level, both, self.order).holds & some)[:, None]
         passing = self.theta + 3 * MEET * lower
         self.theta = torch.where(stays, level, torch.where(some[:, None], passing, self.theta))
         second = self.tied & stays & ~both

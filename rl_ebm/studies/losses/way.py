@@ -5,7 +5,8 @@ each way down ends at another. The steps of :mod:`rl_ebm.studies.losses.limit` t
 than the flow, d theta / dt = -F(theta), to the same rest where there is one. So a rest is pushed
 aside a little, along what has moved: where it does not come back, the flow itself is followed to
 its end, twice, with steps of two lengths where a kink leaves no other choice; states that do not
-see each other by themselves, see :mod:`rl_ebm.studies.losses.apart`.
+see each other by themselves: along ties that hold, :mod:`rl_ebm.studies.losses.ties`, or about what
+kinks there are, :mod:`rl_ebm.studies.losses.apart`.
 """
 
 from __future__ import annotations
