@@ -203,11 +203,3 @@ def test_a_float32_loss_is_followed_as_far_as_it_goes():
     rough = audit(lambda p, o, r, a, m: squared(0.7)(*(x.float() for x in (p, o, r, a)), m))
     assert rough.tv == pytest.approx(exact.tv, abs=1e-4)
     assert rough.accuracy > 1e-8
-
-
-def test_an_ebm_that_nobody_has_solved_is_to_be_solved_first():
-    """What else a solution is for, verify and certify, is no help here."""
-    with pytest.raises(TypeError, match=r"got the EBM itself: pass rl_ebm\.solve\(ebm\)$"):
-        rl_ebm.audit_loss(plain, EOS.ebm)
-    with pytest.raises(TypeError, match=r"got a float: pass rl_ebm\.solve\(ebm\)$"):
-        rl_ebm.audit(0.5)

@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,9 +14,9 @@ from rl_ebm.divergences import tv
 from rl_ebm.exact import Solution
 from rl_ebm.policies import Tabular
 from rl_ebm.studies.losses.cases import asked, cases_of
-from rl_ebm.studies.losses.distillation import Distillation, few_of
-from rl_ebm.studies.losses.responses import over_visits
+from rl_ebm.studies.losses.distillation import Distillation
 from rl_ebm.studies.losses.ties import followed_on_ties, pull
+from rl_ebm.studies.losses.visits import Alone, alone_of
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -37,6 +36,12 @@ def _flow(loss: Loss, solution: Solution) -> Distillation:
     (case,) = cases_of(asked(loss, "distillation", "centred", None, None, 1, None, None), solution)
     assert isinstance(case.flow, Distillation)
     return case.flow
+
+
+def _alone(flow: Distillation) -> Alone:
+    found = alone_of(flow, flow.responses.start)
+    assert found is not None
+    return found
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -67,48 +72,6 @@ def test_what_is_not_held_together_is_seen() -> None:
         return torch.zeros_like(x).scatter(1, x.argmax(1, keepdim=True), 1.0) + torch.tensor([0, 2])
 
     assert not bool(pull(f, theta, torch.ones(1, 2, dtype=torch.bool), 1).holds)
-
-
-@pytest.mark.parametrize("eos", [None, 0])
-def test_a_few_rows_pass_all_states(eos: int | None) -> None:
-    flow = _flow(_above(1, 1.0), _solution(3, 3, eos))
-    r = flow.responses
-    few = few_of(r.states, r.mask, len(r.start))
-    reached = {int(s) for row, m in zip(r.states, r.mask, strict=True) for s in row[m]}
-    assert {i for i, x in enumerate(few.passed.tolist()) if x} == reached
-    for state in reached:
-        row, step = few.rows[few.row[state]], few.step[state]
-        assert int(r.states[row, step]) == state
-        assert bool(r.mask[row, step])
-    last = {int(row[m][-1]) for row, m in zip(r.states, r.mask, strict=True)}
-    assert len(few.rows) <= len(last)
-
-
-def _own_share(student: Tensor, teacher: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """It reads which token was drawn, so that a state is pulled at otherwise on each row."""
-    gap = (student.log_softmax(-1) - teacher.log_softmax(-1)).gather(-1, tokens[..., None])[..., 0]
-    return (gap.square() * mask).sum() / mask.sum()
-
-
-@pytest.mark.parametrize("eos", [None, 0])
-def test_what_a_visit_does_is_the_field_over_the_visits(eos: int | None) -> None:
-    solution = _solution(3, 3, eos)
-    for loss, fewer in ((_above(2, 1.0), True), (_own_share, False)):
-        flow = _flow(loss, solution)
-        noise = torch.randn(flow.responses.start.shape, generator=torch.Generator().manual_seed(1))
-        theta = flow.responses.start + noise.double()
-        want = over_visits(*flow.field(theta))
-        assert torch.allclose(flow.per_visit(theta), want, atol=1e-12)
-        assert (flow.visit_cost < flow.cost) is fewer
-        assert want.abs().max() > 0.1
-
-
-def test_a_state_that_nobody_visits_does_not_move() -> None:
-    flow = _flow(_above(1, 1.0), _solution(3, 2))
-    drawn = flow.responses.start.clone()
-    drawn[0, 1] = -torch.inf
-    moved = replace(flow, drawn=drawn).per_visit(flow.responses.start)
-    assert [bool(x.any()) for x in moved] == [True, True, False, True]
 
 
 def _above(count: int, weight: float) -> Loss:
@@ -143,7 +106,7 @@ def test_a_convex_loss_ends_at_its_minimum(count: int, weight: float) -> None:
     """Logits come from where the reference has them: they meet, are held, and are left behind."""
     flow = _flow(_above(count, weight), _solution(4, 2))
     r = flow.responses
-    end = followed_on_ties(flow, r.start)
+    end = followed_on_ties(_alone(flow), r.start)
     assert end is not None
     want = torch.stack([_least(row, count, weight) for row in flow.teacher])
     equal = (want[:, :, None] == want[:, None]).sum((1, 2))
@@ -238,4 +201,4 @@ def _in_float32(student: Tensor, teacher: Tensor, *rest: Tensor) -> Tensor:
 def test_what_is_no_tie_is_left_to_others() -> None:
     for loss in (_elsewhere, _in_float32):
         flow = _flow(loss, _solution(3, 1))
-        assert followed_on_ties(flow, flow.responses.start) is None
+        assert followed_on_ties(_alone(flow), flow.responses.start) is None

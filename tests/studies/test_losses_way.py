@@ -15,7 +15,6 @@ from rl_ebm import EBM, TokenSpace, audit_loss, solve
 from rl_ebm.divergences import tv
 from rl_ebm.exact import Solution
 from rl_ebm.studies.losses import way
-from rl_ebm.studies.losses.apart import states_apart
 from rl_ebm.studies.losses.cases import Case, asked, cases_of
 from rl_ebm.studies.losses.contract import LossError
 from rl_ebm.studies.losses.flow import Limit, to_go
@@ -264,26 +263,6 @@ def test_a_rest_on_a_kink_that_is_alone_is_no_rest_of_many() -> None:
     assert found.how == "flow, along a kink"
     assert found.accuracy < 1e-3
     assert float(tv(found.log_laws[0], expected)) <= found.accuracy
-
-
-def test_whether_states_see_each_other_is_found() -> None:
-    """Token by token they do not; a loss of a whole response, and one paid as a reward, do."""
-    solution = solve(EBM(TokenSpace(3, 2), SCORES, beta=0.5))
-
-    def of_whole(student: Tensor, teacher: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        own, taught = (
-            (x.log_softmax(-1).gather(-1, tokens[..., None])[..., 0] * mask).sum(1)
-            for x in (student, teacher)
-        )
-        return (own - taught).square().mean()
-
-    for loss, kind, apart in (
-        (top_two, "distillation", True),
-        (of_whole, "distillation", False),
-        (_only_first, "policy-gradient", False),
-    ):
-        (case,) = cases_of(asked(loss, kind, "centred", None, None, 1, None, None), solution)
-        assert states_apart(in_units(case.flow), case.start) is apart
 
 
 def _creeping(student: Tensor, *_: Tensor) -> Tensor:

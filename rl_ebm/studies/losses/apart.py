@@ -18,12 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rl_ebm.studies.losses.contract import LossError
-from rl_ebm.studies.losses.flow import Field, Limit, to_go
+from rl_ebm.studies.losses.flow import Limit, to_go
 from rl_ebm.studies.losses.responses import Responses, normalised
+from rl_ebm.studies.losses.visits import Alone
 
-APART = 1e-5
-"""of a state's gradient, what others may do to it: rounding, also of float32"""
 LONGER = 30.0
 """times the shortest step of a state, at most, while it comes to rest"""
 LEAST = 1e-4
@@ -40,32 +38,8 @@ ENDED = 3e-4
 """how far it may still be to go where it has ended, in total variation"""
 
 
-def states_apart(flow: Field, theta: Float[Tensor, "S A"]) -> bool:
-    """Whether the gradient at each state is one of its own logits, times how often it is visited.
-
-    Tried with half of the states moved, and then with the other half.
-    """
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(theta.shape, generator=generator, dtype=torch.float64)
-    half = torch.rand(len(theta), 1, generator=generator) < 0.5
-
-    def ways(x: Tensor) -> Tensor:
-        gradient = flow.field(x)[0]
-        return gradient / gradient.abs().amax(1, keepdim=True).clamp(min=1e-290)
-
-    now = ways(theta)
-    for moved in (half, ~half):
-        try:
-            off = (ways(theta + noise * moved) - now).abs().masked_fill(moved, 0.0)
-        except LossError:
-            return False
-        if float(off.max()) > APART:
-            return False
-    return True
-
-
 def followed_apart(
-    flow: Field, theta: Float[Tensor, "S A"], length: float, ended: float = ENDED
+    alone: Alone, theta: Float[Tensor, "S A"], length: float, ended: float = ENDED
 ) -> Limit:
     """Where each state goes by itself.
 
@@ -79,15 +53,14 @@ def followed_apart(
     Raises:
         LossError: the loss fails on the way.
     """
-    r = flow.responses
-
+    r = alone.responses
     time = fastest = torch.zeros_like(theta[:, :1])
     seen, left = [_Seen(time, normalised(theta, r.start).exp())], 1.0
     shares = torch.hann_window(WINDOW + 1, periodic=False, dtype=theta.dtype)[1:] / (WINDOW / 2)
-    for _ in range(max(4, min(STEPS, WORK // flow.visit_cost) // WINDOW)):
+    for _ in range(max(4, min(STEPS, WORK // alone.cost) // WINDOW)):
         mean = torch.zeros_like(theta)
         for share in shares:
-            slope = -flow.per_visit(theta)
+            slope = -alone.per_visit(theta)
             speed = slope.abs().amax(1, keepdim=True)
             fastest = fastest.maximum(speed).maximum(LEAST * speed.max()).clamp(min=1e-290)
             h = length / fastest * (fastest / speed.clamp(min=1e-290)).sqrt().clamp(max=LONGER)

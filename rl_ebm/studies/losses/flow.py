@@ -46,13 +46,6 @@ class Field(Protocol):
 
     def field(self, theta: Tensor) -> tuple[Tensor, Tensor]: ...
 
-    def per_visit(self, theta: Tensor) -> Tensor:
-        """The gradient of each state's logits, over how often the state is visited."""
-
-    @property
-    def visit_cost(self) -> int:
-        """Rows that the loss is given for that."""
-
 
 @dataclass(frozen=True)
 class Limit:

@@ -30,7 +30,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rl_ebm.divergences import tv
-from rl_ebm.studies.losses.apart import states_apart
 from rl_ebm.studies.losses.contract import LossError
 from rl_ebm.studies.losses.flow import (
     FAR,
@@ -44,6 +43,7 @@ from rl_ebm.studies.losses.flow import (
 )
 from rl_ebm.studies.losses.responses import normalised
 from rl_ebm.studies.losses.slide import slide
+from rl_ebm.studies.losses.visits import alone_of
 
 FLOW_STEPS = 150
 """steps of the flow itself, at most, and"""
@@ -148,7 +148,7 @@ def rest_at_once(flow: Field, theta: Tensor, unit: float, rest: float) -> Limit 
 
 def at_kink(flow: Field, theta: Tensor) -> Limit:
     """At a kink: a slide, or its place for states that :mod:`rl_ebm.studies.losses.way` follows."""
-    if not states_apart(flow, theta):
+    if alone_of(flow, theta) is None:
         return slide(flow, theta)
     r = flow.responses
     law, lost = r.log_law(normalised(theta, r.start)), direction(flow, theta).lost

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rl_ebm.studies.losses.advantages import Advantages
 from rl_ebm.studies.losses.contract import Inputs
-from rl_ebm.studies.losses.responses import Responses, normalised, over_visits
+from rl_ebm.studies.losses.responses import Responses, normalised
 from rl_ebm.studies.losses.rows import Rows
 
 NAMES = ("log_pi", "log_pi_old", "log_ref", "advantages", "mask")
@@ -112,15 +112,6 @@ class PolicyGradient:
         """Expected gradient by theta, and the mass of each action under who draws."""
         r, held = self.responses, self.who_draws(theta)
         return self.steps(theta, held, self.inner) / self.inner, r.mass(r.log_law(held))
-
-    def per_visit(self, theta: Float[Tensor, "S A"]) -> Float[Tensor, "S A"]:
-        """The gradient of each state's logits, over how often the state is visited."""
-        return over_visits(*self.field(theta))
-
-    @property
-    def visit_cost(self) -> int:
-        """Rows that the loss is given for that."""
-        return self.cost
 
     def steps(self, theta: Tensor, held: Tensor, count: int) -> Float[Tensor, "S A"]:
         """Sum of the gradients of some steps on one batch, whose draws are of ``held``.

@@ -23,7 +23,7 @@ from rl_ebm.messages.arguments import finite, shown
 from rl_ebm.studies.losses import pair_rests
 from rl_ebm.studies.losses.contract import Inputs
 from rl_ebm.studies.losses.pair_rests import Drawn, pairs_of
-from rl_ebm.studies.losses.responses import Responses, normalised, over_visits
+from rl_ebm.studies.losses.responses import Responses, normalised
 from rl_ebm.studies.losses.rows import Rows
 
 NAMES = ("chosen_log_pi", "rejected_log_pi", "chosen_log_ref", "rejected_log_ref")
@@ -182,15 +182,6 @@ class Preference:
         r = self.responses
         values = found[:, None].expand(r.mask.shape)
         return r.gradient(values, normalised(theta, r.start)), r.mass(log_mu)
-
-    def per_visit(self, theta: Float[Tensor, "S A"]) -> Float[Tensor, "S A"]:
-        """The gradient of each state's logits, over how often the state is visited."""
-        return over_visits(*self.field(theta))
-
-    @property
-    def visit_cost(self) -> int:
-        """Rows that the loss is given for that."""
-        return self.cost
 
     def rest_near(self, theta: Float[Tensor, "S A"], rest: float) -> Tensor | None:
         """Logits where the gradient vanishes: :func:`rl_ebm.studies.losses.pair_rests.rest_near`.

@@ -141,8 +141,3 @@ def responses_of(problem: Problem) -> Responses:
 def normalised(theta: Float[Tensor, "S A"], like: Float[Tensor, "S A"]) -> Float[Tensor, "S A"]:
     """log pi of logits; what ``like`` forbids stays forbidden."""
     return log_policy(theta.masked_fill(torch.isneginf(like), -torch.inf))
-
-
-def over_visits(gradient: Float[Tensor, "S A"], mass: Float[Tensor, "S A"]) -> Float[Tensor, "S A"]:
-    """A gradient over how often each state is visited; 0 where it never is."""
-    return gradient / mass.sum(1, keepdim=True).clamp(min=1e-290)

@@ -6,7 +6,7 @@ a flow moves with the one mean of what it does on the kink's sides that stays on
 smooth flow, whose steps need not be short, and it is followed to the last digits, from one event to
 the next: two logits meet, and pass or stay; one of those that are held together is left behind.
 
-For states that do not see each other, :mod:`rl_ebm.studies.losses.apart`, with steps of their own;
+For states that do not see each other, :mod:`rl_ebm.studies.losses.visits`, with steps of their own;
 one set of equals in each. What jumps elsewhere is left to steps of one length.
 """
 
@@ -21,15 +21,16 @@ from torch import Tensor
 
 from rl_ebm.divergences import tv
 from rl_ebm.studies.losses.apart import LEAST
-from rl_ebm.studies.losses.flow import Field, Limit, step
+from rl_ebm.studies.losses.flow import Limit, step
 from rl_ebm.studies.losses.responses import normalised
+from rl_ebm.studies.losses.visits import Alone
 
 ASIDE = 1e-9
 """nats above its equals, where a logit is looked at as the highest of them; and"""
 MEET = 1e-8
 """nats between two that meet, and"""
 START = 1e-7
-"""between those that are equal at the start"""
+"""between those that are equal at the start of a state that moves"""
 ERRORS = (1e-5, 1e-6)
 """nats that a step may be off by, and"""
 OF_STEP = 0.05
@@ -58,7 +59,7 @@ WORK = 100_000_000
 """rows that the loss is given in them"""
 
 
-def followed_on_ties(flow: Field, theta: Float[Tensor, "S A"]) -> Limit | None:
+def followed_on_ties(alone: Alone, theta: Float[Tensor, "S A"]) -> Limit | None:
     """Where each state goes, by itself, along what ties hold; None where there is more to it.
 
     Twice: with two errors of a step, and with the other order of what is equal.
@@ -66,8 +67,8 @@ def followed_on_ties(flow: Field, theta: Float[Tensor, "S A"]) -> Limit | None:
     Raises:
         LossError: the loss fails where a state stands; a step to where it fails is made shorter.
     """
-    coarse = _Way(flow, theta, ERRORS[0], 1).end()
-    fine = None if coarse is None else _Way(flow, theta, ERRORS[1], -1).end()
+    coarse = _Way(alone, theta, ERRORS[0], 1).end()
+    fine = None if coarse is None else _Way(alone, theta, ERRORS[1], -1).end()
     if coarse is None or fine is None:
         return None
     logits, law, left = fine
@@ -148,12 +149,14 @@ def pull(
 class _Way:
     """All states on their ways: their logits, which of them are equal, and how they move."""
 
-    def __init__(self, flow: Field, theta: Tensor, error: float, order: int) -> None:
-        self.flow, self.error, self.order = flow, error, order
-        self.allowed = ~torch.isneginf(flow.responses.start)
+    def __init__(self, alone: Alone, theta: Tensor, error: float, order: int) -> None:
+        self.alone, self.error, self.order = alone, error, order
+        self.allowed = ~torch.isneginf(alone.responses.start)
         ranks = torch.arange(theta.shape[1], dtype=theta.dtype)
         self.ranks = ranks if order > 0 else ranks.flip(0)
-        self.theta = theta + START * self.ranks * self.allowed
+        speed = self._f(theta).abs().amax(1)
+        moves = speed > REST * speed.max()
+        self.theta = theta + START * self.ranks * (self.allowed & moves[:, None])
         self.tied = torch.zeros_like(self.allowed)
         self.events = torch.zeros(len(theta), dtype=torch.long)
         self.now = self._pull(self.theta)
@@ -163,7 +166,7 @@ class _Way:
         self.near, self.was_near = self.theta, torch.zeros_like(speed, dtype=torch.bool)
 
     def _f(self, x: Tensor) -> Tensor:
-        return (-self.flow.per_visit(x)).masked_fill(~self.allowed, 0.0)
+        return (-self.alone.per_visit(x)).masked_fill(~self.allowed, 0.0)
 
     def _pull(self, theta: Tensor) -> _Pull:
         return pull(self._f, theta, self.tied, self.order)
@@ -173,8 +176,8 @@ class _Way:
 
     def end(self) -> tuple[Tensor, Tensor, float] | None:
         """Logits and law of the end, and what is left of the way; None where none is found."""
-        r = self.flow.responses
-        for _ in range(min(STEPS, WORK // self.flow.visit_cost)):
+        r = self.alone.responses
+        for _ in range(min(STEPS, WORK // self.alone.cost)):
             speed = self._speed()
             self.fastest = self.fastest.maximum(speed)
             is_near = speed <= NEAR * self.fastest

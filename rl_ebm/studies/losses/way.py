@@ -22,13 +22,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rl_ebm.divergences import tv
-from rl_ebm.studies.losses.apart import followed_apart, states_apart
+from rl_ebm.studies.losses.apart import followed_apart
 from rl_ebm.studies.losses.contract import LossError
 from rl_ebm.studies.losses.flow import GONE, Field, Limit, direction, step, to_go
 from rl_ebm.studies.losses.limit import REST, rest_at_once, rest_from
 from rl_ebm.studies.losses.responses import normalised
 from rl_ebm.studies.losses.slide import slide
 from rl_ebm.studies.losses.ties import followed_on_ties
+from rl_ebm.studies.losses.visits import Alone, alone_of
 
 ASIDE = 1e-2
 """nats that a rest is pushed, and"""
@@ -102,25 +103,26 @@ def _each_alone(flow: Field, start: Tensor, end: Limit, unit: float) -> Limit | 
 
     A rest to which they come back, from further than a kink makes them jump, is gone to from there.
     None where nothing has moved, where they creep, as beside a steep kink, where the loss fails on
-    the way, or where they saw each other at the start.
+    the way, or where they see each other.
     """
-    if not states_apart(flow, start):
+    apart = alone_of(flow, end.theta)
+    if apart is None:
         return None
     try:
-        held = _held(flow, start)
+        held = _held(flow, apart, start)
         if held is not None:
             return replace(held, dead=end.dead)
-        first = followed_apart(flow, start, APART_LENGTHS[0])
+        first = followed_apart(apart, start, APART_LENGTHS[0])
         if first.accuracy > CREEPS:
             return None
-        ends = [first, *(followed_apart(flow, start, length) for length in APART_LENGTHS[1:])]
+        ends = [first, *(followed_apart(apart, start, length) for length in APART_LENGTHS[1:])]
         fine = ends[-1]
         aside = _pushed(flow, start, fine, FURTHER)
         if aside is None:
             return None
         r = flow.responses
         there = THERE * float(tv(r.log_law(normalised(aside, r.start)), fine.log_law))
-        again = followed_apart(flow, aside, APART_LENGTHS[0], max(ENDED, there / 4))
+        again = followed_apart(apart, aside, APART_LENGTHS[0], max(ENDED, there / 4))
         if float(tv(again.log_law, fine.log_law)) <= there:
             last = rest_from(flow, fine.theta, unit, REST)
             if last.settled and float(tv(last.log_law, fine.log_law)) <= there:
@@ -132,13 +134,13 @@ def _each_alone(flow: Field, start: Tensor, end: Limit, unit: float) -> Limit | 
     return replace(fine, dead=end.dead, accuracy=off, kink=True, many=True)
 
 
-def _held(flow: Field, start: Tensor) -> Limit | None:
+def _held(flow: Field, alone: Alone, start: Tensor) -> Limit | None:
     """Where ties lead that hold, and whether there is another rest beside it; None elsewhere."""
-    end = followed_on_ties(flow, start)
+    end = followed_on_ties(alone, start)
     if end is None or end.accuracy > HELD:
         return None
     aside = _pushed(flow, start, end, FURTHER)
-    again = None if aside is None else followed_on_ties(flow, aside)
+    again = None if aside is None else followed_on_ties(alone, aside)
     if aside is None or again is None:
         return end
     r = flow.responses
