@@ -171,14 +171,17 @@ def test_a_students_top_is_followed_to_the_end(count: int, actions: int) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("actions", [4, 7])
 @pytest.mark.parametrize("loss", [_top(2), top_two])
-def test_from_a_uniform_start_the_top_two_end_in_the_teachers_ratio(loss: Loss) -> None:
+def test_from_a_uniform_start_the_top_two_end_in_the_teachers_ratio(
+    loss: Loss, actions: int
+) -> None:
     """And all others beside the second of them, which went down until it stood as the teacher's."""
-    space = TokenSpace(4, 2)
-    reward = torch.randn(16, generator=torch.Generator().manual_seed(7)).double()
+    space = TokenSpace(actions, 2)
+    reward = torch.randn(actions**2, generator=torch.Generator().manual_seed(7)).double()
     solution = solve(EBM(space, reward, beta=0.5))
     found = audit_loss(loss, solution, "distillation", beyond=False)
-    table = reward.view(4, 4) / 0.5
+    table = reward.view(actions, actions) / 0.5
     taught = torch.cat([table.logsumexp(1)[None], table])
     second = taught.topk(2).values[:, 1:]
     log_pi = torch.where(taught > second, taught, second).log_softmax(-1)

@@ -25,7 +25,7 @@ from rl_ebm.studies.losses.flow import Limit, step
 from rl_ebm.studies.losses.responses import normalised
 from rl_ebm.studies.losses.visits import Alone
 
-ASIDE = 1e-9
+ASIDE = 1e-12
 """nats above its equals, where a logit is looked at as the highest of them; and"""
 MEET = 1e-8
 """nats between two that meet, and"""
@@ -43,6 +43,8 @@ PASSED = -1e-3
 """below which a step went too far"""
 SOLVED = 1e-6
 """of a state's velocity, what the equals may differ by"""
+ALIKE = 1e-7
+"""of a state's velocity, what rounding makes of orders that move alike"""
 NEAR = 1e-6
 """of a state's highest speed, where it is nearly at rest, and"""
 REST = 1e-9
@@ -137,13 +139,26 @@ def pull(
     system[:, count, :count] = has.double()
     one = torch.zeros(states, count + 1, 1, dtype=theta.dtype)
     one[:, count] = some[:, None].double()
-    found = torch.linalg.lstsq(system, one, driver="gelsd").solution
+    found = _solved(system, one)
     off = (system @ found - one).abs().amax((1, 2))
     shares = found[:, :count, 0] * has
     mean = torch.einsum("sk,ksa->sa", shares, sides)
     mean = torch.where(tied, found[:, count] * size[:, None], mean)
     velocity = torch.where(some[:, None], mean, sides[0])
     return _Pull(velocity, shares.amin(1), off <= SOLVED)
+
+
+def _solved(system: Float[Tensor, "S n n"], one: Float[Tensor, "S n 1"]) -> Float[Tensor, "S n 1"]:
+    """The solution, of several the smallest; where none is, the nearest to one."""
+    found, failed = torch.linalg.solve_ex(system, one)
+    # Orders that move alike but for rounding have any shares: those that elimination finds are
+    # as good as others where all are shares of a time, and nothing is known where they are not.
+    shares = (found[:, :-1] - 0.5).abs().amax((1, 2)) <= 0.5
+    again = (~shares | (failed != 0)).nonzero()[:, 0]
+    if len(again):
+        least = torch.linalg.lstsq(system[again], one[again], rcond=ALIKE, driver="gelsd")
+        found[again] = least.solution
+    return found
 
 
 class _Way:

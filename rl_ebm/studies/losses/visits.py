@@ -134,10 +134,11 @@ def _by_few(flow: Distillation, scale: Float[Tensor, "N"]) -> Alone:
     """By a few rows, where each that passes a state gives it the same, but for its scale."""
     r = flow.responses
     few = few_of(r.states, r.mask, len(r.start))
+    # Whoever draws: which states that ever passes does not hang on the student's finite logits.
+    visited = few.passed & (r.mass(flow.log_mu(r.start)).sum(1) > 0)
 
     def per_visit(theta: Tensor) -> Tensor:
         given = _given(flow, theta, few.rows) * scale[few.rows, None, None]
-        visited = few.passed & (r.mass(flow.log_mu(theta)).sum(1) > 0)
         return given[few.row, few.step] * visited[:, None]
 
     return Alone(r, per_visit, len(few.rows))
