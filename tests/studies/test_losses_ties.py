@@ -197,11 +197,14 @@ def _elsewhere(student: Tensor, *_: Tensor) -> Tensor:
     return (student[..., 1] - student[..., 0] - 1).abs().mean()
 
 
-def _in_float32(student: Tensor, teacher: Tensor, *rest: Tensor) -> Tensor:
-    return _above(1, 3.0)(student.float(), teacher.float(), *rest).double()
+def _in_float32(weight: float) -> Loss:
+    def loss(student: Tensor, teacher: Tensor, *rest: Tensor) -> Tensor:
+        return _above(1, weight)(student.float(), teacher.float(), *rest).double()
+
+    return loss
 
 
 def test_what_is_no_tie_is_left_to_others() -> None:
-    for loss in (_elsewhere, _in_float32):
+    for loss in (_elsewhere, _in_float32(3.0), _in_float32(8.0)):
         flow = _flow(loss, _solution(3, 1))
         assert followed_on_ties(_alone(flow), flow.responses.start) is None

@@ -46,6 +46,8 @@ SURVIVORS = 5
 LABELS = dict(zip(MEASURES, ("TV", "KL(fp, p*)", "KL(p*, fp)", "E[R]"), strict=False))
 EXACT = 1e-8
 """accuracy from which on a limit is one"""
+VAGUE = 0.1
+"""accuracy from which on a limit is not known"""
 NEARLY = 1e-6
 """total variation up to which a limit that is known no better is the EBM"""
 
@@ -225,6 +227,9 @@ def _limit(cases: Sequence[Case], ends: Sequence[Limit]) -> dict[str, Any]:
 def _point(case: Case, end: Limit) -> FixedPoint:
     if not end.settled:
         return FixedPoint(None, degenerate=bool(end.dead.any()) or None, how="not settled")
+    if end.accuracy > VAGUE:
+        where = "slides along a kink" if end.kink else "comes to one rest of many"
+        return FixedPoint(None, how=f"{where}, and was not followed to its end")
     how = "flow, along a kink" if end.kink else "flow"
     if end.many:
         how += ", to one rest of many"

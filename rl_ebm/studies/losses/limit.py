@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -41,7 +41,7 @@ from rl_ebm.studies.losses.flow import (
     finished,
     step,
 )
-from rl_ebm.studies.losses.responses import normalised
+from rl_ebm.studies.losses.responses import Responses, normalised
 from rl_ebm.studies.losses.slide import slide
 from rl_ebm.studies.losses.visits import alone_of
 
@@ -56,7 +56,10 @@ TRIED = 2
 FIRST = 40
 """at least"""
 STEPS = 1500
-"""steps to a rest"""
+"""steps to a rest, and"""
+MOST = 6000
+"""where each :data:`PATIENCE` of them leave less of D than"""
+FEWER = 0.8
 HELPED = 4
 """of these before the first attempt to get there at once, later ones ever further apart; with"""
 MIXED = 60
@@ -172,12 +175,18 @@ def rest_from(
 
     now = seen[0]
     h, before, helped = 0.1 / max(now.size, 1e-300), math.inf, HELPED
-    for i in range(STEPS):
+    looked, marks = math.inf, _Marks(flow.responses)
+    for i in range(MOST):
         size = now.size
+        if i % PATIENCE == 0:
+            if i >= STEPS and size > FEWER * looked:
+                break
+            looked = size
+        marks.see(size, theta)
         if i >= PATIENCE and bool(now.lost.any()):
             size = now.left(flow.responses).size
         if size <= rest * unit or (i >= LONG and size <= STALLED * unit):
-            return finished(flow, theta, now, size, unit)
+            return marks.known(finished(flow, theta, now, size, unit), size)
         if bury and i % PATIENCE == PATIENCE - 1:
             end = None
             if size > before / 2:
@@ -189,7 +198,7 @@ def rest_from(
             helped = max(i + HELPED, i * 5 // 4)
             found = _accelerated(flow, theta, now, h / 2, rest * unit)
             if found is not None:
-                return finished(flow, *found, rest * unit, unit)
+                return marks.known(finished(flow, *found, rest * unit, unit), rest * unit)
         counts = now.alive & ~(now.value < -1e3 * unit)
         h = min(h, 1.0 / max(float(now.value[counts].abs().max()), 1e-300)) if counts.any() else h
         for _ in range(40):
@@ -201,16 +210,42 @@ def rest_from(
             h *= max(0.2, 0.8 * (allowed / error) ** 0.5) if math.isfinite(error) else 0.2
         else:
             if size <= STALLED * unit:
-                return finished(flow, theta, now, size, unit)
+                return marks.known(finished(flow, theta, now, size, unit), size)
             return along(flow, theta)
         if h * size < 1e-9 * min(unit, 1.0) and size > 1e-6 * unit:
             return along(flow, theta)
         theta, now = new, seen[-1]  # the last that was looked at is the end of the step
         h *= min(3.0, 0.8 * (allowed / max(error, 1e-300)) ** 0.5)
     if now.size <= 1e-6 * unit:
-        return finished(flow, theta, now, now.size, unit)
+        return marks.known(finished(flow, theta, now, now.size, unit), now.size)
     log_law = flow.responses.log_law(normalised(theta, flow.responses.start))
     return _faded(flow, theta, now, unit) or Limit(theta, log_law, now.lost, math.inf)
+
+
+@dataclass
+class _Marks:
+    """Laws on the way to a rest, each where D was a tenth of what it was at the one before.
+
+    What comes to rest slowly is further from there than D is from 0: as far as it came, by how much
+    of D is left.
+    """
+
+    responses: Responses
+    seen: list[tuple[float, Tensor]] = field(default_factory=list)
+
+    def see(self, size: float, theta: Tensor) -> None:
+        if not self.seen or size <= self.seen[-1][0] / 10:
+            r = self.responses
+            self.seen.append((size, r.log_law(normalised(theta, r.start))))
+
+    def known(self, end: Limit, size: float) -> Limit:
+        """The rest, known no better than that."""
+        before = [mark for mark in self.seen if mark[0] >= 3 * size > 0]
+        if not before:
+            return end
+        larger, log_law = before[-1]
+        left = float(tv(log_law, end.log_law)) * size / (larger - size)
+        return replace(end, accuracy=max(end.accuracy, left))
 
 
 def _faded(flow: Field, theta: Tensor, now: Direction, unit: float) -> Limit | None:

@@ -46,4 +46,5 @@ def slide(flow: Field, theta: Tensor) -> Limit:
                 break
         theta = mean / (WINDOW << k)
     end = finished(flow, theta, direction(flow, theta), 0.0)
-    return Limit(end.theta, end.log_law, end.dead, float(tv(laws[-2], laws[-1])) + left, kink=True)
+    off = min(1.0, float(tv(laws[-2], laws[-1])) + left)
+    return Limit(end.theta, end.log_law, end.dead, off, kink=True)

@@ -26,7 +26,9 @@ from rl_ebm.studies.losses.responses import normalised
 from rl_ebm.studies.losses.visits import Alone
 
 ASIDE = 1e-12
-"""nats above its equals, where a logit is looked at as the highest of them; and"""
+"""nats above its equals, where a logit is looked at as the highest of them, and"""
+CLEAR = 10.0
+"""times as far other logits stand from there; and"""
 MEET = 1e-8
 """nats between two that meet, and"""
 START = 1e-7
@@ -48,7 +50,8 @@ ALIKE = 1e-7
 NEAR = 1e-6
 """of a state's highest speed, where it is nearly at rest, and"""
 REST = 1e-9
-"""where it is at rest"""
+"""where it is at rest, or where that is less in units of the loss's own gradients:"""
+STILL = 1e-12
 LEFT = 1e-2
 """of the way from there to here, more than is left of it"""
 SHORTEST = 1e-13
@@ -69,6 +72,8 @@ def followed_on_ties(alone: Alone, theta: Float[Tensor, "S A"]) -> Limit | None:
     Raises:
         LossError: the loss fails where a state stands; a step to where it fails is made shorter.
     """
+    if alone.rough:  # a side is too near for it
+        return None
     coarse = _Way(alone, theta, ERRORS[0], 1).end()
     fine = None if coarse is None else _Way(alone, theta, ERRORS[1], -1).end()
     if coarse is None or fine is None:
@@ -85,6 +90,10 @@ class _Pull:
     velocity: Float[Tensor, "S A"]
     least: Float[Tensor, "S"]
     solved: Bool[Tensor, "S"]
+    alike: Bool[Tensor, "S"]
+    """whether all orders move it alike: there is no kink between its equals"""
+    worst: Bool[Tensor, "S A"]
+    """which of the equals is the first in the order that has the least share"""
 
     @property
     def holds(self) -> Bool[Tensor, "S"]:
@@ -98,6 +107,8 @@ class _Pull:
             torch.where(rows, self.velocity, other.velocity),
             torch.where(which, self.least, other.least),
             torch.where(which, self.solved, other.solved),
+            torch.where(which, self.alike, other.alike),
+            torch.where(rows, self.worst, other.worst),
         )
 
 
@@ -120,7 +131,8 @@ def pull(
     states = len(tied)
     some = tied.any(1)
     if count == 0:
-        return _Pull(f(theta), torch.zeros(states, dtype=theta.dtype), torch.ones_like(some))
+        always = torch.ones_like(some)
+        return _Pull(f(theta), torch.zeros(states, dtype=theta.dtype), always, always, tied)
     places = tied.double().sort(dim=1, descending=True, stable=True).indices[:, :count]
     has, many = tied.gather(1, places), tied.sum(1, keepdim=True).clamp(min=1)
     ranks = torch.arange(count).expand(states, count)
@@ -145,11 +157,15 @@ def pull(
     mean = torch.einsum("sk,ksa->sa", shares, sides)
     mean = torch.where(tied, found[:, count] * size[:, None], mean)
     velocity = torch.where(some[:, None], mean, sides[0])
-    return _Pull(velocity, shares.amin(1), off <= SOLVED)
+    alike = (sides - sides[0]).abs().amax((0, 2)) <= ALIKE * size
+    least, k = shares.masked_fill(~has, torch.inf).min(1, keepdim=True)
+    worst = torch.zeros_like(tied).scatter(1, places, (ranks == k) & has) & tied
+    return _Pull(velocity, least[:, 0].masked_fill(~some, 0.0), off <= SOLVED, alike, worst)
 
 
 def _solved(system: Float[Tensor, "S n n"], one: Float[Tensor, "S n 1"]) -> Float[Tensor, "S n 1"]:
     """The solution, of several the smallest; where none is, the nearest to one."""
+    found: Tensor
     found, failed = torch.linalg.solve_ex(system, one)
     # Orders that move alike but for rounding have any shares: those that elimination finds are
     # as good as others where all are shares of a time, and nothing is known where they are not.
@@ -198,7 +214,7 @@ class _Way:
             is_near = speed <= NEAR * self.fastest
             self.near = torch.where((is_near & ~self.was_near)[:, None], self.theta, self.near)
             self.was_near = is_near
-            going = speed > REST * self.fastest
+            going = speed > (REST * self.fastest).clamp(min=STILL)
             if not bool(going.any()):
                 laws = [r.log_law(normalised(x, r.start)) for x in (self.near, self.theta)]
                 return self.theta, laws[1], LEFT * float(tv(*laws))
@@ -208,10 +224,12 @@ class _Way:
 
     def _turn(self, going: Bool[Tensor, "S"]) -> bool:
         """An event, or a step, of every state that is not at rest; whether there was one."""
+        self.tied = self.tied & ~(going & self.now.alike)[:, None]
         parted = self._parted(going)
         met = self._meeting(going & ~parted)
         events = parted | met.any((1, 2))
         self.events = self.events + events
+        events = events | self._aside(going)
         if int(self.events.max()) > EVENTS or not self._passed_or_held(met):
             return False
         free = going & ~events
@@ -222,12 +240,43 @@ class _Way:
         return True
 
     def _parted(self, going: Bool[Tensor, "S"]) -> Bool[Tensor, "S"]:
-        """States whose equals are no longer held together: of these, those that are meet again."""
+        """States whose equals are no longer held together: one is let go, or all where none can."""
         torn = going & ~self.now.holds
+        if not bool(torn.any()):
+            return torn
+        self.theta, left = self._without(self.theta, self.tied, self.now)
         apart = MEET / (2 * len(self.ranks)) * self.ranks
-        self.theta = self.theta - apart * (self.tied & torn[:, None])
-        self.tied = self.tied & ~torn[:, None]
+        alone = left.sum(1, keepdim=True) < 2
+        self.theta = self.theta - apart * (self.tied & alone & torn[:, None])
+        self.tied = torch.where(torn[:, None], left & ~alone, self.tied)
         return torn
+
+    def _without(
+        self, theta: Tensor, tied: Bool[Tensor, "S A"], there: _Pull
+    ) -> tuple[Tensor, Bool[Tensor, "S A"]]:
+        """The one whose order would need a negative share of the time goes its own way.
+
+        That is up where it rises beside the others, and else down. None is left where no shares
+        hold them at all.
+        """
+        goes = there.solved & (there.least < NEGATIVE)
+        which = there.worst & goes[:, None] & tied
+        left = tied & ~which & (there.solved | ~tied.any(1))[:, None]
+        own = self._f(torch.where(which, theta - 2 * MEET, theta))
+        speed = pull(self._f, torch.where(which, theta - 2 * MEET, theta), left, self.order)
+        others = speed.velocity.masked_fill(~left, -torch.inf).amax(1, keepdim=True)
+        sign = torch.where(own > others, 1.0, -1.0)
+        return torch.where(which, theta + 2 * MEET * sign, theta), left
+
+    def _aside(self, going: Bool[Tensor, "S"]) -> Bool[Tensor, "S"]:
+        """States where another logit stands among what is put aside of equals: it stands clear."""
+        some = self.tied.any(1, keepdim=True)
+        level = self.theta.masked_fill(~self.tied, -torch.inf).amax(1, keepdim=True)
+        off = (self.theta - level).masked_fill(self.tied | ~self.allowed | ~some, torch.inf)
+        among = (off.abs() < CLEAR * ASIDE) & going[:, None]
+        clear = CLEAR * ASIDE * torch.where(off < 0, -1.0, 1.0)
+        self.theta = torch.where(among, level + clear, self.theta)
+        return among.any(1)
 
     def _gaps(self, theta: Tensor) -> Float[Tensor, "S A A"]:
         """How far the first of a pair stands above the second; inf for what is no pair."""
@@ -251,7 +300,7 @@ class _Way:
     def _passed_or_held(self, met: Bool[Tensor, "S A A"]) -> bool:
         """Two that meet are held together, with those that each is held with; or the lower passes.
 
-        False where that makes a second set of equals.
+        False where others are held and there is a kink between the two as well.
         """
         if not bool(met.any()):
             return True
@@ -263,12 +312,25 @@ class _Way:
         some = both.any(1)
         mean = (self.theta * both).sum(1, keepdim=True) / both.sum(1, keepdim=True).clamp(min=1)
         level = torch.where(both, mean, self.theta)
-        stays = (pull(self._f, level, both, self.order).holds & some)[:, None]
+        beside = some & (self.tied & ~both).any(1)
+        if bool(beside.any()):
+            first, last = (self._pull(level + CLEAR * ASIDE * x).velocity for x in (upper, lower))
+            kink = (first - last).abs().amax(1) > ALIKE * first.abs().amax(1)
+            if bool((kink & beside).any()):
+                return False
+        there = pull(self._f, level, both, self.order)
+        for _ in range(len(self.ranks) - 2):
+            goes = there.solved & (there.least < NEGATIVE) & (both.sum(1) > 2)
+            if not bool(goes.any()):
+                break
+            level, left = self._without(level, both & goes[:, None], there)
+            both = torch.where(goes[:, None], left, both)
+            there = pull(self._f, level, both, self.order)
+        stays = (there.holds & ~there.alike & some & ~beside)[:, None]
         passing = self.theta + 3 * MEET * lower
         self.theta = torch.where(stays, level, torch.where(some[:, None], passing, self.theta))
-        second = self.tied & stays & ~both
         self.tied = torch.where(stays, both, self.tied)
-        return not bool(second.any())
+        return True
 
     def _moved(self, free: Bool[Tensor, "S"]) -> bool:
         """A step of each of these states, or a shorter one next time; False where none is short."""
@@ -295,4 +357,4 @@ class _Way:
         longer = torch.where(h < self.length, self.length, h * fits.clamp(0.2, 3.0))
         shorter = h * torch.where(bad, 0.5, fits.clamp(0.2, 0.5))
         self.length = torch.where(free, torch.where(right, longer, shorter), self.length)
-        return not bool((free & (self.length * self._speed() < SHORTEST)).any())
+        return not bool((free & ~right & (self.length * self._speed() < SHORTEST)).any())

@@ -40,11 +40,13 @@ class Alone:
         per_visit: logits to the gradient of each state's logits, (S, A) both, in units of how often
             the state is visited; but for a factor, which is how fast the state's own clock goes.
         cost: rows that the loss is given for that.
+        rough: whether the loss computes in float32.
     """
 
     responses: Responses
     per_visit: Callable[[Tensor], Tensor]
     cost: int
+    rough: bool
 
 
 def alone_of(flow: Field, theta: Float[Tensor, "S A"]) -> Alone | None:
@@ -72,7 +74,7 @@ def alone_of(flow: Field, theta: Float[Tensor, "S A"]) -> Alone | None:
             return _by_few(flow, scale)
     one_law = flow.drawn is not None or flow.student in (0.0, 1.0)
     if float(off[:, 1][: 3 if one_law else 2].min()) <= APART:
-        return Alone(r, lambda x: over_visits(*flow.field(x)), flow.cost)
+        return Alone(r, lambda x: over_visits(*flow.field(x)), flow.cost, flow.rows.rough)
     return None
 
 
@@ -141,7 +143,7 @@ def _by_few(flow: Distillation, scale: Float[Tensor, "N"]) -> Alone:
         given = _given(flow, theta, few.rows) * scale[few.rows, None, None]
         return given[few.row, few.step] * visited[:, None]
 
-    return Alone(r, per_visit, len(few.rows))
+    return Alone(r, per_visit, len(few.rows), flow.rows.rough)
 
 
 @dataclass(frozen=True)
