@@ -229,7 +229,7 @@ def _point(case: Case, end: Limit) -> FixedPoint:
         return FixedPoint(None, degenerate=bool(end.dead.any()) or None, how="not settled")
     if end.accuracy > VAGUE:
         where = "slides along a kink" if end.kink else "comes to one rest of many"
-        return FixedPoint(None, how=f"{where}, and was not followed to its end")
+        return FixedPoint(None, None, f"{where}, and was not followed to its end")
     how = "flow, along a kink" if end.kink else "flow"
     if end.many:
         how += ", to one rest of many"

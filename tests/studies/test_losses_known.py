@@ -1,0 +1,83 @@
+"""How well a limit is known: what it still goes where it comes to rest slowly, and what is none."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from rl_ebm import EBM, TokenSpace, audit_loss, solve
+from rl_ebm.divergences import tv
+from rl_ebm.exact import Solution
+from rl_ebm.studies.losses.audit import _point
+from rl_ebm.studies.losses.cases import Case, asked, cases_of
+from rl_ebm.studies.losses.flow import Limit
+from rl_ebm.studies.losses.limit import _Marks
+from rl_ebm.studies.losses.responses import normalised
+
+SCORES = torch.randn(3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def _solution() -> Solution:
+    return solve(EBM(TokenSpace(3, 1), SCORES, beta=0.5))
+
+
+@pytest.mark.parametrize("slow", [1e-2, 3e-4])
+def test_a_rest_that_is_come_to_slowly_is_known_no_better_than_what_is_left(slow: float) -> None:
+    """In float32: of two differences to the teacher one falls so many times slower."""
+
+    def loss(student: Tensor, teacher: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        off = (student - teacher).float()
+        first, second = off[..., 0] - off[..., 1], off[..., 1] - off[..., 2]
+        return (first.square() + slow * second.square()).mean().double()
+
+    found = audit_loss(loss, _solution(), "distillation", beyond=False)
+    error = float(tv(found.log_laws[0], torch.log_softmax(SCORES / 0.5, 0)))
+    assert error > 1e-7  # it is in float32, and
+    assert error <= 2 * found.accuracy + 1e-6
+    assert found.accuracy < 0.1
+
+
+def test_what_is_left_is_as_it_came_by_what_is_left_of_the_motion() -> None:
+    """Along one line a law is as far from its end as D is from 0."""
+    case = _case()
+    r = case.responses
+    aim = torch.log_softmax(torch.tensor([[1.0, 0.0, -1.0]]).double(), 1)
+    step = torch.tensor([[1e-3, 0.0, -1e-3]]).double()
+    marks = _Marks(r)
+    for size in (1.0, 0.5, 0.1, 0.02, 0.01):
+        marks.see(size, aim + size * step)
+    assert [size for size, _ in marks.seen] == [1.0, 0.1, 0.01]
+    end = Limit(aim, r.log_law(normalised(aim + 0.004 * step, r.start)), aim > 1, 0.0)
+    want = float(tv(end.log_law, r.log_law(aim)))
+    assert marks.known(end, 0.004).accuracy == pytest.approx(want, rel=1e-3)
+    assert marks.known(replace(end, accuracy=0.5), 0.004).accuracy == 0.5
+    assert marks.known(end, 0.0).accuracy == 0.0
+    assert _Marks(r).known(end, 0.004).accuracy == 0.0
+
+
+def _case() -> Case:
+    def loss(student: Tensor, teacher: Tensor, *_: Tensor) -> Tensor:
+        return (student - teacher).square().mean()
+
+    (case,) = cases_of(
+        asked(loss, "distillation", "centred", None, None, 1, None, None), _solution()
+    )
+    return case
+
+
+@pytest.mark.parametrize(
+    ("kink", "words"), [(True, "slides along a kink"), (False, "comes to one rest of many")]
+)
+def test_a_limit_that_is_known_too_little_is_none(kink: bool, words: str) -> None:
+    case = _case()
+    law = case.responses.log_law(case.responses.start)
+    dead = torch.zeros(1, 3, dtype=torch.bool)
+    end = Limit(case.responses.start, law, dead, 0.09, kink)
+    near = _point(case, end)
+    assert near.log_law is not None
+    assert torch.equal(near.log_law, law)
+    far = _point(case, replace(end, accuracy=0.11))
+    assert far.log_law is None
+    assert far.degenerate is None
+    assert far.how == f"{words}, and was not followed to its end"
