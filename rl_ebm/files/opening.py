@@ -32,6 +32,7 @@ EVENTS = "events.out.tfevents.*"
 LOCK = "run.lock"
 FILES = (CONFIG, POLICY, STATE, SCORES, REPORT, CERTIFICATE, METRICS)
 
+_OWN_EVENTS = re.compile(r"events\.out\.tfevents\.\d{10}\..*\.\d+\.[0-9a-f]{8}")
 _PART = re.compile(r"(.+?)(\.[0-9a-f]{8})?\.part")
 # What Windows lacks is 0 there.
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -77,11 +78,15 @@ def own_files(run: Path) -> list[Path]:
     Raises:
         RunError: one is no regular file.
     """
-    names = [*FILES, *(path.name for path in sorted(run.glob(EVENTS)))]
-    found = [run / name for name in names if os.path.lexists(run / name)]
+    found = [run / name for name in FILES if os.path.lexists(run / name)] + own_events(run)
     for path in (*found, *parts(run), run / LOCK):
         check_regular(path)
     return found
+
+
+def own_events(run: Path) -> list[Path]:
+    """Event files that a run has written: those of other writers have names without its ending."""
+    return [path for path in sorted(run.glob(EVENTS)) if _OWN_EVENTS.fullmatch(path.name)]
 
 
 def parts(folder: Path, names: Iterable[str] = (*FILES, EVENTS)) -> list[Path]:

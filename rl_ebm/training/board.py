@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rl_ebm.files import EVENTS, create
+from rl_ebm.files import EVENTS, create, own_events
 from rl_ebm.training.kinds import name_said
 from rl_ebm.verification.sampled_report import AnyReport
 from rl_ebm.verification.verify import State
@@ -145,7 +145,7 @@ class Board:
     def positions(self) -> dict[str, int]:
         """Size of every event file of the run, once all is on its way to the disk."""
         self.writer.flush()
-        return {path.name: path.stat().st_size for path in self.run.glob(EVENTS)}
+        return {path.name: path.stat().st_size for path in own_events(self.run)}
 
     def close(self) -> None:
         self.writer.close()

@@ -17,7 +17,6 @@ from rl_ebm.ebm import EBM
 from rl_ebm.files import (
     CERTIFICATE,
     CONFIG,
-    EVENTS,
     METRICS,
     POLICY,
     REPORT,
@@ -26,6 +25,7 @@ from rl_ebm.files import (
     RunError,
     another_policy,
     cut,
+    own_events,
     own_files,
     parts,
     write_text,
@@ -61,7 +61,7 @@ def cut_back(run: Path, events: Mapping[str, int]) -> None:
     for name in (REPORT, CERTIFICATE):  # of a policy that goes on learning
         (run / name).unlink(missing_ok=True)
     remove_parts(run)
-    for path in run.glob(EVENTS):
+    for path in own_events(run):
         if path.name in events:
             cut(path, events[path.name])
         else:

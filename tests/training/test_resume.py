@@ -198,7 +198,11 @@ def test_metrics_beyond_the_checkpoint_are_cut(whole, tmp_path):
     kept = rows(run)[: state["metrics_rows"]]
     with open(run / "metrics.csv", "a") as file:
         file.write("99,1,1,1\n100,1.5")  # a row too many, and a line cut short
-    (run / "events.out.tfevents.9999999999.begun.after.checkpoint").write_bytes(b"junk")
+    later = run / "events.out.tfevents.9999999999.after.checkpoint.7.0123abcd"
+    later.write_bytes(b"junk")
+    others = [run / f"events.out.tfevents.9999999999.host.7.{end}" for end in ("0", "0.v2", "123")]
+    for path in others:
+        path.write_bytes(b"mine")
     sizes = state["event_sizes"]
     for name in sizes:
         with open(run / name, "ab") as file:
@@ -206,7 +210,8 @@ def test_metrics_beyond_the_checkpoint_are_cut(whole, tmp_path):
     assert main(["train", "--resume", str(run), "--steps", str(STEPS + 2)]) == 0
     assert rows(run)[: len(kept)] == kept
     assert all(int(row["step"]) <= STEPS + 2 for row in rows(run))
-    assert not list(run.glob("*checkpoint"))
+    assert not later.exists()
+    assert [path.read_bytes() for path in others] == [b"mine"] * len(others)
     for name, size in sizes.items():
         assert (run / name).stat().st_size == size
 

@@ -196,9 +196,12 @@ def test_a_run_is_not_overwritten_unasked(tmp_path):
     short(out=tmp_path / "r", seed=1)
     with pytest.raises(RunError, match=r"holds a run already.*--resume .*--overwrite"):
         short(out=tmp_path / "r")
+    other = tmp_path / "r" / "events.out.tfevents.1700000000.host.7.0"
+    other.write_text("mine")
     short(out=tmp_path / "r", seed=2, overwrite=True)
     assert differences(short(seed=2)[0], load_state(tmp_path / "r")["policy"]) == []
-    assert len(list((tmp_path / "r").glob("events*"))) == 1
+    assert other.read_text() == "mine"
+    assert len(list((tmp_path / "r").glob("events*"))) == 2
 
 
 def test_a_run_that_cannot_begin_does_not_delete_another(tmp_path):
@@ -211,7 +214,7 @@ def test_a_run_that_cannot_begin_does_not_delete_another(tmp_path):
 
 
 def test_files_that_are_no_run_are_not_deleted(tmp_path):
-    for name in ("metrics.csv", "report.json", "events.out.tfevents.1.host"):
+    for name in ("metrics.csv", "report.json", "events.out.tfevents.1700000000.a.b.7.0123abcd"):
         (tmp_path / name).write_text("mine")
     with pytest.raises(ValueError, match="folder"):
         short(out=tmp_path)
