@@ -113,7 +113,8 @@ def _run_resume(args: Sequence[str]) -> int:
         a.resume, steps=a.steps, seconds=a.seconds, device=device_of_flag(a.device)
     )
     if not went_on:
-        print(f"{a.resume} is finished: nothing to do (--steps N or --seconds S extends it)")
+        run = printable(str(a.resume))
+        print(f"{run} is finished: nothing to do (--steps N or --seconds S extends it)")
         return 0
     _say_trained(a.resume, report)
     return 0
@@ -153,7 +154,7 @@ def run_verify(args: Sequence[str]) -> int:
         path = a.run / CERTIFICATE
     write_text(path, json.dumps(report.to_dict(), indent=1) + "\n")
     print(report)
-    print(f"\nwritten: {path}")
+    print(f"\nwritten: {printable(str(path))}")
     return 0 if a.max_kl is None else _gate(report.kl_target_policy, a.max_kl)
 
 
@@ -270,7 +271,8 @@ def run_bench(args: Sequence[str]) -> int:
     if not rows:
         raise ValueError(f"every run failed: {'; '.join(failed)}")
     print(write_report(plan, rows, a.out, failed))
-    print(f"\nwritten: {a.out / 'report.md'}; curves: tensorboard --logdir {a.out / 'runs'}")
+    written, runs = (printable(str(a.out / name)) for name in ("report.md", "runs"))
+    print(f"\nwritten: {written}; curves: tensorboard --logdir {runs}")
     return 0
 
 
@@ -374,7 +376,8 @@ def _say_trained(run: Path, report: AnyReport | None) -> None:
             f"KL(target, policy) {figures['kl_target_policy']:.3g} nats, KL(policy, target) "
             f"{figures['kl_policy_target']:.3g} nats, total variation {figures['tv']:.3g}"
         )
-    print(f"run: {run}; next: rl-ebm verify {run}; tensorboard --logdir {run}")
+    text = printable(str(run))
+    print(f"run: {text}; next: rl-ebm verify {text}; tensorboard --logdir {text}")
 
 
 def main(args: Sequence[str] | None = None) -> int:

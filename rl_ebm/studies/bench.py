@@ -31,7 +31,7 @@ from rl_ebm.files import RunError, check_folder, parts, write_text
 from rl_ebm.files.lock import only_one
 from rl_ebm.files.tensors import holds
 from rl_ebm.messages.arguments import WrongTypeError, shown
-from rl_ebm.messages.words import nearest
+from rl_ebm.messages.words import nearest, printable
 from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.policies import Uniform
 from rl_ebm.rewards import read_table
@@ -379,7 +379,5 @@ def _say(job: Job, rows: Rows, done: int, total: int) -> None:
         if samples_of(rows) is not None:
             told = between(*bracket(rows[-1], RANKED), kl)
         end = f"KL(policy, target) {told}, {seconds:.0f} s"
-    print(
-        f"[{done:3d}/{total}] {job.problem.label:12s} {job.agent:22s} seed {job.seed}: {end}",
-        file=sys.stderr,
-    )
+    task = printable(job.problem.label)
+    print(f"[{done:3d}/{total}] {task:12s} {job.agent:22s} seed {job.seed}: {end}", file=sys.stderr)

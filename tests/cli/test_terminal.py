@@ -35,6 +35,34 @@ def test_a_path_is_told_with_its_spaces_and_without_escapes(tmp_path, capsys):
     assert not set("\x1b\u202e") & set(err)
 
 
+TINY = (
+    "--vocab-size", "2", "--max-length", "2", "--layers", "1", "--heads", "1", "--dim", "8",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_folders_are_told_without_escapes(tmp_path, capsys):
+    run = tmp_path / "a  b\x1b[2J\u202e"
+    train = ["train", "--agent", "vargrad", "--task", "random", *TINY, "--batch-size", "4"]
+    assert main([*train, "--steps", "2", "--out", str(run)]) == 0
+    assert main(["verify", str(run)]) == 0
+    assert main(["train", "--resume", str(run)]) == 0
+    (tmp_path / "c.csv").write_text("sequence,score\naa,1\nab,2\nba,3\nbb,4\n")
+    bench = [
+        "bench",
+        "--agents",
+        "vargrad",
+        "--tasks",
+        str(tmp_path / "c.csv"),
+        "--seeds",
+        "1",
+    ]
+    assert main([*bench, "--calls", "64", "--out", str(run / "bench"), "--workers", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("a  b\\x1b[2J\\u202e") >= 6
+    assert not set("\x1b\u202e") & set(out + err)
+
+
 def test_symbols_of_somebody_elses_run_do_nothing(tmp_path, capsys):
     """In what people read; what programs read is as it was."""
     space, symbols = rl_ebm.TokenSpace(2, 2), ["\x1b[2J", "b"]
