@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from loss_cases import top_two
+from loss_cases import either_top_two, top_two
 from torch import Tensor
 
 from rl_ebm import EBM, TokenSpace, audit_loss, solve
 from rl_ebm.divergences import tv
+from rl_ebm.envs import make_task
 from rl_ebm.exact import Solution
 from rl_ebm.policies import Tabular
 from rl_ebm.studies.losses.cases import asked, cases_of
@@ -190,6 +191,40 @@ def test_from_a_uniform_start_the_top_two_end_in_the_teachers_ratio(
     assert found.how == "flow, along a kink, to one rest of many"
     assert float(tv(found.log_laws[0], want)) <= found.accuracy + 1e-7
     assert found.is_target is False
+
+
+def _tiny_steps(taught: Tensor, length: float) -> Tensor:
+    """log pi where tiny steps from a uniform one end, at each row of a teacher's logits."""
+    z = torch.zeros_like(taught)
+    mask = torch.ones(len(z), 1, dtype=torch.bool)
+    for _ in range(int(100 / length)):
+        z.requires_grad_()
+        loss = either_top_two(z[:, None], taught[:, None], mask.long(), mask) * len(z)
+        z = (z - length * torch.autograd.grad(loss, z)[0]).detach()
+    return z.log_softmax(-1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["alone", "1", "3"])
+def test_among_many_that_meet_at_once_the_right_ones_are_held(case: str) -> None:
+    """From a uniform start all stand as one: who stands in the top two changes many times a nat.
+
+    "alone" is a state of `random` at A = 8, T = 4, where one of six is to be let go as they meet.
+    """
+    if case == "alone":
+        big = solve(make_task("random", vocab_size=8, max_length=4, beta=1.0, reference="uniform"))
+        space, score = TokenSpace(8, 1), _flow(either_top_two, big).teacher[35]
+    else:
+        space = TokenSpace(8, 2)
+        score = torch.randn(64, generator=torch.Generator().manual_seed(int(case))).double()
+    flow = _flow(either_top_two, solve(EBM(space, score, beta=1.0)))
+    end = followed_on_ties(_alone(flow), flow.responses.start.clone())
+    assert end is not None
+    assert end.accuracy < 1e-5
+    coarse, fine = (flow.responses.log_law(_tiny_steps(flow.teacher, h)) for h in (8e-3, 4e-3))
+    own = float(tv(coarse, fine)) + 4e-3 / 4  # a step, of at most half a nat by its length
+    assert own < 2e-3
+    assert float(tv(end.log_law, fine)) <= own
 
 
 def _elsewhere(student: Tensor, *_: Tensor) -> Tensor:
