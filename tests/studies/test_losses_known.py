@@ -1,5 +1,6 @@
 """How well a limit is known: what it still goes where it comes to rest slowly, and what is none."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,10 @@ from torch import Tensor
 from rl_ebm import EBM, TokenSpace, audit_loss, solve
 from rl_ebm.divergences import tv
 from rl_ebm.exact import Solution
+from rl_ebm.policies import Tabular
 from rl_ebm.studies.losses.audit import _point
 from rl_ebm.studies.losses.cases import Case, asked, cases_of
+from rl_ebm.studies.losses.distillation import Distillation
 from rl_ebm.studies.losses.flow import Limit
 from rl_ebm.studies.losses.limit import _Marks
 from rl_ebm.studies.losses.responses import normalised
@@ -38,9 +41,39 @@ def test_a_rest_that_is_come_to_slowly_is_known_no_better_than_what_is_left(slow
     assert found.accuracy < 0.1
 
 
+def _teachers_top(student: Tensor, teacher: Tensor, *_: Tensor) -> Tensor:
+    """Forward KL on the teacher's two likeliest tokens, as if there were no others: smooth."""
+    best = teacher.topk(2, dim=-1).indices
+    own, taught = (x.gather(-1, best).log_softmax(-1) for x in (student, teacher))
+    return (taught.exp() * (taught - own)).sum(-1).mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_smooth_loss_with_rests_beside_each_is_known_to_the_last_digits(steps: int) -> None:
+    """The two logits keep their sum and take the teacher's difference, and the others stay."""
+    space = TokenSpace(4, steps)
+    generator = torch.Generator().manual_seed(20)
+    tables = [torch.randn(4**t, 4, generator=generator).double() for t in range(steps)]
+    reward = torch.randn(4**steps, generator=generator).double()
+    reference = Tabular.from_tables(tables, space)
+    solution = solve(EBM(space, reward, beta=1.0, reference=reference))
+    found = audit_loss(_teachers_top, solution, "distillation", beyond=False)
+    flow = _case(_teachers_top, solution).flow
+    assert isinstance(flow, Distillation)
+    want = flow.responses.start.clone()
+    for row, taught in zip(want, flow.teacher, strict=True):
+        best = taught.topk(2).indices
+        row[best] = taught[best] + row[best].mean() - taught[best].mean()
+    law = flow.responses.log_law(want.log_softmax(-1))
+    assert found.how == "flow, to one rest of many"
+    assert found.accuracy < 1e-4
+    assert float(tv(found.log_laws[0], law)) <= found.accuracy
+
+
 def test_what_is_left_is_as_it_came_by_what_is_left_of_the_motion() -> None:
     """Along one line a law is as far from its end as D is from 0."""
-    case = _case()
+    case = _case(_squared, _solution())
     r = case.responses
     aim = torch.log_softmax(torch.tensor([[1.0, 0.0, -1.0]]).double(), 1)
     step = torch.tensor([[1e-3, 0.0, -1e-3]]).double()
@@ -56,13 +89,12 @@ def test_what_is_left_is_as_it_came_by_what_is_left_of_the_motion() -> None:
     assert _Marks(r).known(end, 0.004).accuracy == 0.0
 
 
-def _case() -> Case:
-    def loss(student: Tensor, teacher: Tensor, *_: Tensor) -> Tensor:
-        return (student - teacher).square().mean()
+def _squared(student: Tensor, teacher: Tensor, *_: Tensor) -> Tensor:
+    return (student - teacher).square().mean()
 
-    (case,) = cases_of(
-        asked(loss, "distillation", "centred", None, None, 1, None, None), _solution()
-    )
+
+def _case(loss: Callable[..., Tensor], solution: Solution) -> Case:
+    (case,) = cases_of(asked(loss, "distillation", "centred", None, None, 1, None, None), solution)
     return case
 
 
@@ -70,7 +102,7 @@ def _case() -> Case:
     ("kink", "words"), [(True, "slides along a kink"), (False, "comes to one rest of many")]
 )
 def test_a_limit_that_is_known_too_little_is_none(kink: bool, words: str) -> None:
-    case = _case()
+    case = _case(_squared, _solution())
     law = case.responses.log_law(case.responses.start)
     dead = torch.zeros(1, 3, dtype=torch.bool)
     end = Limit(case.responses.start, law, dead, 0.09, kink)

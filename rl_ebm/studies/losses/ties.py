@@ -13,7 +13,7 @@ one set of equals in each. What jumps elsewhere is left to steps of one length.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -78,9 +78,7 @@ def followed_on_ties(alone: Alone, theta: Float[Tensor, "S A"]) -> Limit | None:
     fine = None if coarse is None else _Way(alone, theta, ERRORS[1], -1).end()
     if coarse is None or fine is None:
         return None
-    logits, law, left = fine
-    dead = torch.zeros_like(theta, dtype=torch.bool)
-    return Limit(logits, law, dead, float(tv(coarse[1], law)) + left, kink=True, many=True)
+    return replace(fine, accuracy=fine.accuracy + float(tv(coarse.log_law, fine.log_law)))
 
 
 @dataclass(frozen=True)
@@ -190,6 +188,7 @@ class _Way:
         self.theta = theta + START * self.ranks * (self.allowed & moves[:, None])
         self.tied = torch.zeros_like(self.allowed)
         self.events = torch.zeros(len(theta), dtype=torch.long)
+        self.slid = False
         self.now = self._pull(self.theta)
         speed = self._speed()
         self.fastest = speed.maximum(LEAST * speed.max()).clamp(min=1e-290)
@@ -205,8 +204,8 @@ class _Way:
     def _speed(self) -> Float[Tensor, "S"]:
         return self.now.velocity.abs().amax(1)
 
-    def end(self) -> tuple[Tensor, Tensor, float] | None:
-        """Logits and law of the end, and what is left of the way; None where none is found."""
+    def end(self) -> Limit | None:
+        """The end, and what is left of the way; None where none is found."""
         r = self.alone.responses
         for _ in range(min(STEPS, WORK // self.alone.cost)):
             speed = self._speed()
@@ -216,8 +215,9 @@ class _Way:
             self.was_near = is_near
             going = speed > (REST * self.fastest).clamp(min=STILL)
             if not bool(going.any()):
-                laws = [r.log_law(normalised(x, r.start)) for x in (self.near, self.theta)]
-                return self.theta, laws[1], LEFT * float(tv(*laws))
+                near, law = (r.log_law(normalised(x, r.start)) for x in (self.near, self.theta))
+                dead, left = torch.zeros_like(self.tied), LEFT * float(tv(near, law))
+                return Limit(self.theta, law, dead, left, kink=self.slid, many=True)
             if not self._turn(going):
                 return None
         return None
@@ -330,6 +330,7 @@ class _Way:
         passing = self.theta + 3 * MEET * lower
         self.theta = torch.where(stays, level, torch.where(some[:, None], passing, self.theta))
         self.tied = torch.where(stays, both, self.tied)
+        self.slid = self.slid or bool(stays.any())
         return True
 
     def _moved(self, free: Bool[Tensor, "S"]) -> bool:

@@ -89,10 +89,10 @@ def decided(flow: Field, start: Float[Tensor, "S A"], end: Limit) -> Limit:
     (coarse, slid), (fine, slides) = (_followed(flow, start, length) for length in LENGTHS)
     off = float(tv(coarse.log_law, fine.log_law)) + fine.accuracy
     if not end.kink and not fine.kink and direction(flow, fine.theta).size > SLOW * unit:
-        off = 1.0  # it may creep on for long
+        off += _creeps(flow, fine, unit)
     accuracy = min(1.0, max(end.accuracy, off))
-    if accuracy > CREEPS and (slid or slides) and not tried:  # to a rest beside the kink
-        alone = _each_alone(flow, start, end, unit)
+    if (slid or slides) and not tried:  # to a rest beside the kink
+        alone = (_each_alone if accuracy > CREEPS else _along_ties)(flow, start, end, unit)
         if alone is not None and alone.accuracy < accuracy:
             return alone
     return replace(fine, dead=end.dead, accuracy=accuracy, kink=end.kink or fine.kink, many=True)
@@ -132,6 +132,15 @@ def _each_alone(flow: Field, start: Tensor, end: Limit, unit: float) -> Limit | 
     off = max(float(tv(a.log_law, b.log_law)) for a, b in combinations(ends, 2))
     off = min(1.0, CHANCE * off + fine.accuracy)
     return replace(fine, dead=end.dead, accuracy=off, kink=True, many=True)
+
+
+def _along_ties(flow: Field, start: Tensor, end: Limit, unit: float) -> Limit | None:
+    """The same where ties hold all the way alone; None elsewhere."""
+    apart = alone_of(flow, end.theta)
+    try:
+        return None if apart is None else _held(flow, apart, start)
+    except LossError:
+        return None
 
 
 def _held(flow: Field, alone: Alone, start: Tensor) -> Limit | None:
@@ -179,6 +188,15 @@ def _pushed(flow: Field, start: Tensor, end: Limit, nats: float) -> Tensor | Non
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(share.shape, generator=generator, dtype=torch.float64)
     return end.theta.masked_fill(~alive, GONE) + nats * noise * share
+
+
+def _creeps(flow: Field, end: Limit, unit: float) -> float:
+    """How far what moves ever less, as 1 / time, may still go: to the rest that is beside it."""
+    try:
+        rest = rest_from(flow, end.theta, unit, REST)
+    except LossError:
+        return 1.0
+    return float(tv(rest.log_law, end.log_law)) + rest.accuracy if rest.settled else 1.0
 
 
 def _followed(flow: Field, theta: Tensor, length: float) -> tuple[Limit, bool]:
