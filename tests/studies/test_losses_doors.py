@@ -77,6 +77,10 @@ WRONG = {
     "pair": (lambda p, o, r, a, m: (mean(-p * a, m), {}), "got tuple"),
     "detached": (lambda p, o, r, a, m: mean(-p.detach() * a, m), "does not depend on log_pi"),
     "ignored": (lambda p, o, r, a, m: mean(-o * a, m), "does not depend on log_pi"),
+    "shut there": (
+        lambda p, o, r, a, m: mean(-p * a * ((p - r).abs() > 50), m),
+        "near the reference's: its gradient is 0 there",
+    ),
     "no mask": (lambda p, o, r, a, m: -p.mean(), "past the end of a response"),
     "whitened": (
         lambda p, o, r, a, m: mean(-p * (a - a.mean()) / (a.std() + 1e-8), m),

@@ -119,8 +119,8 @@ def check_loss(loss: Loss, inputs: Inputs) -> None:
     gradients = loss.gradients(inputs)
     if all(not bool(g.any()) for g in gradients):
         raise LossError(
-            f"the loss does not depend on {' or '.join(loss.names[: loss.leaves])}: its gradient "
-            "is 0 everywhere"
+            f"the loss does not depend on {' or '.join(loss.names[: loss.leaves])} where it is "
+            "tried, at log-probabilities near the reference's: its gradient is 0 there"
         )
     mask = next((x for x in inputs if x.dtype == torch.bool), None)
     if mask is not None and any(
