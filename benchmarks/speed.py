@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,10 @@ from benchmarks.support.machine import describe
 from benchmarks.support.runs import FOUR
 from rl_ebm.agents import AGENTS
 from rl_ebm.envs import make_task
-from rl_ebm.policies import Transformer, TransformerConfig, log_prob, sample
+from rl_ebm.policies import MLP, MLPConfig, Transformer, TransformerConfig, log_prob, sample
 from rl_ebm.policies.walk import walk
+from rl_ebm.training.config import TrainConfig
+from rl_ebm.training.loop import Trainer
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -229,11 +231,57 @@ def stepper(name: str, entry: Any, options: Options, compiled: bool) -> Callable
     return ten_steps
 
 
+def small_steps_row(options: Options) -> Row:
+    """A whole run's steps of 16 responses of an MLP, against what no step can do without.
+
+    That is the network forward and backward at tokens that are given, and Adam; not drawing the
+    responses, nor scoring them, nor anything that is kept of a step.
+    """
+    count = 20 if options.quick else 300
+    ebm = make_task("random").to(options.device)
+    entry, steps = AGENTS["vargrad"], TrainConfig(steps=count, log_every=10 * count)
+    policies = [MLP(ebm.space, MLPConfig()).to(options.device) for _ in range(2)]
+    generator = torch.Generator(options.device).manual_seed(0)
+    agent = entry.agent(ebm, policies[0], entry.config(batch_size=16), generator, None)
+    trainer = Trainer(ebm, agent, generator, steps, progress=False)
+    batch = sample(policies[1], ebm.space, 16, generator)
+    adam = torch.optim.Adam(policies[1].parameters(), fused=True)
+
+    def run() -> None:
+        trainer.config = replace(steps, steps=trainer.step + count)
+        trainer.train()
+
+    def bare() -> None:
+        for _ in range(count):
+            adam.zero_grad()
+            log_prob(policies[1], ebm.space, batch.tokens, batch.lengths).square().mean().backward()
+            adam.step()
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of steps as small as these two threads make longer ones
+    x, y, ratio = compare(run, bare, options)
+    torch.set_num_threads(threads)
+    return Row(
+        "`vargrad`, 16 responses, MLP: a run's steps against forward, backward and Adam alone, "
+        "one thread",
+        f"{count / x:.0f} steps/s",
+        f"{count / y:.0f} steps/s",
+        f"{ratio:.2f} x the time",
+    )
+
+
 def main(options: Options) -> None:
     if options.device == "cpu":
         torch.set_num_threads(2)
     rows = []
-    for measure in (solve_rows, sampling_row, verifier_row, training_rows, thread_rows):
+    for measure in (
+        solve_rows,
+        sampling_row,
+        verifier_row,
+        training_rows,
+        thread_rows,
+        small_steps_row,
+    ):
         found = measure(options)
         rows += found if isinstance(found, list) else [found]
         print(rows[-1], file=sys.stderr, flush=True)

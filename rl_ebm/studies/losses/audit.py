@@ -15,7 +15,8 @@ A loss is a plain function of float64 tensors on the CPU that returns one number
 Rewards and advantages are in reward units, and beta stands in the loss, as in the frameworks.
 Batches and groups are without end, steps without length; how rows make a batch is found from the
 loss itself, :mod:`rl_ebm.studies.losses.rows`, and the way to the limit is that of
-:mod:`rl_ebm.studies.losses.limit`.
+:mod:`rl_ebm.studies.losses.limit`. It is taken in steps: a zone that is narrower than one, some
+hundredths of a nat, and in which alone a loss falls silent, may be stepped over.
 """
 
 from __future__ import annotations
