@@ -175,14 +175,11 @@ def rest_from(
 
     now = seen[0]
     h, before, helped = 0.1 / max(now.size, 1e-300), math.inf, HELPED
-    looked, marks = math.inf, _Marks(flow.responses)
+    marks = _Marks(flow.responses)
     for i in range(MOST):
         size = now.size
-        if i % PATIENCE == 0:
-            if i >= STEPS and size > FEWER * looked:
-                break
-            looked = size
-        marks.see(size, theta)
+        if not marks.falling(i, size, theta):
+            break
         if i >= PATIENCE and bool(now.lost.any()):
             size = now.left(flow.responses).size
         if size <= rest * unit or (i >= LONG and size <= STALLED * unit):
@@ -232,6 +229,16 @@ class _Marks:
 
     responses: Responses
     seen: list[tuple[float, Tensor]] = field(default_factory=list)
+
+    looked: float = math.inf
+
+    def falling(self, i: int, size: float, theta: Tensor) -> bool:
+        """Whether it is worth going on after so many steps; the law is seen on the way."""
+        self.see(size, theta)
+        if i % PATIENCE:
+            return True
+        before, self.looked = self.looked, size
+        return i < STEPS or size <= FEWER * before
 
     def see(self, size: float, theta: Tensor) -> None:
         if not self.seen or size <= self.seen[-1][0] / 10:
