@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from loss_cases import either_top_two, top_two
+from loss_cases import alone, either_top_two, top_two
 from torch import Tensor
 
 from rl_ebm import EBM, TokenSpace, audit_loss, solve
@@ -17,7 +17,6 @@ from rl_ebm.policies import Tabular
 from rl_ebm.studies.losses.cases import asked, cases_of
 from rl_ebm.studies.losses.distillation import Distillation
 from rl_ebm.studies.losses.ties import followed_on_ties, pull
-from rl_ebm.studies.losses.visits import Alone, alone_of
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -37,12 +36,6 @@ def _flow(loss: Loss, solution: Solution) -> Distillation:
     (case,) = cases_of(asked(loss, "distillation", "centred", None, None, 1, None, None), solution)
     assert isinstance(case.flow, Distillation)
     return case.flow
-
-
-def _alone(flow: Distillation) -> Alone:
-    found = alone_of(flow, flow.responses.start)
-    assert found is not None
-    return found
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -107,7 +100,7 @@ def test_a_convex_loss_ends_at_its_minimum(count: int, weight: float) -> None:
     """Logits come from where the reference has them: they meet, are held, and are left behind."""
     flow = _flow(_above(count, weight), _solution(4, 2))
     r = flow.responses
-    end = followed_on_ties(_alone(flow), r.start)
+    end = followed_on_ties(alone(flow), r.start)
     assert end is not None
     want = torch.stack([_least(row, count, weight) for row in flow.teacher])
     equal = (want[:, :, None] == want[:, None]).sum((1, 2))
@@ -218,7 +211,7 @@ def test_among_many_that_meet_at_once_the_right_ones_are_held(case: str) -> None
         space = TokenSpace(8, 2)
         score = torch.randn(64, generator=torch.Generator().manual_seed(int(case))).double()
     flow = _flow(either_top_two, solve(EBM(space, score, beta=1.0)))
-    end = followed_on_ties(_alone(flow), flow.responses.start.clone())
+    end = followed_on_ties(alone(flow), flow.responses.start.clone())
     assert end is not None
     assert end.accuracy < 1e-5
     coarse, fine = (flow.responses.log_law(_tiny_steps(flow.teacher, h)) for h in (8e-3, 4e-3))
@@ -242,4 +235,4 @@ def _in_float32(weight: float) -> Loss:
 def test_what_is_no_tie_is_left_to_others() -> None:
     for loss in (_elsewhere, _in_float32(3.0), _in_float32(8.0)):
         flow = _flow(loss, _solution(3, 1))
-        assert followed_on_ties(_alone(flow), flow.responses.start) is None
+        assert followed_on_ties(alone(flow), flow.responses.start) is None

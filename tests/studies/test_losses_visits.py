@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from loss_cases import alone
 from torch import Tensor
 from torch.nn.functional import relu
 
@@ -14,7 +15,7 @@ from rl_ebm.studies.losses.cases import asked, cases_of
 from rl_ebm.studies.losses.distillation import Distillation
 from rl_ebm.studies.losses.flow import Field
 from rl_ebm.studies.losses.preference import Pairs
-from rl_ebm.studies.losses.visits import Alone, alone_of, few_of, over_visits
+from rl_ebm.studies.losses.visits import alone_of, few_of, over_visits
 
 Loss = Callable[..., Tensor]
 
@@ -44,12 +45,6 @@ def _distillation(loss: Loss, steps: int = 3, eos: int | None = None) -> Distill
     flow = _flow(loss, 3, steps, eos)
     assert isinstance(flow, Distillation)
     return flow
-
-
-def _alone(flow: Field) -> Alone:
-    found = alone_of(flow, flow.responses.start)
-    assert found is not None
-    return found
 
 
 def _gap(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
@@ -186,7 +181,7 @@ def test_what_a_visit_does_is_the_field_over_the_visits(loss: Loss, eos: int | N
     flow = _distillation(loss, eos=eos)
     noise = torch.randn(flow.responses.start.shape, generator=torch.Generator().manual_seed(1))
     theta = flow.responses.start + noise.double()
-    want, found = over_visits(*flow.field(theta)), _alone(flow).per_visit(theta)
+    want, found = over_visits(*flow.field(theta)), alone(flow).per_visit(theta)
     assert want.abs().max() > 0.1
     clocks = (want * found).sum(1) / found.square().sum(1).clamp(min=1e-290)
     assert bool(((clocks > 0.01) | (want.abs().amax(1) == 0)).all())
@@ -197,5 +192,5 @@ def test_a_state_that_nobody_visits_does_not_move() -> None:
     flow = _distillation(own_logits, 2)
     drawn = flow.responses.start.clone()
     drawn[0, 1] = -torch.inf
-    moved = _alone(replace(flow, drawn=drawn)).per_visit(flow.responses.start)
+    moved = alone(replace(flow, drawn=drawn)).per_visit(flow.responses.start)
     assert [bool(x.any()) for x in moved] == [True, True, False, True]

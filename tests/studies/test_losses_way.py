@@ -280,6 +280,20 @@ def test_what_creeps_without_a_kink_is_not_said_to_have_ended() -> None:
     assert float(tv(found.log_laws[0], law)) <= found.accuracy
 
 
+def test_what_creeps_is_at_least_as_far_off_as_the_rest_beside_it() -> None:
+    (case,) = cases_of(
+        asked(_creeping, "distillation", "centred", "teacher", None, 1, None, None), _solution()
+    )
+    flow, states = in_units(case.flow), len(case.responses.start)
+    here, there = (
+        torch.tensor([[0.0, gap]], dtype=torch.float64).expand(states, 2) for gap in (0.9, 1.0)
+    )
+    law, rest = (case.responses.log_law(x.log_softmax(-1)) for x in (here, there))
+    end = Limit(here, law, torch.zeros_like(here).bool(), 0.0)
+    left = float(tv(law, rest))
+    assert 0.95 * left <= way._creeps(flow, end, 1.0) < 5 * left  # it is flat beyond
+
+
 def test_how_far_it_is_to_go_is_not_known_where_nothing_has_moved() -> None:
     def law(p: float) -> Tensor:
         return torch.tensor([p, 1 - p], dtype=torch.float64).log()

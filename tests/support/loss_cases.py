@@ -5,6 +5,16 @@ import math
 import torch
 from torch import Tensor
 
+from rl_ebm.studies.losses.flow import Field
+from rl_ebm.studies.losses.visits import Alone, alone_of
+
+
+def alone(flow: Field) -> Alone:
+    """How each state moves by itself, of a flow whose states do not see each other."""
+    found = alone_of(flow, flow.responses.start)
+    assert found is not None
+    return found
+
 
 def top_two(student: Tensor, teacher: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
     """Reverse KL on the student's two likeliest tokens, as if there were no others."""

@@ -63,7 +63,7 @@ class LossAudit:
         degenerate, is_target, tv, kl_fixed_point_target, kl_target_fixed_point, expected_reward,
             kl_reference, how, other_roots, depends_on_sampler: as :func:`rl_ebm.audit` has them;
             nats and reward units, means over the prompts.
-        accuracy: total variation that the limit may be off by.
+        accuracy: total variation that the limit may be off by; of more than 0.1 there is none.
         survivors: of a limit on the boundary, how many responses keep a probability, and the
             likeliest of them.
         combines: how rows make a batch: "rows" add up, or share a count of "tokens", or "both".
