@@ -25,7 +25,8 @@ import torch
 import tyro
 
 from benchmarks.readme.points import Point
-from benchmarks.readme.tune import RESULTS, SMALL, SMALLEST, Tried, best
+from benchmarks.readme.tried import Tried, read_tried
+from benchmarks.readme.tune import RESULTS, SMALL, SMALLEST, best
 from benchmarks.support.machine import describe
 from rl_ebm.files import RunError, write_text
 from rl_ebm.networks.backbone import TransformerConfig
@@ -33,7 +34,6 @@ from rl_ebm.studies.bench import Plan, Problem, run
 from rl_ebm.studies.bench_rows import RANKED, Rows, last_of, write_rows
 from rl_ebm.studies.seeds import geometric_interval, half_width
 from rl_ebm.training.loop import looks_at_all
-from rl_ebm.training.metrics_csv import read_rows
 
 FEW = {"lr": (3e-3, 1e-2, 3e-2), "batch_size": (256, 1024)}
 """what a small tuning tries, as the README's first one did"""
@@ -95,35 +95,6 @@ def protocols(rows: Rows) -> dict[str, Protocol]:
     if len(tasks) > 1:
         found |= {f"`{task}` alone": Protocol(tasks=(task,)) for task in tasks}
     return found | {"six points, one seed": Protocol(seeds=(seeds[0],), few=True)}
-
-
-def read_tried(path: Path) -> tuple[Rows, dict[str, Tried]]:
-    """The runs of a tuning, all of them and by agent and point.
-
-    Raises:
-        RunError: there is no such file, or it is no tuning's.
-    """
-    rows: Rows = []
-    tried: dict[str, Tried] = {}
-    try:
-        for text in read_rows(path)[1]:
-            row = {"task": text["task"], "agent": text["agent"], "seed": int(text["seed"])}
-            row[RANKED] = float(text[RANKED])
-            point = Point(
-                float(text["lr"]),
-                int(text["batch_size"]),
-                float(text["explore"]) if text.get("explore") else None,
-                int(text["replay"]) if text.get("replay") else None,
-            )
-            rows.append(row)
-            tried.setdefault(row["agent"], {}).setdefault(point, []).append(row)
-    except FileNotFoundError:
-        raise RunError(f"{path} is missing: python -m benchmarks.readme.tune writes it") from None
-    except (KeyError, ValueError) as error:
-        raise RunError(f"{path} is no file of a tuning ({error})") from None
-    if not rows:
-        raise RunError(f"{path} is empty: python -m benchmarks.readme.tune writes it")
-    return rows, tried
 
 
 def choice(agent: str, tried: Tried, protocol: Protocol, runs: int) -> Point | None:

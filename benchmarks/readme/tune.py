@@ -1,22 +1,25 @@
 """Tune every agent in the same way, on other tasks and seeds than a benchmark reports.
 
-    python -m benchmarks.readme.tune            # hours; what is finished is not run again
-    python -m benchmarks.readme.tune --quick    # a few steps each: only to see that it works
+    python -m benchmarks.readme.tune                  # hours; what is finished is not run again
+    python -m benchmarks.readme.tune --agents soft-q  # some of them: the others' runs are kept
+    python -m benchmarks.readme.tune --quick          # a few steps each: only to see that it works
 
 Each agent begins with twelve points, rates and batches, and goes on beside its best, exploration
 and replay too where it has them, until that is bracketed (:mod:`benchmarks.readme.points`). The
 tasks are `prompts` and `random` unless ``--tasks`` says others, with task seed 7, the seeds 100 to
 102, the budget one of reward calls. Of each agent the point with the smallest geometric mean of
-KL(policy, target) wins. Writes ``benchmarks/results/tuned.json`` (for ``rl-ebm bench --options``),
-``tuned.md``, and where every run ended, ``tuned.csv``, which
-``python -m benchmarks.readme.protocols`` reads.
+KL(policy, target) wins. Writes where every run ended into ``benchmarks/results/tuned.csv`` as soon
+as a point is done, goes on from there, and ``python -m benchmarks.readme.protocols`` reads it; at
+the end ``tuned.json`` (for ``rl-ebm bench --options``) and ``tuned.md``.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -25,16 +28,18 @@ import torch
 import tyro
 
 from benchmarks.readme.points import Point, ladders, next_point
+from benchmarks.readme.tried import Tried, flat, read_tried
 from benchmarks.support.machine import describe
 from benchmarks.support.runs import geometric_bracket
 from rl_ebm.agents import AGENTS
-from rl_ebm.files import write_text
+from rl_ebm.files import RunError, write_text
 from rl_ebm.networks.backbone import TransformerConfig
 from rl_ebm.studies.bench import Plan, Problem, run
 from rl_ebm.studies.bench_rows import RANKED, Rows, last_of, samples_of, write_rows
 from rl_ebm.studies.seeds import between
 
 RESULTS = Path(__file__).parents[1] / "results"
+CSV = "tuned.csv"
 TASK_SEED = 7
 SEEDS = (100, 101, 102)
 SMALLEST = 1e-9
@@ -59,12 +64,10 @@ class Options:
     """runs at a time"""
     out: Path = Path("runs/tune")
     """where the runs go"""
+    results: Path = RESULTS
+    """where tuned.csv is, and the tables go"""
     quick: bool = False
     """two points, few calls, a small network; writes nothing into the results"""
-
-
-Tried = dict[Point, Rows]
-"""where the runs of each point ended"""
 
 
 def score(rows: Rows, agent: str, runs: int) -> float:
@@ -93,22 +96,50 @@ def settings(options: Options) -> dict[str, Any]:
     }
 
 
-def try_points(options: Options, agents: tuple[str, ...]) -> dict[str, Tried]:
-    """One point of each agent at a time, until all that are best are bracketed."""
+def try_points(
+    options: Options, agents: tuple[str, ...], tried: dict[str, Tried] | None = None
+) -> dict[str, Tried]:
+    """One point of each agent at a time, until all that are best are bracketed.
+
+    Args:
+        tried: what was tried before.
+    """
     shared = settings(options)
     runs = len(shared["problems"]) * len(shared["seeds"])
-    tried: dict[str, Tried] = {agent: {} for agent in agents}
-    for k in range(2 if options.quick else 1000):
+    tried = {agent: dict(points) for agent, points in (tried or {}).items()}
+    for agent in agents:
+        tried.setdefault(agent, {})
+    for _ in range(2 if options.quick else 1000):
         scores = {a: {p: score(rows, a, runs) for p, rows in tried[a].items()} for a in agents}
         found = {agent: next_point(agent, scores[agent]) for agent in agents}
         todo = {agent: point for agent, point in found.items() if point is not None}
         if not todo:
             break
         plan = Plan(tuple(todo), options={a: p.options() for a, p in todo.items()}, **shared)
-        rows, _ = run(plan, options.out / str(k), options.workers)
+        rows, _ = run(plan, options.out / _folder(todo), options.workers)
         for agent, point in todo.items():
-            tried[agent][point] = last_of(rows, agent=agent)
+            tried[agent][point] = _ends(rows, agent, shared)
+        if not options.quick:
+            write_rows(options.results / CSV, flat(tried, options.calls))
     return tried
+
+
+def _folder(points: Mapping[str, Point]) -> str:
+    """Of the runs of these points, and of no others."""
+    return sha256(repr(sorted(points.items(), key=lambda x: x[0])).encode()).hexdigest()[:12]
+
+
+def _ends(rows: Rows, agent: str, shared: Mapping[str, Any]) -> Rows:
+    """Where each run of an agent ended; infinitely far where it failed."""
+    known = {(row["task"], row["seed"]): row for row in last_of(rows, agent=agent)}
+    return [
+        known.get(
+            (problem.label, seed),
+            {"task": problem.label, "agent": agent, "seed": seed, RANKED: math.inf},
+        )
+        for problem in shared["problems"]
+        for seed in shared["seeds"]
+    ]
 
 
 def best(agent: str, tried: Tried, runs: int) -> Point | None:
@@ -140,23 +171,29 @@ def table(tried: dict[str, Tried], runs: int) -> str:
     return "\n".join([*lines, *(line(agent, found, runs) for agent, found in tried.items())])
 
 
-def flat(tried: dict[str, Tried]) -> Rows:
-    """Where all runs ended, with the settings of each."""
-    return [
-        {**point.told(), **row}
-        for points in tried.values()
-        for point, rows in points.items()
-        for row in rows
-    ]
+def before(options: Options, tasks: set[str]) -> dict[str, Tried]:
+    """What was tried another day.
+
+    Raises:
+        RunError: on other tasks or seeds, or with other budgets.
+    """
+    path = options.results / CSV
+    if options.quick or not path.exists():
+        return {}
+    rows, tried = read_tried(path, options.calls)
+    if {row["task"] for row in rows} != tasks or {row["seed"] for row in rows} != set(SEEDS):
+        raise RunError(f"{path} is of other tasks or seeds: give another --results")
+    return tried
 
 
 def main(options: Options) -> None:
     torch.set_num_threads(1)  # what the runs have, and what `describe` says
-    tried = try_points(options, tuple(options.agents.split(",")))
     shared = settings(options)
+    known = before(options, {problem.label for problem in shared["problems"]})
+    tried = try_points(options, tuple(options.agents.split(",")), known)
     runs = len(shared["problems"]) * len(shared["seeds"])
     text = table(tried, runs)
-    ends = flat(tried)
+    ends = flat(tried, options.calls)
     if samples_of(ends) is not None:
         drawn = f"{options.samples:,} exact samples of target and policy each"
         text += f"\n\nIn brackets: what others than these {drawn} would change."
@@ -165,9 +202,8 @@ def main(options: Options) -> None:
     if not options.quick:
         points = {agent: best(agent, of, runs) for agent, of in tried.items()}
         chosen = {agent: point.options() for agent, point in points.items() if point is not None}
-        write_text(RESULTS / "tuned.json", json.dumps(chosen, indent=1) + "\n")
-        write_text(RESULTS / "tuned.md", text)
-        write_rows(RESULTS / "tuned.csv", ends)
+        write_text(options.results / "tuned.json", json.dumps(chosen, indent=1) + "\n")
+        write_text(options.results / "tuned.md", text)
 
 
 if __name__ == "__main__":

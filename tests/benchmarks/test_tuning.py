@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 
@@ -10,6 +11,7 @@ import pytest
 from benchmarks.readme import protocols, tune
 from benchmarks.readme.points import BATCHES, RATES, Point, beside, grid, ladders, next_point
 from benchmarks.readme.protocols import Protocol
+from benchmarks.readme.tried import flat, read_tried
 from rl_ebm.agents import AGENTS, entry_of, make_options
 from rl_ebm.files import RunError
 from rl_ebm.studies.bench_rows import write_rows
@@ -164,15 +166,18 @@ def test_a_tuning_is_read_as_it_was_written(tmp_path):
     }
     path = tmp_path / "tuned.csv"
     with pytest.raises(RunError, match="tune writes it"):
-        protocols.read_tried(path)
-    write_rows(path, tune.flat(tried))
-    rows, again = protocols.read_tried(path)
+        read_tried(path)
+    write_rows(path, flat(tried, 64))
+    rows, again = read_tried(path)
     assert again == tried
+    assert read_tried(path, 64)[1] == tried
+    with pytest.raises(RunError, match="64 calls, where 65 are asked for"):
+        read_tried(path, 65)
     assert rows == [x for points in tried.values() for ends in points.values() for x in ends]
     path.write_text("task,agent\nt,a\n")
     with pytest.raises(RunError, match="no file of a tuning"):
-        protocols.read_tried(path)
-    write_rows(path, tune.flat(tried))
+        read_tried(path)
+    write_rows(path, flat(tried, 64))
     with pytest.raises(ValueError, match="held out"):
         protocols.main(protocols.Options(path, tasks="t", out=tmp_path / "runs"))
 
@@ -193,7 +198,7 @@ def test_choices_run_once_each_on_tasks_that_are_held_out(tmp_path, capsys):
         for agent in ("ppo", "policy-gradient")
     }
     path = tmp_path / "tuned.csv"
-    write_rows(path, tune.flat(tried))
+    write_rows(path, flat(tried, 64))
     options = protocols.Options(path, tasks="lookahead", workers=1, out=tmp_path / "runs")
     protocols.main(protocols.Options(**(vars(options) | {"quick": True, "seeds": 2})))
     said = capsys.readouterr().out
@@ -204,3 +209,35 @@ def test_choices_run_once_each_on_tasks_that_are_held_out(tmp_path, capsys):
     assert runs == ["policy-gradient"] * 6 + ["ppo"] * 6  # three choices, two seeds
     again = {path.name for path in (tmp_path / "runs").glob("again/0/runs/*/*/*")}
     assert again == {"2", "3"}
+
+
+def test_a_tuning_goes_on_from_what_is_kept(tmp_path, monkeypatch):
+    """Agent by agent, another day, another folder of runs: nothing is run twice, a failure too."""
+    asked = []
+
+    def bench(plan, out, workers):
+        (agent,) = plan.agents
+        point = plan.options[agent]
+        assert (agent, tuple(point.items())) not in asked
+        asked.append((agent, tuple(point.items())))
+        off = abs(math.log(point["lr"] / 3e-3)) + abs(math.log(point["batch_size"] / 128))
+        seeds = plan.seeds[:-1] if point["batch_size"] == 1024 else plan.seeds  # one fails
+        return [row(agent, s, 1 + off, p.label) for p in plan.problems for s in seeds], []
+
+    monkeypatch.setattr(tune, "run", bench)
+    for i, agents in enumerate(("ppo", "grpo", "ppo,grpo")):
+        tune.main(tune.Options(agents=agents, out=tmp_path / str(i), results=tmp_path))
+        if i == 1:
+            done = len(asked)
+    assert len(asked) == done
+    _, tried = read_tried(tmp_path / tune.CSV)
+    assert {agent for agent, _ in asked} == set(tried) == {"ppo", "grpo"}
+    failed = [rows for point, rows in tried["ppo"].items() if point.batch_size == 1024]
+    assert failed
+    assert all([x["kl_policy_target"] for x in rows].count(math.inf) == 2 for rows in failed)
+    assert json.loads((tmp_path / "tuned.json").read_text())["ppo"] == {
+        "lr": 3e-3, "batch_size": 128
+    }  # fmt: skip
+    assert (tmp_path / "tuned.md").read_text().count("| `ppo` | 0.003 | 128 |") == 1
+    with pytest.raises(RunError, match="other tasks or seeds"):
+        tune.main(tune.Options(agents="ppo", tasks="random", results=tmp_path))

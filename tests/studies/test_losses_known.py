@@ -41,6 +41,35 @@ def test_a_rest_that_is_come_to_slowly_is_known_no_better_than_what_is_left(slow
     assert found.accuracy < 0.1
 
 
+@pytest.mark.parametrize("eos_id", [None, 0])
+@pytest.mark.parametrize("rough", [True, False])
+def test_what_cancels_in_the_mean_is_no_gradient_in_float32_either(
+    eos_id: int | None, rough: bool
+) -> None:
+    """Each token is charged what its state alone decides: a baseline, that teaches nothing."""
+    space = TokenSpace(3, 3, eos_id=eos_id)
+    generator = torch.Generator().manual_seed(5)
+    tables = [torch.randn(space.num_prefixes(t), 3, generator=generator).double() for t in range(3)]
+    reward = torch.randn(space.num_sequences, generator=generator).double()
+    reference = Tabular.from_tables(tables, space)
+    solution = solve(EBM(space, reward, beta=0.5, reference=reference))
+
+    def charged(student: Tensor, teacher: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        if rough:
+            student, teacher = student.float(), teacher.float()
+        log_pi = student.log_softmax(-1)
+        charge = (log_pi - teacher.log_softmax(-1)).square().sum(-1).detach()
+        taken = log_pi.gather(-1, tokens[..., None])[..., 0]
+        return (charge * taken).masked_fill(~mask, 0.0).sum() / mask.sum()
+
+    found = audit_loss(charged, solution, "distillation", sampler="student", beyond=False)
+    start = _case(charged, solution).responses
+    want = start.log_law(normalised(start.start, start.start))
+    assert not found.is_target
+    assert found.accuracy < 1e-5
+    assert float(tv(found.log_laws[0], want)) < 1e-6
+
+
 def _teachers_top(student: Tensor, teacher: Tensor, *_: Tensor) -> Tensor:
     """Forward KL on the teacher's two likeliest tokens, as if there were no others: smooth."""
     best = teacher.topk(2, dim=-1).indices

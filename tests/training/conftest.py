@@ -1,14 +1,23 @@
-"""A copy of a finished run for every test that spoils one."""
+"""What tests of runs share."""
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
 import pytest
+
+from rl_ebm.training import pace
 
 
 @pytest.fixture
 def run(made: Path, tmp_path: Path) -> Path:
     """The run that a file's own fixture ``made`` has made, to be spoilt."""
     return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+@pytest.fixture
+def saves_at_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a disk takes that others keep busy, which else puts checkpoints off."""
+    monkeypatch.setattr(pace, "FREE", math.inf)

@@ -82,6 +82,7 @@ def test_what_is_loaded_is_what_was_trained_on(role, name, prompts, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("saves_at_each_step")
 @every_kind
 def test_a_run_that_was_cut_short_goes_on_as_if_it_had_not_been(role, name, tmp_path, monkeypatch):
     run_of(tmp_path / "whole", role, name)

@@ -27,6 +27,8 @@ from safetensors.torch import load_file
 from rl_ebm.agents import AGENTS
 from rl_ebm.cli import main
 
+pytestmark = pytest.mark.usefixtures("saves_at_each_step")
+
 STEPS = 8
 EVERY_STEP = {"steps": STEPS, "checkpoint_every": 1e-9, "log_every": 2, "eval_every": 1e-9}
 

@@ -280,6 +280,7 @@ class Spoiled:
         return values if self.calls <= self.good_calls else torch.full_like(values, self.bad)
 
 
+@pytest.mark.usefixtures("saves_at_each_step")
 @pytest.mark.parametrize("agent", ["soft-q", "policy-gradient"])
 def test_an_infinite_loss_names_its_step_and_keeps_the_checkpoint(agent, tmp_path):
     often = TrainConfig(steps=30, log_every=4, checkpoint_every=1e-9)
@@ -295,6 +296,7 @@ def test_an_infinite_loss_names_its_step_and_keeps_the_checkpoint(agent, tmp_pat
         short(agent, ebm, steps=None, config=rare, out=tmp_path / "s")
 
 
+@pytest.mark.usefixtures("saves_at_each_step")
 def test_a_reward_that_becomes_nan_keeps_the_checkpoint(tmp_path):
     often = TrainConfig(steps=30, checkpoint_every=1e-9)
     with pytest.raises(ValueError, match="nan"):
