@@ -105,7 +105,9 @@ class Learner:
         self.lr = learning_rate(self.peak, progress)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * group["factor"]
-        self.optimizer.zero_grad(set_to_none=True)
+        for group in self.optimizer.param_groups:  # zero_grad takes ten times as long
+            for parameter in group["params"]:
+                parameter.grad = None
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         if self.values:  # by themselves: what V is off by shortens no step of the policy

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -180,7 +181,8 @@ def num_prompts(policy: object) -> int:
 def device_of(thing: object) -> torch.device:
     """Where a policy or a reward computes: its weights' device, else its ``device``, else CPU."""
     if isinstance(thing, nn.Module):
-        for tensor in (*thing.parameters(), *thing.buffers()):
+        # The first alone: to list them all takes as long as a small network's step.
+        for tensor in chain(thing.parameters(), thing.buffers()):
             return tensor.device
     return torch.device(getattr(thing, "device", None) or "cpu")
 

@@ -123,7 +123,8 @@ def sample(
     device = prompt_ids.device
     check_generator(generator, device)
     next_logits = _next_logits(policy, space, n, prompt_ids)
-    forbidden = ~space.action_mask(device)
+    # At fixed length every action is allowed, and nothing is masked.
+    forbidden = None if space.eos_id is None else ~space.action_mask(device)
     tokens = torch.zeros(n, space.max_length, dtype=torch.int64, device=device)
     lengths = torch.full((n,), 0 if space.eos_id is not None else space.max_length, device=device)
     running = torch.ones(n, dtype=torch.bool, device=device)
@@ -131,7 +132,8 @@ def sample(
     for t in range(space.max_length):
         if space.eos_id is not None and t and t % look == 0 and not bool(running.any()):
             break
-        action = _draw(next_logits(t, tokens), forbidden[t], temperature, epsilon, generator)
+        masked = None if forbidden is None else forbidden[t]
+        action = _draw(next_logits(t, tokens), masked, temperature, epsilon, generator)
         if space.eos_id is None:
             tokens[:, t] = action
             continue
@@ -143,7 +145,7 @@ def sample(
 
 def _draw(
     logits: Float[Tensor, "n A"],
-    forbidden: Bool[Tensor, "A"],
+    forbidden: Bool[Tensor, "A"] | None,
     temperature: float,
     epsilon: float | int,
     generator: torch.Generator | None,
@@ -155,7 +157,8 @@ def _draw(
     if epsilon:
         uniform = torch.rand(len(logits), 1, generator=generator, device=logits.device)
         logits = logits.masked_fill(uniform < epsilon, 0.0)
-    logits = logits.masked_fill(forbidden, -torch.inf)
+    if forbidden is not None:
+        logits = logits.masked_fill(forbidden, -torch.inf)
     # Gumbel noise is -log(Exponential); argmax of logits + noise is a draw from softmax.
     noise = torch.empty_like(logits).exponential_(generator=generator).log_()
     return (logits - noise).argmax(-1)
