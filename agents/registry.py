@@ -228,3 +228,5 @@ def make_options(name: str, entry: AgentEntry, options: Any) -> Any:
         return entry.config(**options)
     except TypeError as error:
         raise ValueError(f"an option of {name} is of the wrong kind: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None

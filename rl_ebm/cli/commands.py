@@ -251,8 +251,9 @@ def run_diagnose(args: Sequence[str]) -> int:
 def run_bench(args: Sequence[str]) -> int:
     """Compare agents on tasks under one budget of reward calls; write a report."""
     a = _parse(Bench, args)
-    if a.seeds < 1 or a.workers < 1:
-        raise ValueError(f"--seeds and --workers must be >= 1, got {a.seeds} and {a.workers}")
+    if not 1 <= a.seeds <= 10_000 or a.workers < 1:
+        wrong = f"{a.seeds} and {a.workers}"
+        raise ValueError(f"--seeds must be in [1, 10000] and --workers >= 1, got {wrong}")
     plan = Plan(
         tuple(a.agents.split(",")),
         tuple(Problem(name, a.beta, a.task_seed) for name in a.tasks.split(",")),

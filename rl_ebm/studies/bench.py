@@ -8,18 +8,12 @@ run again, and what was interrupted goes on.
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from rl_ebm.agents import AGENTS, entry_of, make_options, meant
 from rl_ebm.agents.shared.account import values_apart
@@ -32,20 +26,21 @@ from rl_ebm.files.lock import only_one
 from rl_ebm.files.tensors import holds
 from rl_ebm.messages.arguments import WrongTypeError, shown
 from rl_ebm.messages.words import nearest, printable
-from rl_ebm.networks.backbone import TransformerConfig
+from rl_ebm.networks.backbone import Context, TransformerConfig, check_sizes
 from rl_ebm.policies import Uniform
 from rl_ebm.rewards import read_table
 from rl_ebm.rewards.base import scores_of
 from rl_ebm.statistics.interval import check_samples
 from rl_ebm.studies.bench_rows import RANKED, RESULTS, Rows, bracket, looks, samples_of, write_rows
 from rl_ebm.studies.seeds import between
+from rl_ebm.studies.workers import Lost, Workers
 from rl_ebm.training.checkpoint import outline
-from rl_ebm.training.config import UNDRAWN, TrainConfig
+from rl_ebm.training.config import UNDRAWN, TrainConfig, check_limits
 from rl_ebm.training.directory import CONFIG, METRICS, SCORES, STATE, describe_ebm, read_config
 from rl_ebm.training.loop import MAX_EVALUATED, NonFiniteError, looks_at_all
 from rl_ebm.training.run import resume, train
 from rl_ebm.training.run_policy import network_config
-from rl_ebm.training.stopping import ENDS, Terminated, ending_raises
+from rl_ebm.training.stopping import ending_raises
 
 PLAN = "plan.json"
 
@@ -130,8 +125,9 @@ class Plan:
                     or f"there is no task and no table {problem.name!r}"
                     f"{nearest(problem.name, TASKS)}"
                 )
-        if self.calls < 1:
-            raise ValueError(f"calls must be >= 1, got {self.calls}")
+        if not 1 <= self.calls < 2**63:
+            raise ValueError(f"calls must be >= 1 and below 2**63, got {self.calls}")
+        check_limits(None, self.seconds)
         check_samples(self.samples, 2, ": one has no spread")
         for name in self.options:
             if name not in self.agents:
@@ -271,11 +267,13 @@ def run(plan: Plan, out: Path, workers: int = 2) -> tuple[Rows, list[str]]:
 
     Raises:
         ValueError: a problem with too many states to be listed, and no automaton that tells
-            what is true of them.
+            what is true of them, or a network that does not fit into memory.
         RunError: a run of another benchmark is in the place of one.
     """
     for problem in plan.problems:
         ebm, _ = problem.make()
+        context = Context(ebm.prompts, ebm.space.vocab_size)
+        check_sizes(plan.network, context.num_ids, context.width + ebm.space.max_length)
         if looks_at_all(ebm):
             continue
         if find_machines(ebm) is None:
@@ -306,41 +304,32 @@ def check_folders(out: Path, runs: Sequence[Path]) -> None:
 
 
 def _run_all(plan: Plan, out: Path, todo: list[Job], workers: int) -> tuple[Rows, list[str]]:
-    write_text(out / PLAN, json.dumps(asdict(plan), indent=1) + "\n")
-    found: dict[int, Rows] = {}
+    # What is there is read before anything is trained: a run may be damaged, or another's.
+    found = {i: rows_of(job) for i, job in enumerate(todo) if finished(job)}
+    left = [i for i in range(len(todo)) if i not in found]
     failed: dict[int, str] = {}
-    waiting = list(range(len(todo)))
-    with ProcessPoolExecutor(workers, get_context("spawn"), _begin) as processes, _ends(processes):
-        running: dict[Future[Rows], int] = {}
-        while waiting or running:
-            while waiting and len(running) < workers:
-                i = waiting.pop(0)
-                running[processes.submit(measure, todo[i])] = i
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                i = running.pop(future)
-                try:
-                    found[i] = future.result()
-                except ValueError as error:
-                    if isinstance(error, RunError) and not isinstance(error, NonFiniteError):
-                        raise
-                    job = todo[i]
-                    failed[i] = f"{job.problem.label}, {job.agent}, seed {job.seed}: {error}"
-                else:
-                    write_rows(out / RESULTS, [row for k in sorted(found) for row in found[k]])
-                _say(todo[i], found.get(i, []), len(found) + len(failed), len(todo))
-    rows = [row for k in sorted(found) for row in found[k]]
-    return rows, [failed[k] for k in sorted(failed)]
+    write_text(out / PLAN, json.dumps(asdict(plan), indent=1) + "\n")
 
+    def written() -> Rows:
+        rows = [row for k in sorted(found) for row in found[k]]
+        if rows:
+            write_rows(out / RESULTS, rows)
+        return rows
 
-@contextmanager
-def _ends(processes: ProcessPoolExecutor) -> Iterator[None]:
-    """Let the workers end, with a checkpoint each, where this process is asked to."""
-    try:
-        yield
-    except Terminated:
-        for process in list((processes._processes or {}).values()):
-            process.terminate()
-        raise
+    with Workers(measure, workers) as processes:
+        for k, result in processes.each([todo[i] for i in left]):
+            i, job = left[k], todo[left[k]]
+            try:
+                found[i] = result()
+                written()
+            except (ValueError, Lost) as error:
+                if isinstance(error, RunError) and not isinstance(error, NonFiniteError):
+                    raise
+                failed[i] = f"{job.problem.label}, {job.agent}, seed {job.seed}: {error}"
+                if isinstance(error, Lost):
+                    failed[i] += "; the same command goes on with it"
+            _say(job, found.get(i, []), len(found) + len(failed), len(todo))
+    return written(), [failed[k] for k in sorted(failed)]
 
 
 def read_options(path: Path | None) -> dict[str, dict[str, Any]]:
@@ -358,17 +347,6 @@ def read_options(path: Path | None) -> dict[str, dict[str, Any]]:
     if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
         raise ValueError(f"{path} must hold {{agent: {{option: value}}}}")
     return found
-
-
-def _begin() -> None:
-    """One thread for each process, which Ctrl-C ends without a word of its own.
-
-    Where a terminal is closed the parent is told as well, and ends its processes.
-    """
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    for number in set(ENDS) - {signal.SIGTERM}:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _say(job: Job, rows: Rows, done: int, total: int) -> None:

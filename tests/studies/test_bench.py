@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import signal
 import subprocess
 import sys
 from itertools import pairwise
@@ -305,9 +304,28 @@ def test_what_a_killed_benchmark_was_writing_is_deleted(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.part"]
 
 
-def test_a_terminal_that_hangs_up_is_the_parents_affair(monkeypatch):
-    handlers = {}
-    monkeypatch.setattr(bench.signal, "signal", handlers.__setitem__)
-    monkeypatch.setattr(bench.torch, "set_num_threads", lambda threads: None)
-    bench._begin()
-    assert handlers == {signal.SIGINT: signal.SIG_DFL, signal.SIGHUP: signal.SIG_IGN}
+@pytest.mark.parametrize("spoilt", ["state.pt", "config.json", "metrics.csv"])
+def test_a_damaged_run_is_refused_before_anything_is_trained(spoilt, tmp_path, monkeypatch):
+    small = plan(agents=("grpo", "soft-q"), problems=(Problem("lookahead"),))
+    first = jobs(small, tmp_path)[0]
+    measure(first)
+    whole = (first.run / spoilt).read_bytes()
+    (first.run / spoilt).write_bytes(whole[: len(whole) // 2])
+    monkeypatch.setattr(bench, "Workers", lambda *_: pytest.fail("something was trained"))
+    with pytest.raises(RunError, match=spoilt):
+        run(small, tmp_path)
+
+
+def test_what_no_run_could_have_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "Workers", lambda *_: pytest.fail("something was trained"))
+    given = {
+        "seconds must be": {"seconds": math.nan},
+        "calls must be": {"calls": 2**63},
+        "grpo: lr must be": {"options": {"grpo": {"lr": math.nan}}},
+        "batch_size must be an integer": {"options": {"grpo": {"batch_size": 1.5}}},
+        "not enough memory": {"network": TransformerConfig(dim=2**24)},
+    }
+    for said, changed in given.items():
+        with pytest.raises(ValueError, match=said):
+            run(plan(agents=("grpo",), **({"options": {}} | changed)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
