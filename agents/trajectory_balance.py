@@ -21,7 +21,12 @@ from torch import Tensor
 
 from rl_ebm.agents.registry import AgentEntry
 from rl_ebm.agents.shared.grouped import GroupedAgent
-from rl_ebm.agents.shared.learner import check_group_size, group_ids, prompt_means
+from rl_ebm.agents.shared.learner import (
+    check_group_size,
+    check_nats,
+    group_ids,
+    prompt_means,
+)
 from rl_ebm.agents.shared.off_policy import OffPolicyOptions, fixed_point
 from rl_ebm.agents.shared.option_types import checked_options
 from rl_ebm.policies.scoring import q_values
@@ -43,8 +48,7 @@ class TrajectoryBalanceConfig(OffPolicyOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not abs(self.log_z_start) < float("inf"):
-            raise ValueError(f"log_z_start must be finite, got {self.log_z_start}")
+        check_nats("log_z_start", self.log_z_start)
         if self.log_z == "batch":
             check_group_size(self.group_size, self.batch_size)
         elif self.group_size is not None:

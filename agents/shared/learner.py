@@ -17,6 +17,8 @@ from rl_ebm.tokens import Batch
 
 WARMUP = 0.02
 """share of a run in which the learning rate rises to its peak"""
+MOST_NATS = 1e15
+"""of what is squared in float32"""
 EXTRA = 10.0
 """rate of what is learned beside the policy, over the policy's: log Z is no small number"""
 
@@ -35,6 +37,14 @@ def check_rates(lr: float | int, max_grad_norm: float | int) -> None:
     for name, value in (("lr", lr), ("max_grad_norm", max_grad_norm)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be a finite number > 0, got {value}")
+
+
+def check_nats(name: str, value: float | int) -> None:
+    """Raise ValueError unless its square is far within float32."""
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    if abs(value) > MOST_NATS:
+        raise ValueError(f"{name} must be within {MOST_NATS:g} nats of 0, got {value}")
 
 
 def check_batch_size(name: str, value: int) -> None:
@@ -171,8 +181,8 @@ def check_finite_weights(
     Args:
         teacher: the exact solution, where there is one: it knows more than the EBM.
     """
-    if forbidden_log_weight is not None and not math.isfinite(forbidden_log_weight):
-        raise ValueError(f"forbidden_log_weight must be finite, got {forbidden_log_weight}")
+    if forbidden_log_weight is not None:
+        check_nats("forbidden_log_weight", forbidden_log_weight)
     forbids = ebm.forbids or bool(forbids_of(teacher))
     if forbids and forbidden_log_weight is None:
         raise ValueError(

@@ -18,6 +18,7 @@ from rl_ebm.agents.names import ELSEWHERE, PREFERENCES, key, meant
 from rl_ebm.agents.path_consistency import path_consistency_loss
 from rl_ebm.agents.soft_q import n_step_returns
 from rl_ebm.cli import commands as cli
+from rl_ebm.policies import Transformer, TransformerConfig
 from rl_ebm.studies.bench import Plan, Problem
 
 # Names -------------------------------------------------------------------------------------------
@@ -144,6 +145,18 @@ def test_what_is_not_finite_is_refused_by_name(name, option, kinds):
     for value in (math.nan, math.inf, -math.inf, 10**400, -(10**400)):
         with pytest.raises(ValueError, match=option):
             build(name, **{option: value})
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_a_number_of_nats_that_float32_does_not_hold_is_refused_by_name(name):
+    space = rl_ebm.TokenSpace(3, 2)
+    ebm = rl_ebm.EBM(space, torch.randn(9, generator=torch.Generator().manual_seed(0)))
+    policy = Transformer(space, TransformerConfig(1, 1, 8, 8))
+    for option in ("forbidden_log_weight", "log_z_start"):
+        if option in {field.name for field in fields(AGENTS[name].config)}:
+            for value in (1e39, -1e39):
+                with pytest.raises(ValueError, match=f"{option} must be within"):
+                    AGENTS[name].agent(ebm, policy, build(name, **{option: value}))
 
 
 @pytest.mark.parametrize(("name", "option", "kinds"), NUMBERS)

@@ -310,10 +310,11 @@ def test_tokens_that_the_reference_forbids_are_replaced_too():
     assert float(agent.update(problem.batch(), 0.5)["losses/loss"]) < 1e-10
 
 
-@pytest.mark.parametrize("value", [-math.inf, math.nan])
-def test_what_stands_for_minus_infinity_is_finite(value):
+@pytest.mark.parametrize("value", [-math.inf, math.nan, -1e39, 1e300, -1.1e15])
+def test_what_stands_for_minus_infinity_is_finite_and_so_is_its_square(value):
     problem, config = case(KINDS[0]), SoftQConfig(forbidden_log_weight=value)
-    with pytest.raises(ValueError, match="forbidden_log_weight must be finite"):
+    said = "be within 1e\\+15 nats of 0" if math.isfinite(value) else "be finite"
+    with pytest.raises(ValueError, match=f"forbidden_log_weight must {said}"):
         SoftQAgent(problem.ebm, problem.table(), config)
 
 
