@@ -237,3 +237,44 @@ def test_a_preference(sampler):
         assert variance_of_one(case.flow, case.target) == pytest.approx(exact, rel=1e-9), name
         found = variance_of_group(case.flow, case.target, 4)
         assert found == pytest.approx(exact / 4, rel=1e-9)
+
+
+def with_square(log_pi, log_pi_old, log_ref, advantages, mask):
+    """A ratio, and k2: where a token is rare, its gradient is not as large as k3's."""
+    each = -(log_pi - log_pi_old).exp() * advantages + 0.2 * (log_ref - log_pi).square()
+    return ((each * mask).sum(1) / mask.sum(1)).mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("where", LAWS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_hundred_thousand_draws_vary_as_is_said(name, where, size):
+    """Groups are drawn, and each group's own gradient is taken, as a training step's would be."""
+    case = case_of(with_square, name, advantages="leave-one-out" if size > 1 else "centred")
+    theta = LAWS[where](case)
+    brute, count = Brute(case, theta), 100_000
+    rows = torch.multinomial(brute.law, count * size, True, generator=seeded(7)).view(count, size)
+    gain = brute.reward[rows] - brute.law @ brute.reward
+    if size > 1:
+        gain = (gain - gain.mean(1, keepdim=True)) * size / (size - 1)
+    mask = brute.mask.double()
+
+    def loss(leaf, rows, gain):
+        table = torch.log_softmax(leaf, 1)
+        log_pi = table[brute.states[rows], brute.tokens[rows]] * mask[rows]
+        gains = gain[:, None].expand(log_pi.shape) * mask[rows]
+        return with_square(log_pi, log_pi.detach(), brute.log_ref[rows], gains, mask[rows])
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0), chunk_size=10_000)
+    g = each(theta, rows, gain).flatten(1)
+    off = (g - g.mean(0)).square().sum(1)
+    error = float(off.std()) / math.sqrt(count)
+    found = (
+        variance_of_one(case.flow, theta)
+        if size == 1
+        else variance_of_group(case.flow, theta, size)
+    )
+    assert not isinstance(found, Interval)
+    assert float(off.mean()) == pytest.approx(found, abs=4 * error)
+    assert error < 0.05 * found
