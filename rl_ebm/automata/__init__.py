@@ -1,7 +1,7 @@
 """Weighted automata in log space: their products, and sums of exponentials."""
 
 from rl_ebm.automata import chains, counters, distances, phrases
-from rl_ebm.automata.logspace import Columns, log_matmul, segment_logsumexp
+from rl_ebm.automata.logspace import Columns, in_one, log_matmul, segment_logsumexp
 from rl_ebm.automata.machine import Machine, Reading, check_machine, deterministic, hidden
 from rl_ebm.automata.matrices import weighted
 from rl_ebm.automata.products import Product, minimise, product, row_sums
@@ -24,6 +24,7 @@ __all__ = [
     "distances",
     "from_tensors",
     "hidden",
+    "in_one",
     "log_matmul",
     "minimise",
     "patterns",

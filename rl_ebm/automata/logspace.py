@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 SAFE = 1e-280
 """a scaled sum below it may have lost terms to underflow, and is done again in logs"""
+AT_ONCE = 2**25
+"""terms of sums that a device other than a CPU makes at once"""
 _BLOCK = 2**22
 
 
@@ -44,6 +47,8 @@ def log_matmul(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"] | Columns) -> Fl
     the entry is computed again by logsumexp.
     """
     b = b if isinstance(b, Columns) else Columns.of(b)
+    if in_one(a.device, len(a), *b.log.shape):
+        return torch.logsumexp(a[:, :, None] + b.log, 1)
     top = finite(a.amax(1, keepdim=True))
     total = (a - top).exp() @ b.scaled
     again = total.new_empty(0, 2, dtype=torch.int64)
@@ -57,6 +62,14 @@ def log_matmul(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"] | Columns) -> Fl
         rows, columns = part.unbind(1)
         out[rows, columns] = torch.logsumexp(a[rows] + b.log[:, columns].T, 1)
     return out
+
+
+def in_one(device: torch.device, *sizes: int) -> bool:
+    """Whether sums of so many terms are made at once on a device: to ask what needs care waits.
+
+    A CPU is asked: it does not wait, and the product of matrices is much less work.
+    """
+    return device.type != "cpu" and math.prod(sizes) <= AT_ONCE
 
 
 def segment_logsumexp(

@@ -124,9 +124,8 @@ def tree_logits(
     tokens = tree.leaf_tokens
     leaf, column = tree.owner
     parts = []
-    for prompt in prompt_ids.tolist():
-        ids = torch.full((len(tokens),), prompt, device=tokens.device)
-        rows = policy.logits(tokens, ids)
+    for prompt in prompt_ids:
+        rows = policy.logits(tokens, prompt.repeat(len(tokens)))
         check_shape(rows, space)
         parts.append(rows[leaf, column])
     return torch.stack(parts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -132,7 +134,13 @@ class Uniform:
 
     def __init__(self, space: TokenSpace) -> None:
         check_space(space)
-        self.space = space
+        self.space, self.device = space, torch.device("cpu")
+
+    def to(self, device: torch.device | str) -> Uniform:
+        """The same, whose automaton is elsewhere."""
+        moved = Uniform(self.space)
+        moved.device = torch.device(device)
+        return moved
 
     def logits(
         self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"] | None = None
@@ -145,15 +153,19 @@ class Uniform:
         self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"] | None = None
     ) -> Float[Tensor, "B T"]:
         """log pi of tokens that are allowed, float64."""
-        constants = torch.tensor(self.log_ref_constants(), dtype=torch.float64)
-        return constants.to(tokens.device).expand(tokens.shape)
+        return _log_uniform(self.space, str(tokens.device)).expand(tokens.shape)
 
     @property
     def machine(self) -> Machine:
         """The automaton of every position but a last one that is forced."""
-        return uniform_machine(self.space)
+        return uniform_machine(self.space).to(self.device)
 
     def log_ref_constants(self) -> list[float]:
         """log pi of every allowed action by depth: what makes solving cheap."""
-        counts = self.space.action_mask().sum(1)
-        return (-counts.double().log()).tolist()
+        return _log_uniform(self.space, "cpu").tolist()
+
+
+# Cached by device: a GPU would be waited for while it is copied.
+@lru_cache(maxsize=64)
+def _log_uniform(space: TokenSpace, device: str) -> Float[Tensor, "T"]:
+    return (-space.action_mask().sum(1).double().log()).to(device)

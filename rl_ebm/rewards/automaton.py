@@ -298,7 +298,10 @@ class Automaton:
         machine = self.machine
         state = machine.begin(prompt_ids)
         out = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
-        for t in range(int(lengths.max()) if len(tokens) else 0):
+        width = tokens.shape[1]
+        if len(tokens) and tokens.device.type == "cpu":  # elsewhere to look would wait
+            width = int(lengths.max())
+        for t in range(width):
             out = torch.where(lengths == t + 1, machine.total(state, tokens[:, t]), out)
             state = machine.read(state, tokens[:, t])
         return out

@@ -20,7 +20,14 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rl_ebm.automata import Columns, Machine, log_matmul, product, segment_logsumexp
+from rl_ebm.automata import (
+    Columns,
+    Machine,
+    in_one,
+    log_matmul,
+    product,
+    segment_logsumexp,
+)
 from rl_ebm.tokens import TokenSpace
 
 _BLOCK = 2**23
@@ -166,6 +173,8 @@ def q_rows(
     if machine.num_hidden == 1:
         following = values.after[t[:, None] + 1, 0, machine.next[k].long()]
         q = log_alpha + machine.log_weight[k] + following
+    elif in_one(k.device, len(k), machine.num_hidden, machine.vocab_size):
+        q = _each_target(values, machine.next[k].long(), t, log_alpha) + machine.log_weight[k]
     else:
         q = torch.empty(len(k), machine.vocab_size, dtype=torch.float64, device=k.device)
         for state in torch.unique(k).tolist():
@@ -177,6 +186,14 @@ def q_rows(
         q.masked_fill_(last, -torch.inf)
         q[:, space.eos_id] = torch.logsumexp(log_alpha + ends, 1)
     return q
+
+
+def _each_target(
+    values: Values, target: Tensor, t: Int64[Tensor, "n"], log_alpha: Float[Tensor, "n H"]
+) -> Float[Tensor, "n A"]:
+    """Token by token: where each leads, (A,) or (n, A), and the sum over hidden states there."""
+    x = values.after[t[:, None] + 1, :, target] + values.machine.log_emission.T
+    return torch.logsumexp(log_alpha[:, None] + x, 2)
 
 
 def _rows_of_state(values: Values, state: int, t: Tensor, log_alpha: Tensor) -> Tensor:
@@ -192,8 +209,7 @@ def _rows_of_state(values: Values, state: int, t: Tensor, log_alpha: Tensor) -> 
         q = torch.empty(n, a, dtype=torch.float64, device=t.device)
         target = machine.next[state].long()
         for rows in torch.arange(n, device=t.device).split(max(1, _BLOCK // (h * a))):
-            x = values.after[t[rows, None] + 1, :, target] + machine.log_emission.T
-            q[rows] = torch.logsumexp(log_alpha[rows, None] + x, 2) + weight
+            q[rows] = _each_target(values, target, t[rows], log_alpha[rows]) + weight
         return q
     # EOS in EOS mode is of no edge; the caller fills it in.
     sizes = torch.bincount(edges.of_token[state], minlength=high + 1)[low:high]
