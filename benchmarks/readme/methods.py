@@ -24,7 +24,8 @@ from benchmarks.support.machine import describe
 from benchmarks.support.runs import geometric_bracket
 from rl_ebm.agents import AGENTS
 from rl_ebm.networks.backbone import TransformerConfig
-from rl_ebm.studies.bench import Plan, Problem, read_options, run
+from rl_ebm.studies.bench import Plan, Problem, run
+from rl_ebm.studies.bench_options import read_options
 from rl_ebm.studies.bench_report import targets, write_report
 from rl_ebm.studies.bench_rows import RANKED, Rows, last_of, samples_of
 from rl_ebm.studies.bench_rows import RESULTS as CSV

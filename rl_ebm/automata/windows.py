@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rl_ebm.automata.machine import Machine, deterministic
+from rl_ebm.messages.memory import check_fits
 from rl_ebm.messages.words import bytes_text, count_text
 
 MAX_TABLE = 2**26
@@ -26,6 +27,8 @@ def check_size(states: int, vocab_size: int, what: str, instead: str) -> None:
             f"{what} needs {count_text(states)} states over {vocab_size:,} tokens "
             f"({bytes_text(12 * states * vocab_size)}), which are too many: {instead}"
         )
+    if states * vocab_size > 2**20:  # less is not worth a look at what is free
+        check_fits(48 * states * vocab_size, what, instead)
 
 
 def check_window(order: int, vocab_size: int, what: str, instead: str) -> None:

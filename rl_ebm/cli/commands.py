@@ -40,13 +40,15 @@ from rl_ebm.policies import Policy, log_prob, sample
 from rl_ebm.statistics.interval import Interval
 from rl_ebm.studies import frameworks
 from rl_ebm.studies.audit import audit, to_json, to_text
-from rl_ebm.studies.bench import Plan, Problem, read_options
+from rl_ebm.studies.bench import Plan, Problem
 from rl_ebm.studies.bench import run as bench
+from rl_ebm.studies.bench_options import read_options
 from rl_ebm.studies.bench_report import write_report
 from rl_ebm.studies.diagnose import diagnose
 from rl_ebm.training.config import TrainConfig
 from rl_ebm.training.directory import CERTIFICATE, REPORT, decode, load, read_config
 from rl_ebm.training.run import resume, train
+from rl_ebm.training.stopping import Terminated
 from rl_ebm.verification.sampled_report import AnyReport
 from rl_ebm.verification.verify import verify
 
@@ -152,8 +154,8 @@ def run_verify(args: Sequence[str]) -> int:
         )
         # A report that was exact stays: perhaps only memory is short today.
         path = a.run / CERTIFICATE
+    print(report, flush=True)  # before it is written: the folder may be another's
     write_text(path, json.dumps(report.to_dict(), indent=1) + "\n")
-    print(report)
     print(f"\nwritten: {printable(str(path))}")
     return 0 if a.max_kl is None else _gate(report.kl_target_policy, a.max_kl)
 
@@ -241,8 +243,6 @@ def run_audit(args: Sequence[str]) -> int:
 def run_diagnose(args: Sequence[str]) -> int:
     """Split a run's error into objective, capacity and optimisation, and say what to mend."""
     a = _parse(Diagnose, args)
-    if not a.seconds > 0:
-        raise ValueError(f"--seconds must be > 0, got {a.seconds}")
     found = diagnose(a.run, a.seconds)
     print(json.dumps(found.to_dict(), indent=1) if a.json else found)
     return 0
@@ -252,8 +252,8 @@ def run_bench(args: Sequence[str]) -> int:
     """Compare agents on tasks under one budget of reward calls; write a report."""
     a = _parse(Bench, args)
     if not 1 <= a.seeds <= 10_000 or a.workers < 1:
-        wrong = f"{a.seeds} and {a.workers}"
-        raise ValueError(f"--seeds must be in [1, 10000] and --workers >= 1, got {wrong}")
+        told = f"--seeds must be in [1, 10000] and --workers >= 1, got {a.seeds} and {a.workers}"
+        raise ValueError(told)
     plan = Plan(
         tuple(a.agents.split(",")),
         tuple(Problem(name, a.beta, a.task_seed) for name in a.tasks.split(",")),
@@ -266,9 +266,9 @@ def run_bench(args: Sequence[str]) -> int:
     )
     try:
         rows, failed = bench(plan, a.out, a.workers)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated) as stop:
         parsing.fail("stopped; the same command goes on with what is left")
-        return 130
+        return int(stop.code or 0) if isinstance(stop, Terminated) else 130
     if not rows:
         raise ValueError(f"every run failed: {'; '.join(failed)}")
     print(write_report(plan, rows, a.out, failed))

@@ -46,7 +46,9 @@ def exit_code(command: Callable[[], int]) -> int:
 def out_of_memory(text: str) -> str:
     """A sentence in the place of what an allocator says."""
     asked = re.search(r"tried to allocate (\d+) bytes", text)
+    array = re.search(r"Unable to allocate ([\d.]+) ?(\w+) for an array", text)  # numpy
     once = f": {bytes_text(int(asked[1]))} at once" if asked else ""
+    once = f": {array[1].rstrip('.')} {array[2]} at once" if array else once
     return f"not enough memory for these sizes{once}; make them smaller"
 
 
@@ -64,7 +66,8 @@ def _told(command: Callable[[], int]) -> int:
             raise  # of standard output
         return fail(f"{error.strerror or error}: {error.filename}")
     except MemoryError as error:
-        return fail(str(error) or out_of_memory(""))
+        own = not str(error) or "for an array" in str(error)
+        return fail(out_of_memory(str(error)) if own else str(error))
     except torch.OutOfMemoryError as error:
         return fail(out_of_memory(str(error)))
     except (ValueError, TypeError) as error:

@@ -21,7 +21,7 @@ from rl_ebm.agents.shared.batch_size import START
 from rl_ebm.ebm import EBM
 from rl_ebm.envs import TASKS, make_task
 from rl_ebm.exact import find_machines, solve
-from rl_ebm.files import RunError, check_folder, parts, write_text
+from rl_ebm.files import RunError, check_folder, check_regular, own_files, parts, write_text
 from rl_ebm.files.lock import only_one
 from rl_ebm.files.tensors import holds
 from rl_ebm.messages.arguments import WrongTypeError, shown
@@ -36,13 +36,23 @@ from rl_ebm.studies.seeds import between
 from rl_ebm.studies.workers import Lost, Workers
 from rl_ebm.training.checkpoint import outline
 from rl_ebm.training.config import UNDRAWN, TrainConfig, check_limits
-from rl_ebm.training.directory import CONFIG, METRICS, SCORES, STATE, describe_ebm, read_config
+from rl_ebm.training.directory import (
+    CONFIG,
+    METRICS,
+    SCORES,
+    STATE,
+    check_free,
+    describe_ebm,
+    load,
+    read_config,
+)
 from rl_ebm.training.loop import MAX_EVALUATED, NonFiniteError, looks_at_all
 from rl_ebm.training.run import resume, train
 from rl_ebm.training.run_policy import network_config
 from rl_ebm.training.stopping import ending_raises
 
 PLAN = "plan.json"
+REPORT = "report.md"
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,11 @@ class Problem:
     def label(self) -> str:
         """Its name in tables and folders."""
         return self.name if self.name in TASKS else Path(self.name).stem
+
+    @property
+    def picture(self) -> str:
+        """The file of its curves."""
+        return f"{self.label}.png"
 
     def make(self) -> tuple[EBM, dict[str, Any]]:
         """The EBM, and where it is from; the reference is uniform where a task has none."""
@@ -205,6 +220,20 @@ def measure(job: Job) -> Rows:
     return rows_of(job)
 
 
+def _check_begun(job: Job) -> None:
+    """Check what there is of a run, before any other is trained.
+
+    Raises:
+        RunError: it is damaged, another's, or something else is in its place.
+    """
+    if not (job.run / CONFIG).exists():
+        check_free(job.run, overwrite=False)
+    elif not finished(job):
+        own_files(job.run)
+        if (job.run / STATE).exists():
+            load(job.run)
+
+
 def finished(job: Job) -> bool:
     """Whether the run is there, and complete.
 
@@ -287,8 +316,13 @@ def run(plan: Plan, out: Path, workers: int = 2) -> tuple[Rows, list[str]]:
     todo = jobs(plan, out)
     with only_one(out), ending_raises():
         check_folders(out, [job.run for job in todo])
-        for part in parts(out, (PLAN, RESULTS)):  # of a benchmark that was killed
+        written = (PLAN, RESULTS, REPORT, *(problem.picture for problem in plan.problems))
+        for name in written:
+            check_regular(out / name)
+        for part in parts(out, written):  # of a benchmark that was killed
             part.unlink()
+        for job in todo:
+            _check_begun(job)
         return _run_all(plan, out, todo, workers)
 
 
@@ -330,23 +364,6 @@ def _run_all(plan: Plan, out: Path, todo: list[Job], workers: int) -> tuple[Rows
                     failed[i] += "; the same command goes on with it"
             _say(job, found.get(i, []), len(found) + len(failed), len(todo))
     return written(), [failed[k] for k in sorted(failed)]
-
-
-def read_options(path: Path | None) -> dict[str, dict[str, Any]]:
-    """Options of agents from a JSON file.
-
-    Raises:
-        ValueError: it is no such file.
-    """
-    if path is None:
-        return {}
-    try:
-        found: Any = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error})") from None
-    if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
-        raise ValueError(f"{path} must hold {{agent: {{option: value}}}}")
-    return found
 
 
 def _say(job: Job, rows: Rows, done: int, total: int) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import matplotlib
 import torch
@@ -16,9 +18,10 @@ from rl_ebm.agents import entry_of
 from rl_ebm.ebm import EBM
 from rl_ebm.exact import lists, solve, summarise
 from rl_ebm.exact.dispatch import TooLargeError
-from rl_ebm.messages.words import count_text
+from rl_ebm.files import write_atomically
+from rl_ebm.messages.words import count_text, printable
 from rl_ebm.studies.audit import is_target
-from rl_ebm.studies.bench import Plan, Problem
+from rl_ebm.studies.bench import REPORT, Plan, Problem
 from rl_ebm.studies.bench_rows import (
     BENCHED,
     RANKED,
@@ -53,10 +56,12 @@ def write_report(plan: Plan, rows: Rows, out: Path, failed: Sequence[str] = ()) 
     for problem in plan.problems:
         mine = [row for row in rows if row["task"] == problem.label]
         figure = picture(plan, problem, mine)
-        name = f"{problem.label}.png"
-        figure.savefig(out / name, dpi=110)
-        parts = [f"## {problem.label}", *estimated(problem, mine), table(plan, problem, mine)]
-        sections.append("\n\n".join([*parts, f"![{problem.label}]({name})"]))
+        drawn = BytesIO()
+        figure.savefig(drawn, dpi=110, format="png")
+        write_atomically(out / problem.picture, _writer(drawn.getvalue()))
+        label = printable(problem.label)
+        parts = [f"## {label}", *estimated(problem, mine), table(plan, problem, mine)]
+        sections.append("\n\n".join([*parts, f"![{label}]({printable(problem.picture)})"]))
     budget = f"{plan.calls:,} responses scored"
     if plan.seconds is not None:
         budget += f", at most {plan.seconds:g} s"
@@ -76,10 +81,14 @@ def write_report(plan: Plan, rows: Rows, out: Path, failed: Sequence[str] = ()) 
         ]
     )
     if failed:
-        lines = "\n".join(f"- {line}" for line in failed)
+        lines = "\n".join(f"- {printable(line)}" for line in failed)
         text += f"\n\n**Failed runs**, which count nowhere above:\n\n{lines}"
-    write_text(out / "report.md", text + "\n")
+    write_text(out / REPORT, text + "\n")
     return text
+
+
+def _writer(data: bytes) -> Callable[[BinaryIO], object]:
+    return lambda file: file.write(data)
 
 
 def estimated(problem: Problem, rows: Rows) -> list[str]:
@@ -200,7 +209,7 @@ def picture(plan: Plan, problem: Problem, rows: Rows) -> Figure:
     for axes, label in ((by_calls, "responses scored"), (by_seconds, "trained seconds")):
         axes.set(yscale="log", xlabel=label, ylabel=told)
         axes.grid(alpha=0.3)
-    by_calls.set_title(f"{problem.label}, beta = {problem.beta:g}: one line a seed")
+    by_calls.set_title(f"{printable(problem.label)}, beta = {problem.beta:g}: one line a seed")
     pareto.legend(fontsize=7)
     return figure
 

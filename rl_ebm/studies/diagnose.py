@@ -140,7 +140,7 @@ def diagnose(run: str | Path, seconds: float = 60.0, examples: int = 5) -> Diagn
     if not isinstance(run, (str, os.PathLike)):
         raise TypeError(f"run must be the path of a run's folder, got {shown(run)}")
     run = Path(run)
-    seconds, examples = finite("seconds", seconds, 0.0), whole("examples", examples, 0)
+    seconds, examples = finite("seconds", seconds, 0.0, above=True), whole("examples", examples, 0)
     config = read_config(run)
     with damage_told(run / CONFIG):
         entry, options = agent_of_run(config)

@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection, get_context, parent_process
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Generic, NoReturn, TypeVar
 
 import torch
 
@@ -72,18 +72,19 @@ class Workers(Generic[J, R]):
                 self.running[pool.submit(_done, self.work, jobs[i])] = i, pool
             for future in wait(self.running, return_when=FIRST_COMPLETED).done:
                 i, pool = self.running.pop(future)
-                lost = isinstance(future.exception(), BrokenProcessPool)
-                if lost:
+                result: Callable[[], R] = future.result
+                if isinstance(future.exception(), BrokenProcessPool):
+                    result = _lost
                     pool.shutdown()
                 else:
                     self.idle.append(pool)
-                yield i, _lost if lost else future.result
+                yield i, result
 
     def _new(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(1, get_context("spawn"), _begin)
 
 
-def _lost() -> R:
+def _lost() -> NoReturn:
     raise Lost("its process was killed, as by a machine that is short of memory")
 
 

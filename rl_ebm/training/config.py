@@ -52,6 +52,8 @@ class TrainConfig:
             object.__setattr__(self, name, value)
         if every < 1:
             raise ValueError(f"log_every must be >= 1, got {every}")
+        if every >= 2**63:
+            raise ValueError(f"log_every must be below 2**63, got {shown(every)}")
         for name in ("eval_every", "checkpoint_every"):
             value = getattr(self, name)
             if not (is_number(value) and value > 0):

@@ -29,7 +29,7 @@ from rl_ebm.training.directory import cut_back, load_weights, remove_parts
 from rl_ebm.training.metrics_csv import MetricsFile
 from rl_ebm.training.pace import Pace
 from rl_ebm.training.reward_calls import calls_of
-from rl_ebm.training.saved_state import check_state
+from rl_ebm.training.saved_state import check_moments, check_state
 from rl_ebm.training.stopping import Asked, Interrupted, stops_between_steps
 from rl_ebm.verification.along_samples import samples_at
 from rl_ebm.verification.sampled_report import AnyReport, SampledReport
@@ -367,6 +367,7 @@ class Trainer:
             state = load_state(path, self.ebm.device, partial(check_state, run=self))
             load_weights(self.agent.policy, state["policy"], path)
             self.agent.load_state_dict(state["agent"])
+            check_moments(self.agent.learner.optimizer, state["step"], path)
             # A generator's state lives on the CPU, whatever its device.
             self.generator.set_state(state["generator"].cpu())
         except RunError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,11 @@ from rl_ebm.files import STATE, RunError, only_one
 from rl_ebm.training.checkpoint import Stored
 
 _ADAM = {"step", "exp_avg", "exp_avg_sq"}
+_FILLED_IN = {
+    "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused",
+    "decoupled_weight_decay",
+}  # fmt: skip
+"""of a group of parameters: what torch fills in where an older version had not saved it"""
 
 
 class MisfitError(ValueError):
@@ -156,6 +162,8 @@ def _check_group(saved: Any, fresh: dict[str, Any], path: str) -> None:
     if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 <= lr < math.inf:
         raise MisfitError(f"{path} has no learning rate")
     for name in fresh.keys() - {"params", "lr"}:
+        if name not in saved and name not in _FILLED_IN:
+            raise MisfitError(f"{path} has no {name}")
         if name in saved and (isinstance(saved[name], Stored) or saved[name] != fresh[name]):
             raise MisfitError(f"{path} has another {name}")
 
@@ -166,5 +174,32 @@ def _check_moments(moments: dict[Any, Any], parameter: Tensor, path: str) -> Non
             _check_tensor(value, torch.zeros(()), (), f"{path}.step")
         elif isinstance(value, Stored):
             _check_tensor(value, parameter, tuple(parameter.shape), f"{path}.{name}")
+            if _strides(value) != _strides(parameter):  # fused Adam walks over both as over one
+                raise MisfitError(f"{path}.{name} is laid out otherwise than its parameter")
         elif name in _ADAM:
             raise MisfitError(f"{path}.{name} is no tensor")
+
+
+def _strides(x: Stored | Tensor) -> list[int]:
+    """Of the dimensions that have more than one entry: the others' mean nothing."""
+    strides = x.stride if isinstance(x, Stored) else x.stride()
+    return [stride for stride, size in zip(strides, x.shape, strict=True) if size > 1]
+
+
+def check_moments(optimizer: torch.optim.Optimizer, step: int, path: Path) -> None:
+    """Check the numbers of an optimiser that was loaded: some no training leaves.
+
+    Args:
+        step: how many its run has made.
+        path: of the checkpoint.
+
+    Raises:
+        RunError: there are no moments, one is NaN, or a second one or a count is negative.
+    """
+    if step and not optimizer.state:
+        raise RunError(f"{path} is damaged: after {step:,} steps its optimiser has no moments")
+    for moments in optimizer.state.values():
+        for name, value in moments.items():
+            least = -math.inf if name == "exp_avg" else 0.0
+            if isinstance(value, Tensor) and not bool((value >= least).all()):
+                raise RunError(f"{path} is damaged: {name} of its optimiser is NaN, or negative")

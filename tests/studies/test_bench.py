@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_cases import OPTIONS, plan
 from toy_policies import seeded
 
 import rl_ebm
@@ -19,35 +20,20 @@ from benchmarks.readme import methods, tune
 from rl_ebm.agents import AGENTS
 from rl_ebm.cli import commands as cli
 from rl_ebm.fixed_points import boundary
-from rl_ebm.policies import Tabular, TransformerConfig, Uniform
-from rl_ebm.studies import bench
+from rl_ebm.policies import Tabular, Uniform
 from rl_ebm.studies import seeds as intervals
-from rl_ebm.studies.bench import Plan, Problem, finished, jobs, measure, rows_of, run
+from rl_ebm.studies.bench import Problem, finished, jobs, measure, rows_of, run
 from rl_ebm.studies.bench_report import frontier, targets, write_report
 from rl_ebm.studies.bench_rows import last_of
 from rl_ebm.training.checkpoint import RunError
 from rl_ebm.training.directory import load
 
 ROOT = Path(__file__).parents[2]
-TINY = TransformerConfig(layers=1, heads=1, dim=8, hidden=8)
-OPTIONS = {"soft-q": {"batch_size": 64}, "grpo": {"batch_size": 32, "group_size": 4}}
 
 
 @pytest.fixture(autouse=True)
 def short_flows(monkeypatch):
     monkeypatch.setattr(boundary, "STEPS", 60)
-
-
-def plan(**changes):
-    fields = {
-        "agents": ("soft-q", "grpo"),
-        "problems": (Problem("lookahead"), Problem("star", beta=0.5)),
-        "seeds": (0, 1),
-        "calls": 256,
-        "network": TINY,
-        "options": OPTIONS,
-    }
-    return Plan(**(fields | changes))
 
 
 @pytest.mark.slow
@@ -294,38 +280,3 @@ def test_a_table_with_impossible_responses_is_reported(tmp_path):
     assert known == {"best-of-n": None, "vargrad": True}
     assert intervals.interval([math.inf, 1.0]) == "∞"
     assert intervals.half_width([math.inf, 1.0]) == math.inf
-
-
-def test_what_a_killed_benchmark_was_writing_is_deleted(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "_run_all", lambda plan, out, todo, workers: ([], []))
-    (tmp_path / "results.csv.0a1b2c3d.part").write_text("x")
-    (tmp_path / "thesis.part").write_text("x")
-    bench.run(plan(problems=(Problem("lookahead"),)), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.part"]
-
-
-@pytest.mark.parametrize("spoilt", ["state.pt", "config.json", "metrics.csv"])
-def test_a_damaged_run_is_refused_before_anything_is_trained(spoilt, tmp_path, monkeypatch):
-    small = plan(agents=("grpo", "soft-q"), problems=(Problem("lookahead"),))
-    first = jobs(small, tmp_path)[0]
-    measure(first)
-    whole = (first.run / spoilt).read_bytes()
-    (first.run / spoilt).write_bytes(whole[: len(whole) // 2])
-    monkeypatch.setattr(bench, "Workers", lambda *_: pytest.fail("something was trained"))
-    with pytest.raises(RunError, match=spoilt):
-        run(small, tmp_path)
-
-
-def test_what_no_run_could_have_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "Workers", lambda *_: pytest.fail("something was trained"))
-    given = {
-        "seconds must be": {"seconds": math.nan},
-        "calls must be": {"calls": 2**63},
-        "grpo: lr must be": {"options": {"grpo": {"lr": math.nan}}},
-        "batch_size must be an integer": {"options": {"grpo": {"batch_size": 1.5}}},
-        "not enough memory": {"network": TransformerConfig(dim=2**24)},
-    }
-    for said, changed in given.items():
-        with pytest.raises(ValueError, match=said):
-            run(plan(agents=("grpo",), **({"options": {}} | changed)), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
