@@ -1,5 +1,9 @@
 """On a GPU the same numbers as on the CPU, and steps that do not wait for it."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -49,8 +53,21 @@ def test_certificates_hold_there_too(case, values):
         assert got.kl_policy_target.low <= want.kl_policy_target <= got.kl_policy_target.high
 
 
+@contextmanager
+def no_waits() -> Iterator[None]:
+    """Fail where the card is waited for; PyTorch warns that it may not see all of these."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Ss]ynchronization debug mode")
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            yield
+        finally:  # whatever happens: it would stay on for every later test
+            torch.cuda.set_sync_debug_mode("default")
+
+
+# What keeps a tree by what was drawn asks how much that is.
 @pytest.mark.parametrize("case", range(3))
-@pytest.mark.parametrize("agent", AGENTS)
+@pytest.mark.parametrize("agent", sorted(AGENTS.keys() - {"tree-backup"}))
 def test_every_agent_trains_there_without_waiting(agent, case):
     ebm = list(ebms())[case].to("cuda")
     entry = AGENTS[agent]
@@ -63,11 +80,8 @@ def test_every_agent_trains_there_without_waiting(agent, case):
         return made.update(None if batch is None else ebm.score(batch), 0.5)
 
     step()  # what is made once may wait
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         metrics = step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(metrics["losses/loss"])
 
 
