@@ -23,6 +23,8 @@ from rl_ebm.studies.frameworks.rows import Case, FrameworkError, Row, Rows, quie
 from rl_ebm.studies.frameworks.same import Seen
 from rl_ebm.studies.losses.audit import audit_loss
 from rl_ebm.studies.losses.contract import LossError
+from rl_ebm.studies.losses.responses import responses_of
+from rl_ebm.studies.problems import problems
 
 FRAMEWORKS: dict[str, tuple[Rows, ...]] = {
     "trl": (
@@ -78,7 +80,7 @@ def audited(
     case = case_of(solution)
     with quiet():
         rows = [row for make in FRAMEWORKS[name] for row in make(case) if only is None or only(row)]
-    seen = Seen(solution.space)
+    seen = Seen(tuple(responses_of(problem) for problem in problems(solution)))
     for row in rows:
         with quiet():
             line = _line(name, version, row, solution, seen)
