@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from card import NAME, Card, DeviceError, Generator, register
+from card import AVAILABLE, NAME, Card, DeviceError, Generator, register
 from toy_policies import seeded
 from verify_cases import assert_same
 
@@ -24,6 +24,9 @@ from rl_ebm.policies import (
 )
 from rl_ebm.rewards import parse_reward
 
+pytestmark = pytest.mark.skipif(
+    not AVAILABLE, reason="this PyTorch knows no devices that are written in Python"
+)
 SMALL = TransformerConfig(layers=1, heads=2, dim=16, hidden=16)
 FIXED, ENDS = rl_ebm.TokenSpace(3, 4), rl_ebm.TokenSpace(3, 4, eos_id=0)
 LARGE = rl_ebm.TokenSpace(5, 30, eos_id=0)

@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 
 aten = torch.ops.aten
 NAME = "card"
+AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+"""whether PyTorch can be told of one: a private function, of the newer releases"""
 WAITS = {
     "_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "_unique",
     "unique_consecutive", "is_nonzero", "equal", "repeat_interleave", "bincount", "nonzero_static",
