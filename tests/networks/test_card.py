@@ -121,15 +121,12 @@ def figures(ebm, device):
     return numbers | report.to_dict() | {"certified": certified.to_dict()}
 
 
-FAST = ("table", "table, prompts", "all allowed", "automaton, HMM")
-
-
-def cases(names):
+def cases(names, fast):
     """Of which all but a few are slow."""
-    return [pytest.param(x, marks=() if x in FAST else pytest.mark.slow) for x in names]
+    return [pytest.param(x, marks=() if x in fast else pytest.mark.slow) for x in names]
 
 
-@pytest.mark.parametrize("name", cases(EBMS))
+@pytest.mark.parametrize("name", cases(EBMS, ("all allowed", "automaton, HMM")))
 def test_what_is_solved_and_verified_there_is_what_is_here(name):
     ebm = ebm_of(name)
     want = figures(ebm, "cpu")
@@ -161,7 +158,7 @@ WAITING = ("tree-backup",)
 
 
 @pytest.mark.parametrize("agent", AGENTS)
-@pytest.mark.parametrize("name", cases(STEPPED))
+@pytest.mark.parametrize("name", cases(STEPPED, ("all allowed",)))
 def test_a_step_of_an_agent_waits_for_nothing_there_and_learns_the_same(name, agent):
     ebm = ebm_of(name)
     want = [float(loss) for loss in steps(agent, ebm, "cpu")]
