@@ -256,22 +256,26 @@ class Accumulator:
         order = linf.sort(dim=1, descending=True, stable=True).indices[:, :WORST]
         row = (order + torch.arange(len(order), device=order.device)[:, None] * linf.shape[1]).T
         places = row.flatten()
-        errors = linf.flatten()[places].tolist()
-        for place, error in zip(places.tolist(), errors, strict=True):
-            self._see(block, place, width, error, log_s_star, log_s, delta, kl_star)
+        columns = (linf.flatten(), log_s_star.exp(), log_s.exp(), kl_star)
+        # All in one: a GPU is waited for once, not for every number.
+        numbers = torch.stack([places.double(), *(x[places].double() for x in columns)], 1)
+        for place, *four in numbers.tolist():
+            self._see(block, int(place), width, four, delta)
 
     def _see(
         self,
         block: Block,
         place: int,
         width: int,
-        error: float,
-        log_s_star: Tensor,
-        log_s: Tensor,
+        numbers: Sequence[float],
         delta: Tensor,
-        kl_star: Tensor,
     ) -> None:
-        """One of the worst prefixes, where it is among those of its prompt (or of all)."""
+        """One of the worst prefixes, where it is among those of its prompt (or of all).
+
+        Args:
+            numbers: its error, its probability under target and policy, and its KL.
+        """
+        error, probability_target, probability_policy, kl = numbers
         prompt = self.prompts[place // width]
         index = block.start + place % width
         key = (error, -prompt, -self.space.state_offset(block.depth) - index)
@@ -281,10 +285,10 @@ class Accumulator:
         prefix = Prefix(
             prefix=self.space.prefixes(block.depth, index, index + 1)[0].tolist(),
             prompt_id=prompt,
-            probability_target=float(log_s_star[place].exp()),
-            probability_policy=float(log_s[place].exp()),
+            probability_target=probability_target,
+            probability_policy=probability_policy,
             delta=delta[place].tolist(),
-            kl=float(kl_star[place]),
+            kl=kl,
         )
         (heapq.heappush if len(heap) < WORST else heapq.heappushpop)(heap, (*key, prefix))
 
