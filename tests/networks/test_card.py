@@ -179,8 +179,8 @@ MOST = {
     "sampled-teacher": 455, "on-policy-distillation": 590, "dpo": 475, "ipo": 455,
     "teacher-forcing": 430, "exact": 430,
 }  # fmt: skip
-"""operations of a step, A = 4, T = 3, one layer, about 6 % above what there are: each is a launch
-on a GPU, and 500 to 2,000 of them kept one busy for 5 % of the time"""
+"""operations of a step, A = 4, T = 3, one layer, about 6 % above what there are; of an agent that is
+not here at most 2,000. Each is a launch on a GPU: 500 to 2,000 kept one busy for 5 % of the time"""
 
 
 @pytest.mark.parametrize("agent", AGENTS)
@@ -191,7 +191,7 @@ def test_a_step_has_no_more_operations_than_it_had(agent):
         next(begun)
         before = card.operations
         next(begun)
-        assert card.operations - before <= MOST[agent]
+        assert card.operations - before <= MOST.get(agent, 2000)
 
 
 def test_the_card_sees_what_mixes_devices_and_what_waits():

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from tqdm import tqdm
+
 from rl_ebm.exact import Solution
 from rl_ebm.studies import audit as ours
 from rl_ebm.studies.frameworks import (
@@ -81,7 +83,8 @@ def audited(
     with quiet():
         rows = [row for make in FRAMEWORKS[name] for row in make(case) if only is None or only(row)]
     seen = Seen(tuple(responses_of(problem) for problem in problems(solution)))
-    for row in rows:
+    # On a terminal: a row may take many minutes.
+    for row in tqdm(rows, desc=name, unit="row", disable=None):
         with quiet():
             line = _line(name, version, row, solution, seen)
         yield line
