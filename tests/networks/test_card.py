@@ -179,8 +179,8 @@ MOST = {
     "sampled-teacher": 455, "on-policy-distillation": 590, "dpo": 475, "ipo": 455,
     "teacher-forcing": 430, "exact": 430,
 }  # fmt: skip
-"""operations of a step, A = 4, T = 3, one layer, about 6 % above what there are; of an agent that is
-not here at most 2,000. Each is a launch on a GPU: 500 to 2,000 kept one busy for 5 % of the time"""
+"""operations of a step, A = 4, T = 3, one layer, about 6 % above what there are; of an agent that
+is not here at most 2,000. Each is a launch on a GPU: 500 to 2,000 kept one busy for 5 % of the time"""
 
 
 @pytest.mark.parametrize("agent", AGENTS)
