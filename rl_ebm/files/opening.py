@@ -32,7 +32,7 @@ EVENTS = "events.out.tfevents.*"
 LOCK = "run.lock"
 FILES = (CONFIG, POLICY, STATE, SCORES, REPORT, CERTIFICATE, METRICS)
 
-_OWN_EVENTS = re.compile(r"events\.out\.tfevents\.\d{10}\..*\.\d+\.[0-9a-f]{8}")
+_OWN_EVENTS = re.compile(r"events\.out\.tfevents\.(\d{10})\..*\.\d+\.[0-9a-f]{8}")
 _PART = re.compile(r"(.+?)(\.[0-9a-f]{8})?\.part")
 # What Windows lacks is 0 there.
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -87,6 +87,13 @@ def own_files(run: Path) -> list[Path]:
 def own_events(run: Path) -> list[Path]:
     """Event files that a run has written: those of other writers have names without its ending."""
     return [path for path in sorted(run.glob(EVENTS)) if _OWN_EVENTS.fullmatch(path.name)]
+
+
+def begun(events: Path) -> int:
+    """When one of :func:`own_events` was begun, in seconds since 1970."""
+    found = _OWN_EVENTS.fullmatch(events.name)
+    assert found is not None
+    return int(found[1])
 
 
 def parts(folder: Path, names: Iterable[str] = (*FILES, EVENTS)) -> list[Path]:

@@ -24,6 +24,7 @@ from rl_ebm.files import (
     STATE,
     RunError,
     another_policy,
+    begun,
     cut,
     own_events,
     own_files,
@@ -51,8 +52,11 @@ Own = TypeVar("Own", bound=torch.nn.Module)
 def cut_back(run: Path, events: Mapping[str, int]) -> None:
     """Delete or cut what was written after a checkpoint, and what was said of its policy.
 
+    An event file that the checkpoint does not know, and that was begun before it, is another run's:
+    it stays.
+
     Args:
-        events: sizes of the event files at the checkpoint; others were begun after it.
+        events: sizes of the event files at the checkpoint.
 
     Raises:
         RunError: one of the run's files is no regular file; nothing has been touched.
@@ -61,10 +65,11 @@ def cut_back(run: Path, events: Mapping[str, int]) -> None:
     for name in (REPORT, CERTIFICATE):  # of a policy that goes on learning
         (run / name).unlink(missing_ok=True)
     remove_parts(run)
+    saved = (run / STATE).lstat().st_mtime if (run / STATE).exists() else 0.0
     for path in own_events(run):
         if path.name in events:
             cut(path, events[path.name])
-        else:
+        elif begun(path) >= int(saved):
             path.unlink()
 
 

@@ -203,6 +203,7 @@ def test_metrics_beyond_the_checkpoint_are_cut(whole, tmp_path):
     later = run / "events.out.tfevents.9999999999.after.checkpoint.7.0123abcd"
     later.write_bytes(b"junk")
     others = [run / f"events.out.tfevents.9999999999.host.7.{end}" for end in ("0", "0.v2", "123")]
+    others.append(run / "events.out.tfevents.1700000000.otherhost.1.deadbeef")  # another run's
     for path in others:
         path.write_bytes(b"mine")
     sizes = state["event_sizes"]
