@@ -64,26 +64,27 @@ def table(space, reference=None, prompts=None, forbids=True):
     return rl_ebm.EBM(space, scores, 0.8, reference, prompts)
 
 
+# By kind: the space, and what makes one for it.
+REFERENCES = {
+    "none": (FIXED, lambda space: None),
+    "uniform": (ENDS, Uniform),
+    "tabular": (ENDS, tabular),
+    "n-gram": (ENDS, lambda space: fit_ngram(space, texts(space), order=2)),
+    "HMM": (ENDS, lambda space: fit_hmm(space, texts(space), 2, 5, generator=seeded(3))[0]),
+    "network": (FIXED, lambda space: Transformer(space, SMALL)),
+}
 EBMS = {
-    "table": lambda: table(FIXED),
-    "table, uniform": lambda: table(ENDS, Uniform(ENDS)),
-    "table, tabular": lambda: table(ENDS, tabular(ENDS)),
-    "table, n-gram": lambda: table(ENDS, fit_ngram(ENDS, texts(ENDS), order=2)),
-    "table, HMM": lambda: table(ENDS, fit_hmm(ENDS, texts(ENDS), 2, 5, generator=seeded(3))[0]),
-    "table, network": lambda: table(FIXED, Transformer(FIXED, SMALL)),
+    **{
+        f"{kind}, {name}": lambda make=make, of=of, space=space: make(space, of(space))
+        for kind, make in (("table", table), ("automaton", paid))
+        for name, (space, of) in REFERENCES.items()
+    },
     "table, prompts": lambda: table(FIXED, Uniform(FIXED), [[1], [2, 0]]),
     "all allowed": lambda: table(ENDS, Uniform(ENDS), forbids=False),
-    "automaton": lambda: paid(FIXED),
-    "automaton, uniform": lambda: paid(ENDS, Uniform(ENDS)),
-    "automaton, tabular": lambda: paid(ENDS, tabular(ENDS)),
-    "automaton, n-gram": lambda: paid(ENDS, fit_ngram(ENDS, texts(ENDS), order=2)),
-    "automaton, HMM": lambda: paid(ENDS, fit_hmm(ENDS, texts(ENDS), 2, 5, generator=seeded(3))[0]),
-    "automaton, network": lambda: paid(FIXED, Transformer(FIXED, SMALL)),
-    "automaton, large, uniform": lambda: paid(LARGE, Uniform(LARGE)),
-    "automaton, large, n-gram": lambda: paid(LARGE, fit_ngram(LARGE, texts(LARGE), order=2)),
-    "automaton, large, HMM": lambda: paid(
-        LARGE, fit_hmm(LARGE, texts(LARGE), 3, 5, generator=seeded(3))[0]
-    ),
+    **{
+        f"automaton, large, {name}": lambda name=name: paid(LARGE, REFERENCES[name][1](LARGE))
+        for name in ("uniform", "n-gram", "HMM")
+    },
     **{
         f"task {name}": lambda name=name: make_task(name)
         for name in rl_ebm.envs.TASKS
@@ -139,7 +140,7 @@ def test_what_is_solved_and_verified_there_is_what_is_here(name):
 
 
 def steps(agent, ebm, device, count=3):
-    """The losses of an agent's first steps, and a context for each but the first."""
+    """The losses of an agent's first steps, one after the other."""
     entry = AGENTS[agent]
     known = {field.name for field in fields(entry.config)}
     config = entry.config(**{"batch_size": 64} if "batch_size" in known else {})
