@@ -14,8 +14,7 @@ from rl_ebm.policies import Tabular
 from rl_ebm.studies.losses.audit import _point
 from rl_ebm.studies.losses.cases import Case, asked, cases_of
 from rl_ebm.studies.losses.distillation import Distillation
-from rl_ebm.studies.losses.flow import Limit
-from rl_ebm.studies.losses.limit import _Marks
+from rl_ebm.studies.losses.flow import Limit, Marks
 from rl_ebm.studies.losses.responses import normalised
 
 SCORES = torch.randn(3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -106,7 +105,7 @@ def test_what_is_left_is_as_it_came_by_what_is_left_of_the_motion() -> None:
     r = case.responses
     aim = torch.log_softmax(torch.tensor([[1.0, 0.0, -1.0]]).double(), 1)
     step = torch.tensor([[1e-3, 0.0, -1e-3]]).double()
-    marks = _Marks(r)
+    marks = Marks(r)
     for size in (1.0, 0.5, 0.1, 0.02, 0.01):
         marks.see(size, aim + size * step)
     assert [size for size, _ in marks.seen] == [1.0, 0.1, 0.01]
@@ -115,7 +114,7 @@ def test_what_is_left_is_as_it_came_by_what_is_left_of_the_motion() -> None:
     assert marks.known(end, 0.004).accuracy == pytest.approx(want, rel=1e-3)
     assert marks.known(replace(end, accuracy=0.5), 0.004).accuracy == 0.5
     assert marks.known(end, 0.0).accuracy == 0.0
-    assert _Marks(r).known(end, 0.004).accuracy == 0.0
+    assert Marks(r).known(end, 0.004).accuracy == 0.0
 
 
 def _squared(student: Tensor, teacher: Tensor, *_: Tensor) -> Tensor:

@@ -145,3 +145,28 @@ def test_nor_where_the_policy_itself_draws() -> None:
         asked(_hinge, "preference", "centred", "policy", None, 1, None, Pairs()), _solution()
     )
     assert case.flow.rest_on_kinks(case.start) is None
+
+
+def _root(kind: torch.dtype) -> Loss:
+    """DPO with the divergence whose derivative is -2 (ratio ** -0.5 - 1), in this precision."""
+
+    def loss(*log_p: Tensor) -> Tensor:
+        x, y, u, v = (z.to(kind) for z in log_p)
+        gap = 2 * (torch.exp(-0.5 * (y - v)) - torch.exp(-0.5 * (x - u)))
+        return -torch.nn.functional.logsigmoid(0.5 * gap).mean()
+
+    return loss
+
+
+@pytest.mark.parametrize("eos_id", [None, 0])
+def test_a_rest_in_float32_is_as_far_off_as_it_says(eos_id: int | None) -> None:
+    """A direction that is a hundred times slower is a hundred times further from its rest."""
+    exact, rough = (
+        audit_loss(_root(kind), _solution(eos_id), "preference", beyond=False)
+        for kind in (torch.float64, torch.float32)
+    )
+    assert exact.log_laws is not None
+    assert rough.log_laws is not None
+    assert exact.accuracy < 1e-10 < rough.accuracy < 1e-4
+    assert float(tv(exact.log_laws[0], rough.log_laws[0])) <= rough.accuracy
+    assert rough.how == "flow"

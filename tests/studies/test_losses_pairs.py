@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid
 import rl_ebm
 from rl_ebm.divergences import tv
 from rl_ebm.policies import Tabular
-from rl_ebm.studies.losses import pair_rests
+from rl_ebm.studies.losses import drawn_pairs
 from rl_ebm.studies.losses.contract import LossError
 from rl_ebm.studies.problems import problems
 
@@ -160,7 +160,7 @@ SLOW = pytest.mark.slow
 def test_a_mean_over_tokens_beside_one_over_pairs(pairs, monkeypatch):
     """-log sigmoid of the gap, and -log pi of the chosen one by token: the expected gradient by
     every log pi, a sum over pairs in Python, is a number times pi, however pairs make batches."""
-    monkeypatch.setattr(pair_rests, "PAIRS", pairs)
+    monkeypatch.setattr(drawn_pairs, "PAIRS", pairs)
     solution = solved()
 
     def loss(chosen, rejected, chosen_ref, rejected_ref, chosen_length, rejected_length):

@@ -27,7 +27,7 @@ from rl_ebm.studies.losses.kinds import (
 )
 from rl_ebm.studies.losses.limit import FLOW_STEPS, limit_from
 from rl_ebm.studies.losses.policy_gradient import LOWEST, PolicyGradient
-from rl_ebm.studies.losses.preference import Pairs
+from rl_ebm.studies.losses.preference import Pairs, Preference
 from rl_ebm.studies.losses.responses import Responses, normalised, responses_of
 from rl_ebm.studies.losses.way import decided
 from rl_ebm.studies.problems import problems
@@ -38,6 +38,8 @@ SAME = 1e-8
 """total variation, and share of the first D, up to which the EBM is what was found"""
 MOST_STEPS = 100
 """on one batch"""
+PAIR_STEPS = 40
+"""steps of the flow itself for losses of pairs, at most: the implicit ones go with it as well"""
 SLOW = 0.1
 """most that a logit moves in an update whose length is not given"""
 
@@ -208,7 +210,10 @@ def ended(
     """
     flow = in_units(case.flow if flow is None else flow)
     start = case.start if start is None else start
-    end = decided(flow, start, limit_from(flow, start, flow.rows.rough, plain))
+    rough = flow.rows.rough
+    if isinstance(flow, Preference):
+        plain = min(plain, PAIR_STEPS)
+    end = decided(flow, start, limit_from(flow, start, rough, plain), rough)
     return _told_apart(case, flow, end) if end.settled and bool(end.dead.any()) else end
 
 

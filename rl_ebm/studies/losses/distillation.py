@@ -72,7 +72,7 @@ class Distillation:
     def rest_near(self, theta: Tensor, rest: float) -> None:
         """The steps of :mod:`rl_ebm.studies.losses.limit` get there."""
 
-    def rest_on_kinks(self, theta: Tensor) -> None:
+    def rest_on_kinks(self, theta: Tensor, within: float = math.inf) -> None:
         """Those of :mod:`rl_ebm.studies.losses.way` do, state by state, or slides."""
 
     def field(self, theta: Float[Tensor, "S A"]) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -38,11 +38,14 @@ class Field(Protocol):
     def cost(self) -> int:
         """Rows that the loss is given for one field."""
 
-    def rest_near(self, theta: Tensor, rest: float) -> Tensor | None:
-        """Logits at rest, by a method of the kind's own; None where it has none, or it fails."""
+    def rest_near(self, theta: Tensor, rest: float) -> tuple[Tensor, float] | None:
+        """Logits at rest, and how far off in total variation, by a method of the kind's own.
 
-    def rest_on_kinks(self, theta: Tensor) -> tuple[Tensor, float] | None:
-        """The same where kinks meet, and how far off in total variation; None as there."""
+        None where it has none, or it fails.
+        """
+
+    def rest_on_kinks(self, theta: Tensor, within: float = math.inf) -> tuple[Tensor, float] | None:
+        """The same where kinks meet, within so many nats."""
 
     def field(self, theta: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -168,3 +171,30 @@ def finished(flow: Field, theta: Tensor, now: Direction, size: float, unit: floa
     size /= unit if unit > 0 else 1.0
     theta = theta.masked_fill(torch.isneginf(r.start) | now.lost, -torch.inf)
     return Limit(theta, r.log_law(normalised(theta, r.start)), now.lost, size)
+
+
+@dataclass
+class Marks:
+    """Laws on the way to a rest, each where D was a tenth of what it was at the one before.
+
+    What comes to rest slowly is further from there than D is from 0: as far as it came, by how much
+    of D is left.
+    """
+
+    responses: Responses
+    seen: list[tuple[float, Tensor]] = field(default_factory=list)
+
+    def see(self, size: float, theta: Float[Tensor, "S A"]) -> None:
+        """The law of some logits, with a D of this size."""
+        if not self.seen or size <= self.seen[-1][0] / 10:
+            r = self.responses
+            self.seen.append((size, r.log_law(normalised(theta, r.start))))
+
+    def known(self, end: Limit, size: float) -> Limit:
+        """The rest, known no better than that."""
+        before = [mark for mark in self.seen if mark[0] >= 3 * size > 0]
+        if not before:
+            return end
+        larger, log_law = before[-1]
+        left = float(tv(log_law, end.log_law)) * size / (larger - size)
+        return replace(end, accuracy=max(end.accuracy, left))

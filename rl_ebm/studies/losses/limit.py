@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -37,11 +37,12 @@ from rl_ebm.studies.losses.flow import (
     Direction,
     Field,
     Limit,
+    Marks,
     direction,
     finished,
     step,
 )
-from rl_ebm.studies.losses.responses import Responses, normalised
+from rl_ebm.studies.losses.responses import normalised
 from rl_ebm.studies.losses.slide import slide
 from rl_ebm.studies.losses.visits import alone_of
 
@@ -84,6 +85,10 @@ UNSEEN = 1e-8
 """in total variation"""
 ROUGH_REST = 1e-5
 """in a loss that leaves float64"""
+NEARLY = 1e-4
+"""of D, the most that a rest found at once may leave"""
+NOTHING = 1e-2
+"""in units of the loss's own gradients, more than rounding to float32 leaves of 0"""
 UNALIKE = 0.25
 """of D that changes with any step of"""
 NEARBY = 1e-6
@@ -145,6 +150,8 @@ def _rounded(flow: Field, theta: Tensor, value: Tensor) -> bool:
 
     Terms may cancel in the mean over what is drawn: a baseline alone, say.
     """
+    if float(value.abs().max()) > NOTHING:  # a kink also makes it another one at each place
+        return False
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
         shift = NEARBY * torch.randn(theta.shape, generator=generator, dtype=torch.float64)
@@ -154,13 +161,23 @@ def _rounded(flow: Field, theta: Tensor, value: Tensor) -> bool:
     return True
 
 
-def rest_at_once(flow: Field, theta: Tensor, unit: float, rest: float) -> Limit | None:
-    """A rest by a method of the kind's own: a smooth one, or where kinks meet; None if it fails."""
-    near = flow.rest_near(theta, rest * min(unit, 1.0))
+def rest_at_once(
+    flow: Field, theta: Tensor, unit: float, rest: float, kinks_within: float | None = None
+) -> Limit | None:
+    """A rest by a method of the kind's own: a smooth one, or where kinks meet; None if it fails.
+
+    Args:
+        kinks_within: nats to where kinks meet, if they do: a smooth one is not looked for then.
+    """
+    near = flow.rest_near(theta, rest * min(unit, 1.0)) if kinks_within is None else None
     if near is not None:
-        now = direction(flow, near)
-        return finished(flow, near, now, now.size, unit) if now.size <= 1e3 * rest * unit else None
-    found = flow.rest_on_kinks(theta)
+        theta, off = near
+        now = direction(flow, theta)
+        if now.size > min(1e3 * rest, NEARLY) * unit:
+            return None
+        end = finished(flow, theta, now, now.size, unit)
+        return replace(end, accuracy=max(end.accuracy, off))
+    found = flow.rest_on_kinks(theta, math.inf if kinks_within is None else kinks_within)
     if found is None:
         return None
     theta, off = found
@@ -193,10 +210,11 @@ def rest_from(
 
     now = seen[0]
     h, before, helped = 0.1 / max(now.size, 1e-300), math.inf, HELPED
-    marks = _Marks(flow.responses)
+    marks, patience = Marks(flow.responses), _Patience()
     for i in range(MOST):
         size = now.size
-        if not marks.falling(i, size, theta):
+        marks.see(size, theta)
+        if not patience.left(i, size):
             break
         if i >= PATIENCE and bool(now.lost.any()):
             size = now.left(flow.responses).size
@@ -238,39 +256,17 @@ def rest_from(
 
 
 @dataclass
-class _Marks:
-    """Laws on the way to a rest, each where D was a tenth of what it was at the one before.
-
-    What comes to rest slowly is further from there than D is from 0: as far as it came, by how much
-    of D is left.
-    """
-
-    responses: Responses
-    seen: list[tuple[float, Tensor]] = field(default_factory=list)
+class _Patience:
+    """Whether it is worth going on."""
 
     looked: float = math.inf
 
-    def falling(self, i: int, size: float, theta: Tensor) -> bool:
-        """Whether it is worth going on after so many steps; the law is seen on the way."""
-        self.see(size, theta)
+    def left(self, i: int, size: float) -> bool:
+        """After so many steps, with a D of this size."""
         if i % PATIENCE:
             return True
         before, self.looked = self.looked, size
         return i < STEPS or size <= FEWER * before
-
-    def see(self, size: float, theta: Tensor) -> None:
-        if not self.seen or size <= self.seen[-1][0] / 10:
-            r = self.responses
-            self.seen.append((size, r.log_law(normalised(theta, r.start))))
-
-    def known(self, end: Limit, size: float) -> Limit:
-        """The rest, known no better than that."""
-        before = [mark for mark in self.seen if mark[0] >= 3 * size > 0]
-        if not before:
-            return end
-        larger, log_law = before[-1]
-        left = float(tv(log_law, end.log_law)) * size / (larger - size)
-        return replace(end, accuracy=max(end.accuracy, left))
 
 
 def _faded(flow: Field, theta: Tensor, now: Direction, unit: float) -> Limit | None:

@@ -25,8 +25,8 @@ from torch import Tensor
 from rl_ebm.statistics.expectations import sample_interval
 from rl_ebm.statistics.interval import Interval
 from rl_ebm.studies.losses.distillation import Distillation
+from rl_ebm.studies.losses.drawn_pairs import Drawn
 from rl_ebm.studies.losses.kinds import AnyFlow
-from rl_ebm.studies.losses.pair_rests import Drawn
 from rl_ebm.studies.losses.policy_gradient import PolicyGradient
 from rl_ebm.studies.losses.preference import Preference
 from rl_ebm.studies.losses.responses import Responses, normalised

@@ -18,17 +18,16 @@ window shrinks; it moves in proportion, so that two of them tell where it would 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rl_ebm.divergences import tv
 from rl_ebm.studies.losses.contract import LossError
+from rl_ebm.studies.losses.drawn_pairs import Drawn, More, Slope, Slopes, Where
 
 IMPLICIT = 120
 """implicit steps, at most"""
@@ -38,8 +37,6 @@ FASTER = 8.0
 """by how much the next is longer, where it may; the first is one over the loss's curvature long"""
 GONE = -60.0
 """nats that a response falls before it may be dead, which these steps do not see"""
-PAIRS = 2**17
-"""pairs that a loss is given at a time"""
 SKEW = 0.6
 """of a shift, so that it crosses a kink in x, in y, and in x - y"""
 WIDTHS = tuple(2.0**-k for k in range(15))
@@ -58,8 +55,17 @@ ASIDE = 1 / 8
 """of a width, a step of a difference"""
 STILL = 1e-2
 """of a width, a step after which a rest is found"""
-TRIES = 60
+TRIES = 30
 """steps in a window, at most"""
+ENOUGH = 8
+"""windows, after which one that fails is done without"""
+PATIENCE = 30
+"""implicit steps, of which a gradient that has a rest without kinks leaves no more than"""
+FEWER = 0.9
+STILL_FOR = 3
+"""of Newton's steps that halve nothing any more"""
+WHOLE = 1e-6
+"""rate of a step that is nearly Newton's, before which what is slow has hardly moved"""
 LONGEST, NEWTON = 1e6, 1e-12
 """rates of a step that is hardly one, and of one that is Newton's"""
 PAST = 0.5
@@ -68,153 +74,63 @@ SHORTER = 6
 """shorter ones, at most"""
 
 
-@runtime_checkable
-class PairSlopes(Protocol):
-    """A loss of pairs, drawn by a law that stays."""
-
-    def slopes(
-        self,
-        x: Float[Tensor, "n"],
-        y: Float[Tensor, "n"],
-        pairs: tuple[Int64[Tensor, "n"], Int64[Tensor, "n"]],
-        mean_count: float,
-    ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
-        """The loss's derivatives by log pi of chosen responses and of rejected ones."""
-
-    def chances(
-        self, log_mu: Float[Tensor, "N"], chosen: Int64[Tensor, "n"]
-    ) -> Float[Tensor, "n N"]:
-        """Probability that a pair is (chosen, rejected)."""
-
-    def mean_count(self, log_mu: Float[Tensor, "N"]) -> float:
-        """Of a pair, in a large batch."""
-
-
-Slopes = tuple[Tensor, Tensor]
-Where = tuple[Tensor, Tensor]
-More = tuple[float | Tensor, float | Tensor]
-"""what is added to log pi of chosen responses, and of rejected ones"""
-
-
-def pairs_of(
-    loss: PairSlopes, log_mu: Float[Tensor, "N"]
-) -> Iterator[tuple[Where, Float[Tensor, "n"]]]:
-    """Numbers of (chosen, rejected) and their probabilities, so many at a time; none that is 0."""
-    n = len(log_mu)
-    for chosen in torch.arange(n).split(max(1, PAIRS // n)):
-        p = loss.chances(log_mu, chosen)
-        row, rejected = (p > 0).nonzero(as_tuple=True)
-        yield (chosen[row], rejected), p[row, rejected]
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """All pairs of responses that are ever drawn, and the loss of them."""
-
-    loss: PairSlopes
-    log_mu: Float[Tensor, "N"]
-    mean_count: float
-
-    @classmethod
-    def by(cls, loss: PairSlopes, log_mu: Float[Tensor, "N"]) -> Drawn:
-        return cls(loss, log_mu, loss.mean_count(log_mu))
-
-    def blocks(self) -> Iterator[tuple[Where, Float[Tensor, "n"]]]:
-        """Numbers of (chosen, rejected), and their probabilities."""
-        return pairs_of(self.loss, self.log_mu)
-
-    def at(self, log_pi: Tensor, where: Where, more: More = (0.0, 0.0)) -> Slopes:
-        """The loss's derivatives by log pi of both, with something added to them."""
-        x, y = (log_pi[rows] + m for rows, m in zip(where, more, strict=True))
-        return self.loss.slopes(x, y, where, self.mean_count)
-
-    def first(self, log_pi: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
-        """Expected derivatives by log pi of each."""
-        found = torch.zeros_like(self.log_mu)
-        for where, p in self.blocks():
-            for rows, g in zip(where, self.at(log_pi, where), strict=True):
-                found.index_add_(0, rows, p * g)
-        return found
-
-
-@dataclass(frozen=True)
-class Slope:
-    """Expected derivatives by log pi, and theirs."""
-
-    first: Float[Tensor, "N"]
-    second: Float[Tensor, "N N"]
-
-    @classmethod
-    def none(cls, n: int) -> Slope:
-        return cls(torch.zeros(n).double(), torch.zeros(n, n).double())
-
-    def add(self, where: Where, p: Tensor, slopes: Slopes) -> None:
-        for rows, g in zip(where, slopes, strict=True):
-            self.first.index_add_(0, rows, p * g)
-
-    def add_second(
-        self, where: Where, p: Tensor, small: float, here: Slopes, at: Callable[[More], Slopes]
-    ) -> None:
-        """By differences of this step, first of the chosen response and then of the other."""
-        for k, more in enumerate(((small, 0.0), (0.0, small))):
-            for rows, a, b in zip(where, here, at(more), strict=True):
-                by = (b - a) / small
-                self.second.index_put_((rows, where[k]), p * by, accumulate=True)
-
-    def off(self, log_pi: Tensor) -> Tensor:
-        """What of the first moves a law: a common number at all responses does not."""
-        return self.first - log_pi.exp() * self.first.sum()
-
-    def on_laws(self, log_pi: Tensor, mu: Tensor) -> Tensor:
-        """Derivative of :meth:`off`; its step keeps a law one: its rows add up to 0 without mu."""
-        pi = log_pi.exp()
-        found = self.second - pi[:, None] * self.second.sum(0) - torch.diag(pi * self.first.sum())
-        return found + mu[:, None] * pi
-
-
 def rest_near(
-    drawn: Drawn, log_pi: Float[Tensor, "N"], rest: float, small: float
-) -> Float[Tensor, "N"] | None:
-    """log pi where the expected gradient vanishes; None where it does not.
+    drawn: Drawn, log_pi: Float[Tensor, "N"], rest: float, small: float, centred: bool = False
+) -> tuple[Float[Tensor, "N"], float] | None:
+    """log pi where the expected gradient vanishes, and how far off in total variation.
+
+    None where it does not. It is off by as much as Newton's steps move, when they get no shorter:
+    a slow direction is further from its rest than its gradient is from 0.
 
     Args:
-        rest: of its size in units of mu, what is none.
+        rest: of its size in units of mu, a thousandth of what is none where Newton's steps no more
+            halve it, nor themselves.
         small: step of a difference, nats.
+        centred: whether differences are taken to both sides, for longer steps: of float32.
     """
     lowest, mu = float(log_pi.min()) + GONE, drawn.log_mu.exp()
-    before, rate = math.inf, 0.0
+    before, rate, moved, still = (math.inf, math.inf), 0.0, math.inf, 0
+    sizes = [math.inf]
     for _ in range(IMPLICIT):
         try:
-            found = _curvature(drawn, log_pi, small)
+            found = _curvature(drawn, log_pi, small, centred)
         except LossError:
             return None
         off, slope = found.off(log_pi), found.on_laws(log_pi, mu)
         size = float((off / mu).abs().max())
-        if size <= rest or (size <= 1e3 * rest and size >= before / 2):
-            return _newton(log_pi, slope, off)
-        before, units = size, (mu + log_pi.exp()) / 2
+        less = size < before[0] / 2 or moved < before[1] / 2
+        still = 0 if less or rate > WHOLE else still + 1
+        if size <= 1e3 * rest and still >= STILL_FOR:
+            end = _newton(log_pi, slope, off)
+            return end, max(moved, float(tv(end, log_pi)))
+        sizes.append(min(size, sizes[-1]))
+        if len(sizes) > PATIENCE and sizes[-1] > FEWER * sizes[-PATIENCE]:
+            return None
+        before, units = (size, moved), (mu + log_pi.exp()) / 2
         rate = rate or float((found.second.diagonal().abs() / units).max())
         step, rate = _implicit(slope, off, units, rate / FASTER)
         if not bool(torch.isfinite(step).all()):
             return None
-        log_pi = torch.log_softmax(log_pi + step, 0)
+        last, log_pi = log_pi, torch.log_softmax(log_pi + step, 0)
+        moved = float(tv(last, log_pi))
         if float(log_pi.min()) < lowest:
             return None
     return None
 
 
-def _curvature(drawn: Drawn, log_pi: Tensor, small: float) -> Slope:
+def _curvature(drawn: Drawn, log_pi: Tensor, small: float, centred: bool) -> Slope:
     """By differences of this step."""
     found = Slope.none(len(log_pi))
     for where, p in drawn.blocks():
-        here = drawn.at(log_pi, where)
+        at = partial(drawn.at, log_pi, where)
+        here = at()
         found.add(where, p, here)
-        found.add_second(where, p, small, here, partial(drawn.at, log_pi, where))
+        found.add_second(where, p, small, at, None if centred else here)
     return found
 
 
 def rest_on_kinks(
-    drawn: Drawn, log_pi: Float[Tensor, "N"], rough: bool
+    drawn: Drawn, log_pi: Float[Tensor, "N"], rough: bool, widest: float = WIDTHS[0]
 ) -> tuple[Float[Tensor, "N"], float] | None:
     """log pi where the gradient jumps about 0, and how far off in total variation.
 
@@ -222,14 +138,17 @@ def rest_on_kinks(
 
     Args:
         rough: whether the loss computes in float32.
+        widest: of the windows, nats; less where the rest is known to be near.
     """
     lowest, laws, rate = float(log_pi.min()) + GONE, [log_pi], 0.0
-    for width in ROUGH_WIDTHS if rough else WIDTHS:
+    for width in (w for w in (ROUGH_WIDTHS if rough else WIDTHS) if w <= widest):
         try:
             begin = log_pi if len(laws) < 3 else _narrowed(laws[-2], laws[-1], 0.5)
             found = _in_window(drawn, begin, width, lowest, rate)
         except LossError:
             return None
+        if found is None and len(laws) > ENOUGH:
+            break
         if found is None:
             return None
         log_pi, rate = found
@@ -295,7 +214,7 @@ def _averaged(
         mean = here.mean(here)
         found.add(where, p, mean)
         if curved:
-            found.add_second(where, p, ASIDE * width, mean, here.beside)
+            found.add_second(where, p, ASIDE * width, here.beside, mean)
     return found, kinks
 
 

@@ -12,6 +12,7 @@ the draws that pay it get rare, and would push for ever).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,17 +65,21 @@ class PolicyGradient:
             held: log pi of who drew, (S, A); None for :meth:`who_draws`.
         """
         r = self.responses
-        log_pi = r.at_tokens(normalised(theta, r.start)).clamp(min=LOWEST / r.mask.shape[1])
+        log_pi = self.floored(r.at_tokens(normalised(theta, r.start)))
         drawn = self.who_draws(theta) if held is None else held
         log_mu = r.log_law(drawn)
         old = log_pi
         if not self.recomputed:
-            old = r.at_tokens(drawn).clamp(min=LOWEST / r.mask.shape[1])
+            old = self.floored(r.at_tokens(drawn))
         inputs = self.inputs(log_pi, old, log_mu)
         (c,) = self.rows.gradients(inputs, r.lengths, float(log_mu.exp() @ r.lengths))
         if self.rounded == "corrected":
             c = c * (log_pi - r.at_tokens(drawn)).exp().clamp(max=2.0)
         return c, log_mu
+
+    def floored(self, log_pi: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+        """What the loss is told of it."""
+        return log_pi.clamp(min=LOWEST / self.responses.mask.shape[1])
 
     def inputs(self, log_pi: Tensor, old: Tensor, log_mu: Tensor) -> Inputs:
         """What the loss is given, of every response."""
@@ -105,7 +110,7 @@ class PolicyGradient:
     def rest_near(self, theta: Tensor, rest: float) -> None:
         """The steps of :mod:`rl_ebm.studies.losses.limit` get there."""
 
-    def rest_on_kinks(self, theta: Tensor) -> None:
+    def rest_on_kinks(self, theta: Tensor, within: float = math.inf) -> None:
         """Those of :mod:`rl_ebm.studies.losses.slide` do."""
 
     def field(self, theta: Float[Tensor, "S A"]) -> tuple[Tensor, Tensor]:

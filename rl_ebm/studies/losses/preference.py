@@ -10,6 +10,7 @@ gradient. A loss that takes six arguments is given how many tokens both have: me
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +23,7 @@ from torch import Tensor
 from rl_ebm.messages.arguments import finite, shown
 from rl_ebm.studies.losses import pair_rests
 from rl_ebm.studies.losses.contract import Inputs
-from rl_ebm.studies.losses.pair_rests import Drawn, pairs_of
+from rl_ebm.studies.losses.drawn_pairs import Drawn, pairs_of
 from rl_ebm.studies.losses.responses import Responses, normalised
 from rl_ebm.studies.losses.rows import Rows
 
@@ -38,8 +39,10 @@ ROUNDED = 4e-16
 """of the largest R"""
 SMALL = 1e-4
 """step of a difference, nats; and"""
-ROUGH_SMALL = (1e-2, 1e-3)
-"""of a loss that computes in float32: one that bends more takes the shorter"""
+CLEAR = 8.0
+"""times as far as a rest may be away, the first window that looks for it"""
+ROUGH_SMALL = (1e-2, 2e-3)
+"""to both sides, of a loss that computes in float32: one that bends more takes the shorter"""
 
 
 @dataclass(frozen=True)
@@ -183,26 +186,28 @@ class Preference:
         values = found[:, None].expand(r.mask.shape)
         return r.gradient(values, normalised(theta, r.start)), r.mass(log_mu)
 
-    def rest_near(self, theta: Float[Tensor, "S A"], rest: float) -> Tensor | None:
+    def rest_near(self, theta: Float[Tensor, "S A"], rest: float) -> tuple[Tensor, float] | None:
         """Logits where the gradient vanishes: :func:`rl_ebm.studies.losses.pair_rests.rest_near`.
 
         Where the policy itself draws, that law moves as well, and this is not tried.
         """
         if self._drawn_pairs is None:
             return None
-        r = self.responses
+        r, rough = self.responses, self.rows.rough
         log_pi = r.log_law(normalised(theta, r.start))
-        for small in ROUGH_SMALL if self.rows.rough else (SMALL,):
-            found = pair_rests.rest_near(self._drawn_pairs, log_pi, rest, small)
+        for small in ROUGH_SMALL if rough else (SMALL,):
+            found = pair_rests.rest_near(self._drawn_pairs, log_pi, rest, small, rough)
             if found is not None:
-                return r.logits(found)
+                return r.logits(found[0]), found[1]
         return None
 
-    def rest_on_kinks(self, theta: Float[Tensor, "S A"]) -> tuple[Tensor, float] | None:
-        """The same where kinks meet, and how far off in total variation."""
+    def rest_on_kinks(
+        self, theta: Float[Tensor, "S A"], within: float = math.inf
+    ) -> tuple[Tensor, float] | None:
+        """The same where kinks meet."""
         if self._drawn_pairs is None:
             return None
         r = self.responses
         log_pi = r.log_law(normalised(theta, r.start))
-        found = pair_rests.rest_on_kinks(self._drawn_pairs, log_pi, self.rows.rough)
+        found = pair_rests.rest_on_kinks(self._drawn_pairs, log_pi, self.rows.rough, CLEAR * within)
         return None if found is None else (r.logits(found[0]), found[1])

@@ -1,7 +1,8 @@
 """Along a kink: where a gradient jumps no step is short enough, and the flow slides.
 
-Steps of one length, each by what moves most, jump about the kink and follow it in the mean; their
-mean is taken over ever more of them until it stays, and then with a shorter length.
+Where tokens of a policy gradient are held at their kinks, :mod:`rl_ebm.studies.losses.held` follows
+them. Else steps of one length, each by what moves most, jump about the kink and follow it in the
+mean; their mean is taken over ever more of them until it stays, and then with a shorter length.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import torch
 from torch import Tensor
 
 from rl_ebm.divergences import tv
+from rl_ebm.studies.losses.contract import LossError
 from rl_ebm.studies.losses.flow import Field, Limit, direction, finished
+from rl_ebm.studies.losses.held import rest_held
+from rl_ebm.studies.losses.policy_gradient import PolicyGradient
 from rl_ebm.studies.losses.responses import normalised
 
 LENGTHS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
@@ -25,7 +29,19 @@ WINDOWS = 7
 
 
 def slide(flow: Field, theta: Tensor) -> Limit:
-    """Along a kink: steps of one length, by what moves most, until their mean stays; then shorter.
+    """Along a kink, to its end."""
+    if isinstance(flow, PolicyGradient):
+        try:
+            held = rest_held(flow, theta)
+        except LossError:  # it fails between two places, which shorter steps may not reach
+            held = None
+        if held is not None:
+            return held
+    return by_steps(flow, theta)
+
+
+def by_steps(flow: Field, theta: Tensor) -> Limit:
+    """The same by steps of one length, by what moves most, until their mean stays; then shorter.
 
     What slides slowly moves a mean of twice as many steps twice as far: it stays if that is less.
     """

@@ -25,7 +25,7 @@ from rl_ebm.divergences import tv
 from rl_ebm.studies.losses.apart import followed_apart
 from rl_ebm.studies.losses.contract import LossError
 from rl_ebm.studies.losses.flow import GONE, Field, Limit, direction, step, to_go
-from rl_ebm.studies.losses.limit import REST, rest_at_once, rest_from
+from rl_ebm.studies.losses.limit import REST, ROUGH_REST, rest_at_once, rest_from
 from rl_ebm.studies.losses.responses import normalised
 from rl_ebm.studies.losses.slide import slide
 from rl_ebm.studies.losses.ties import followed_on_ties
@@ -34,9 +34,13 @@ from rl_ebm.studies.losses.visits import Alone, alone_of
 ASIDE = 1e-2
 """nats that a rest is pushed, and"""
 BACK = 1e-3
-"""of the way that it may stay off, of a rest that is alone"""
+"""of the way that it may stay off, of a rest that is alone; and where rounding to float32 moves a
+rest by some 1e-5,"""
+ROUGH_ASIDE, ROUGH_BACK = 0.1, 1e-2
 CREEPS = 1e-3
 """accuracy of an end that is none"""
+TWICE, NEARER = 2, 0.1
+"""times it is tried, then with what the first came to, if that is so much nearer than the push"""
 FURTHER = 0.3
 """nats that a rest at kinks is pushed, and"""
 THERE = 0.1
@@ -67,11 +71,12 @@ NOTHING = 1e-11
 """D of a start that is at rest"""
 
 
-def decided(flow: Field, start: Float[Tensor, "S A"], end: Limit) -> Limit:
+def decided(flow: Field, start: Float[Tensor, "S A"], end: Limit, rough: bool = False) -> Limit:
     """The same rest where it is alone; else the end of the flow itself, and how well it is known.
 
     Args:
         start: logits, where the flow began.
+        rough: whether the loss computes in float32.
     """
     start = start.masked_fill(torch.isneginf(flow.responses.start), 0.0)
     unit = float(direction(flow, start).value.abs().max())
@@ -83,9 +88,9 @@ def decided(flow: Field, start: Float[Tensor, "S A"], end: Limit) -> Limit:
         if alone is not None:
             return alone
         end = slide(flow, end.theta)
-    again = _back(flow, start, end, unit)
-    if again is not None:  # a kink may have been on the way alone
-        return again if end.kink and not again.kink else end
+    again = _back(flow, start, end, unit, rough)
+    if again is not None:
+        return again
     (coarse, slid), (fine, slides) = (_followed(flow, start, length) for length in LENGTHS)
     off = float(tv(coarse.log_law, fine.log_law)) + fine.accuracy
     if not end.kink and not fine.kink and direction(flow, fine.theta).size > SLOW * unit:
@@ -157,20 +162,32 @@ def _held(flow: Field, alone: Alone, start: Tensor) -> Limit | None:
     return replace(end, many=float(tv(again.log_law, end.log_law)) > there)
 
 
-def _back(flow: Field, start: Tensor, end: Limit, unit: float) -> Limit | None:
-    """Where a rest comes to when it is pushed aside; None where that is not itself."""
-    r = flow.responses
-    aside = _pushed(flow, start, end, ASIDE)
-    if aside is None:
-        return end
-    away = float(tv(r.log_law(normalised(aside, r.start)), end.log_law))
-    try:
-        again = rest_at_once(flow, aside, unit, REST) or rest_from(flow, aside, unit, REST)
-    except LossError:
-        return None
-    off = float(tv(again.log_law, end.log_law))
-    back = again.settled and off <= BACK * away + end.accuracy + again.accuracy
-    return again if back else None
+def _back(flow: Field, start: Tensor, end: Limit, unit: float, rough: bool) -> Limit | None:
+    """The rest that comes back to itself when it is pushed aside; None where none does.
+
+    What creeps comes back to a better one, further on, which is then pushed itself; and a kink may
+    have been on the way alone.
+    """
+    r, rest = flow.responses, ROUGH_REST if rough else REST
+    nats, share = (ROUGH_ASIDE, ROUGH_BACK) if rough else (ASIDE, BACK)
+    for _ in range(TWICE):
+        aside = _pushed(flow, start, end, nats)
+        if aside is None:
+            return end
+        away = float(tv(r.log_law(normalised(aside, r.start)), end.log_law))
+        try:
+            again = rest_at_once(flow, aside, unit, rest, nats if end.kink else None)
+            again = again or rest_from(flow, aside, unit, rest)
+        except LossError:
+            return None
+        off = float(tv(again.log_law, end.log_law))
+        better = again.accuracy < end.accuracy if again.kink else end.kink
+        if again.settled and off <= share * away + end.accuracy + again.accuracy:
+            return again if better else end
+        if again.accuracy >= end.accuracy or off > NEARER * away:
+            return None
+        end = again
+    return None
 
 
 def _pushed(flow: Field, start: Tensor, end: Limit, nats: float) -> Tensor | None:
