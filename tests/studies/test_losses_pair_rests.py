@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from torch.nn.functional import relu
 from rl_ebm import EBM, TokenSpace, audit_loss, solve
 from rl_ebm.divergences import tv
 from rl_ebm.exact import Solution
+from rl_ebm.studies.losses import pair_rests
 from rl_ebm.studies.losses.cases import asked, cases_of
 from rl_ebm.studies.losses.kinds import in_units
 from rl_ebm.studies.losses.preference import Pairs, Preference
+from rl_ebm.studies.losses.responses import normalised
 
 Loss = Callable[..., Tensor]
 REWARD = torch.tensor([0.3, -1.1, 0.9, 0.2, 1.4, -0.6, 0.1, 0.5], dtype=torch.float64)
@@ -170,3 +173,23 @@ def test_a_rest_in_float32_is_as_far_off_as_it_says(eos_id: int | None) -> None:
     assert exact.accuracy < 1e-10 < rough.accuracy < 1e-4
     assert float(tv(exact.log_laws[0], rough.log_laws[0])) <= rough.accuracy
     assert rough.how == "flow"
+
+
+def test_a_last_window_that_fails_leaves_what_those_before_it_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is off by a share of the last width that was looked at, and says so."""
+    flow = _flow(_hinge)
+    whole = flow.rest_on_kinks(flow.responses.start)
+    assert whole is not None
+    looked = pair_rests._in_window
+
+    def fails(*args: Any) -> tuple[Tensor, float] | None:
+        return None if args[2] <= pair_rests.WIDTHS[-1] else looked(*args)
+
+    monkeypatch.setattr(pair_rests, "_in_window", fails)
+    less = flow.rest_on_kinks(flow.responses.start)
+    assert less is not None
+    r = flow.responses
+    off = float(tv(*(r.log_law(normalised(x, r.start)) for x in (whole[0], less[0]))))
+    assert off <= max(whole[1] + less[1], 1e-12)

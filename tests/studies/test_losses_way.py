@@ -132,6 +132,24 @@ def test_a_rest_that_is_alone_is_kept() -> None:
     assert decided(flow, case.start, end) is end
 
 
+def test_what_had_not_come_to_rest_is_no_rest_of_many() -> None:
+    """It comes back to where it would have come, further on than it was said to be off."""
+    (case,) = cases_of(
+        asked(_only_first, "policy-gradient", "centred", None, None, 1, None, None), _solution()
+    )
+    flow = in_units(case.flow)
+    rest = limit_from(flow, case.start)
+    theta = rest.theta.clone()
+    theta[0, 0] += 2e-4
+    law = case.responses.log_law(theta.log_softmax(1))
+    short = replace(rest, theta=theta, log_law=law, accuracy=1e-6)
+    off = float(tv(law, rest.log_law))
+    assert off > 10 * short.accuracy
+    end = decided(flow, case.start, short)
+    assert not end.many
+    assert float(tv(end.log_law, rest.log_law)) < 1e-3 * off
+
+
 @pytest.mark.slow
 def test_a_rest_with_others_beside_it_is_not() -> None:
     case = _case(_hinge())

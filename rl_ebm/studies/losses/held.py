@@ -32,16 +32,14 @@ from rl_ebm.studies.losses.responses import normalised
 ABOUT = 1e-4
 """nats about a token in which a jump is looked for, halved until they are"""
 EXACTLY = 1e-12
-"""and then a token is looked at so far beside it"""
 BESIDE = 1e-9
+"""nats beside a place at which a side of it is looked at"""
 FLOOR = GONE - 10
 """log pi of what is dead and falls no further, so that it can come back"""
 FULL = 1e-8
 """of a state, what its tokens may leave if all are held"""
 TINY = 1e-290
 """mass of what is never drawn"""
-FLOOR = GONE - 10
-"""log pi of what is dead and falls no further, so that it can come back"""
 ALIKE, ALIKE_MOST = 1e6, 4
 """places as far from the reference are looked for: to so many parts of a nat, and so many"""
 JUMPS = 1e-5
@@ -104,6 +102,7 @@ class _Way:
         log_pi: of each action, (S, A).
         places: where tokens jump, (K, S, A), inf where fewer are known.
         side: of a token at a place, -1 or 1 where it leaves or passes it, 0 where it is held.
+        apart: whether what a token is given hangs on its own side alone, at all that is known.
     """
 
     flow: PolicyGradient
@@ -111,6 +110,7 @@ class _Way:
     places: Float[Tensor, "K S A"] = field(init=False)
     side: Int64[Tensor, "S A"] = field(init=False)
     largest: float = 0.0
+    apart: bool = True
 
     def __post_init__(self) -> None:
         self.places = torch.full((0, *self.log_pi.shape), torch.inf, dtype=torch.float64)
@@ -148,7 +148,9 @@ class _Way:
             if bool(new.any()):
                 self.places = torch.cat([self.places, place.masked_fill(~new, torch.inf)[None]])
                 self._put(new & ((self.log_pi - place).abs() <= 2 * BESIDE), place)
-        return int(torch.isfinite(self.places).sum()) > before and self._apart()
+        found = int(torch.isfinite(self.places).sum()) > before
+        self.apart = self.apart and (not found or self._is_apart())
+        return found and self.apart
 
     def _jumps_about(self, point: Float[Tensor, "S A"]) -> Float[Tensor, "S A"]:
         """Where each token jumps; inf where it does not."""
@@ -180,8 +182,7 @@ class _Way:
             return torch.zeros_like(self.allowed)
         return (self.places == self.log_pi).any(0)
 
-    def _apart(self) -> bool:
-        """Whether what a token is given hangs on its own side alone."""
+    def _is_apart(self) -> bool:
         place = self.places.nan_to_num(posinf=0.0).amin(0)
         known = ~torch.isinf(self.places).all(0)
         at = torch.where(known, place, self.log_pi)
@@ -276,6 +277,8 @@ class _Way:
         stuck = ~good & (step * self.largest < SHORTEST)
         if bool(stuck.any()):
             self.look()
+            if not self.apart:
+                return None
             step.masked_fill_(stuck, 0.0)
         return self.motion() if bool(lands.any()) or not bool(good.all()) else new
 
