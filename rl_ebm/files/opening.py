@@ -32,7 +32,8 @@ EVENTS = "events.out.tfevents.*"
 LOCK = "run.lock"
 FILES = (CONFIG, POLICY, STATE, SCORES, REPORT, CERTIFICATE, METRICS)
 
-_OWN_EVENTS = re.compile(r"events\.out\.tfevents\.(\d{10})\..*\.\d+\.[0-9a-f]{8}")
+# Which run it is, and which of its processes; of older runs the last alone.
+_OWN_EVENTS = re.compile(r"events\.out\.tfevents\.\d{10}\..*\.\d+\.([0-9a-f]{8})(?:[0-9a-f]{8})?")
 _PART = re.compile(r"(.+?)(\.[0-9a-f]{8})?\.part")
 # What Windows lacks is 0 there.
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -89,11 +90,9 @@ def own_events(run: Path) -> list[Path]:
     return [path for path in sorted(run.glob(EVENTS)) if _OWN_EVENTS.fullmatch(path.name)]
 
 
-def begun(events: Path) -> int:
-    """When one of :func:`own_events` was begun, in seconds since 1970."""
-    found = _OWN_EVENTS.fullmatch(events.name)
-    assert found is not None
-    return int(found[1])
+def marks(names: Iterable[str]) -> set[str]:
+    """What the names of a run's event files have in common, and no other run's have."""
+    return {found[1] for name in names if (found := _OWN_EVENTS.fullmatch(name))}
 
 
 def parts(folder: Path, names: Iterable[str] = (*FILES, EVENTS)) -> list[Path]:

@@ -7,13 +7,13 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rl_ebm.files import EVENTS, create, own_events
+from rl_ebm.files import EVENTS, create, marks, own_events
 from rl_ebm.training.kinds import name_said
 from rl_ebm.verification.sampled_report import AnyReport
 from rl_ebm.verification.verify import State
@@ -27,17 +27,18 @@ class EventFile:
 
     Args:
         run: the run directory.
+        of: names of event files of the same run.
     """
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, of: Iterable[str] = ()) -> None:
         from tensorboard.compat.proto import event_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self.run = run
+        self.mark = min(marks(of), default=secrets.token_hex(4))
         # The last part cannot be known before, so nothing can lie in wait under this name.
-        name = (
-            f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
-        )
+        end = f"{os.getpid()}.{self.mark}{secrets.token_hex(4)}"
+        name = f"{int(time.time()):010d}.{socket.gethostname()}.{end}"
         self.path = run / EVENTS.replace("*", name)
         self.file = create(self.path)
         self.records = RecordWriter(self.file)
@@ -70,15 +71,18 @@ class Board:
         run: the run directory; the event file goes into it.
         resume_at: global tokens of the checkpoint that a run goes on from; what TensorBoard
             has beyond is purged.
+        of: names of the run's event files so far.
     """
 
-    def __init__(self, run: Path, resume_at: int | None = None) -> None:
+    def __init__(self, run: Path, resume_at: int | None = None, of: Iterable[str] = ()) -> None:
         # Imported here: it takes a second, and reading a run does not need it.
         from torch.utils.tensorboard import FileWriter, SummaryWriter
 
+        events = EventFile(run, of)
+
         class OwnFile(FileWriter):
             def __init__(self) -> None:
-                self.event_writer = EventFile(run)
+                self.event_writer = events
 
         class Writer(SummaryWriter):
             file_writer: Any
@@ -90,7 +94,7 @@ class Board:
                     self.all_writers = {str(run): self.file_writer}
                 return self.file_writer
 
-        self.run = run
+        self.run, self.mark = run, events.mark
         self.writer: Any = Writer(str(run))
         if resume_at is not None:
             self._purge(resume_at + 1)
@@ -145,7 +149,8 @@ class Board:
     def positions(self) -> dict[str, int]:
         """Size of every event file of the run, once all is on its way to the disk."""
         self.writer.flush()
-        return {path.name: path.stat().st_size for path in own_events(self.run)}
+        own = [path for path in own_events(self.run) if marks([path.name]) == {self.mark}]
+        return {path.name: path.stat().st_size for path in own}
 
     def close(self) -> None:
         self.writer.close()

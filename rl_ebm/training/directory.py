@@ -24,8 +24,8 @@ from rl_ebm.files import (
     STATE,
     RunError,
     another_policy,
-    begun,
     cut,
+    marks,
     own_events,
     own_files,
     parts,
@@ -52,8 +52,7 @@ Own = TypeVar("Own", bound=torch.nn.Module)
 def cut_back(run: Path, events: Mapping[str, int]) -> None:
     """Delete or cut what was written after a checkpoint, and what was said of its policy.
 
-    An event file that the checkpoint does not know, and that was begun before it, is another run's:
-    it stays.
+    An event file of another run stays: its name has another mark than those of the checkpoint.
 
     Args:
         events: sizes of the event files at the checkpoint.
@@ -65,11 +64,10 @@ def cut_back(run: Path, events: Mapping[str, int]) -> None:
     for name in (REPORT, CERTIFICATE):  # of a policy that goes on learning
         (run / name).unlink(missing_ok=True)
     remove_parts(run)
-    saved = (run / STATE).lstat().st_mtime if (run / STATE).exists() else 0.0
     for path in own_events(run):
         if path.name in events:
             cut(path, events[path.name])
-        elif begun(path) >= int(saved):
+        elif marks([path.name]) <= marks(events):
             path.unlink()
 
 

@@ -389,7 +389,7 @@ class Trainer:
         cut_back(self.run, self.kept_events)
         self.metrics_file = MetricsFile(self.run / METRICS, self.kept_rows)
         resumed = self.saved_step is not None
-        self.board = Board(self.run, int(self.tokens) if resumed else None)
+        self.board = Board(self.run, int(self.tokens) if resumed else None, self.kept_events)
         if not resumed and self.description is not None:
             self.board.config(self.description)
 

@@ -175,6 +175,49 @@ def test_what_is_pushed_away_from_a_place_is_left_to_others() -> None:
     assert rest_held(way.flow, way.log_pi) is None
 
 
+def test_what_is_let_go_and_pushed_back_is_held_again() -> None:
+    """Let go on the side that pushes it to its place, which no step would have done."""
+    way = _way(absolute)
+    assert way.look()
+    now = way.motion()
+    assert now is not None
+    low, high = way.sides()
+    held = way._here() & (way.side == 0) & (now.velocity == 0) & (low < high)
+    state, action = held.nonzero()[0].tolist()
+    way.side[state, action] = 1
+    pushed = way.motion()
+    assert pushed is not None
+    assert float(pushed.velocity[state, action]) < 0
+    assert way._turn(pushed)
+    assert int(way.side[state, action]) == 0
+    again = way.motion()
+    assert again is not None
+    assert float(again.velocity[state, action]) == 0
+
+
+def _summed_later(
+    log_pi: Tensor, old: Tensor, log_ref: Tensor, gain: Tensor, mask: Tensor
+) -> Tensor:
+    """At the start only tokens' own jumps are near; a response's comes when it is half as likely"""
+    far = ((log_pi - log_ref) * mask).sum(1) + 0.7
+    return absolute(log_pi, old, log_ref, gain, mask) + BETA * far.abs().mean()
+
+
+def test_a_jump_on_the_way_that_is_no_tokens_own_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: it went on for 4,000 steps that moved nothing."""
+    asked_for, given = [], _Way.given
+
+    def counted(self: _Way, read: Tensor) -> Tensor:
+        asked_for.append(read)
+        return given(self, read)
+
+    monkeypatch.setattr(_Way, "given", counted)
+    way = _way(_summed_later)
+    assert way.look()
+    assert way.end() is None
+    assert len(asked_for) < way.steps / 2
+
+
 def test_several_steps_on_a_batch_are_left_to_others() -> None:
     _, _, solution = _problem(3, 2, 0)
     flow = _flow(absolute, solution, inner=2)

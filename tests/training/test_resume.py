@@ -6,7 +6,7 @@ import random
 import shutil
 import signal
 import time
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 
 import pytest
@@ -200,10 +200,13 @@ def test_metrics_beyond_the_checkpoint_are_cut(whole, tmp_path):
     kept = rows(run)[: state["metrics_rows"]]
     with open(run / "metrics.csv", "a") as file:
         file.write("99,1,1,1\n100,1.5")  # a row too many, and a line cut short
-    later = run / "events.out.tfevents.9999999999.after.checkpoint.7.0123abcd"
+    (name,) = state["event_sizes"]
+    mark = name.rpartition(".")[2][:8]
+    later = run / f"events.out.tfevents.9999999999.after.checkpoint.7.{mark}01234567"
     later.write_bytes(b"junk")
     others = [run / f"events.out.tfevents.9999999999.host.7.{end}" for end in ("0", "0.v2", "123")]
-    others.append(run / "events.out.tfevents.1700000000.otherhost.1.deadbeef")  # another run's
+    for at, end in product(("1700000000", "9999999999"), ("deadbeef", "deadbeef01234567")):
+        others.append(run / f"events.out.tfevents.{at}.otherhost.1.{end}")  # another run's
     for path in others:
         path.write_bytes(b"mine")
     sizes = state["event_sizes"]

@@ -214,7 +214,11 @@ def test_a_run_that_cannot_begin_does_not_delete_another(tmp_path):
 
 
 def test_files_that_are_no_run_are_not_deleted(tmp_path):
-    for name in ("metrics.csv", "report.json", "events.out.tfevents.1700000000.a.b.7.0123abcd"):
+    for name in (
+        "metrics.csv",
+        "report.json",
+        "events.out.tfevents.1700000000.a.b.7.0123abcd01234567",
+    ):
         (tmp_path / name).write_text("mine")
     with pytest.raises(ValueError, match="folder"):
         short(out=tmp_path)

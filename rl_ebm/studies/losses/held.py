@@ -276,8 +276,7 @@ class _Way:
         step.copy_(torch.where(good, longer, taken / 2))
         stuck = ~good & (step * self.largest < SHORTEST)
         if bool(stuck.any()):
-            self.look()
-            if not self.apart:
+            if not self.look():
                 return None
             step.masked_fill_(stuck, 0.0)
         return self.motion() if bool(lands.any()) or not bool(good.all()) else new
