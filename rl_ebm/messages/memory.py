@@ -6,14 +6,13 @@ import os
 import resource
 from pathlib import Path
 
+from rl_ebm.messages.control_groups import left_by_groups
 from rl_ebm.messages.words import bytes_text
-
-_GROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes() -> int:
-    """Bytes of main memory that can still be taken: of the machine, container, or process."""
-    return min(_machine(), _container(), _process())
+    """Bytes of main memory that can still be taken: of the machine, control group, or process."""
+    return min(_machine(), left_by_groups(), _process())
 
 
 def check_fits(need: int, what: str, advice: str) -> None:
@@ -56,12 +55,3 @@ def _process() -> int:
     except OSError:  # not Linux
         return most
     return max(0, most - pages * resource.getpagesize())
-
-
-def _container() -> int:
-    """What the control group leaves, version 2; a large number where it sets no limit."""
-    try:
-        most, used = ((_GROUP / f"memory.{x}").read_text().strip() for x in ("max", "current"))
-    except OSError:
-        return 2**63
-    return 2**63 if most == "max" else max(0, int(most) - int(used))
