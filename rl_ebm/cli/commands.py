@@ -226,13 +226,12 @@ def run_audit(args: Sequence[str]) -> int:
     a = _parse(Audit, args)
     ebm, _ = a.target.make()
     solution = solve(ebm.to(device_of_flag(a.device)))
-    text = to_text
-    missing: list[str] = []
-    if a.framework is None:
+    text, missing = to_text, list[str]()
+    if a.framework is None and not a.only:
         lines = audit(solution)
     else:
         text = frameworks.to_text
-        lines, missing = frameworks.audit_named(a.framework, solution)
+        lines, missing = frameworks.audit_named(a.framework, solution, a.only)
     referred = ebm.reference is not None
     print(json.dumps(to_json(lines), indent=1) if a.json else text(lines, referred))
     if missing:

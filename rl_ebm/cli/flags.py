@@ -220,6 +220,9 @@ class Audit:
     framework: str | None = None
     """trl, verl, torchrl or openrlhf: audit the losses that its installed release ships, by its own
     code, in the place of ours; all: of those that are installed"""
+    only: tuple[str, ...] = ()
+    """with --framework: those losses alone in whose name and options all of these are found, for
+    example GRPOTrainer loss_type=dapo; all of TRL's together take half an hour"""
     json: bool = False
     """print JSON"""
     device: str | None = None

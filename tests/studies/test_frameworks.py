@@ -57,6 +57,24 @@ def test_the_command_prints_json_and_a_table(made, capsys):
 
 
 @pytest.mark.slow
+def test_only_those_that_are_asked_for(made, capsys):
+    for words in (["PENALTY=true"], ["made.losses", "penalty=True"]):
+        assert main([*ARGS, "--framework", "made", "--json", "--only", *words]) == 0
+        assert [x["options"] for x in json.loads(capsys.readouterr().out)] == [{"penalty": True}]
+    assert main([*ARGS, "--framework", "all", "--only", "noise"]) == 0
+    assert "noise=True" in capsys.readouterr().out
+
+
+def test_only_of_nothing(made, capsys):
+    for name in ("made", "all"):
+        assert main([*ARGS, "--framework", name, "--only", "noise", "penalty"]) == 2
+        want = f"only finds none of {name}'s losses that has 'noise' and 'penalty' in its name and"
+        assert f"{want} options; their names are loss" in " ".join(capsys.readouterr().err.split())
+    assert main([*ARGS, "--only", "noise"]) == 2
+    assert "only picks losses of a framework: name it, made, absent" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_all_are_those_that_are_installed(made, capsys):
     assert main([*ARGS, "--framework", "all", "--json"]) == 0
     said = capsys.readouterr()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from tqdm import tqdm
@@ -90,25 +91,51 @@ def audited(
         yield line
 
 
-def audit_named(name: str, solution: Solution) -> tuple[list[dict[str, Any]], list[str]]:
+def audit_named(
+    name: str | None, solution: Solution, words: Sequence[str] = ()
+) -> tuple[list[dict[str, Any]], list[str]]:
     """:func:`audit_framework`, or of "all" that are installed: and a sentence for each that is not.
 
+    Args:
+        words: what a row's name and options ("loss_type=dapo") have in them, whatever the case.
+
     Raises:
-        ValueError: as there; none of all is installed.
+        ValueError: as there; none of all is installed; no row has these words, or no framework is
+            named for them.
     """
-    if name != "all":
-        if name not in FRAMEWORKS:
-            raise ValueError(_unknown(name, [*FRAMEWORKS, "all"]))
-        return audit_framework(name, solution), []
-    lines, missing = [], []
-    for framework in FRAMEWORKS:
+    if name is None:
+        raise ValueError(f"only picks losses of a framework: name it, {', '.join(FRAMEWORKS)}")
+    if name != "all" and name not in FRAMEWORKS:
+        raise ValueError(_unknown(name, [*FRAMEWORKS, "all"]))
+    lines, missing, asked = [], [], _Having(tuple(word.lower() for word in words))
+    for framework in FRAMEWORKS if name == "all" else [name]:
         try:
-            lines += audit_framework(framework, solution)
+            lines += audit_framework(framework, solution, asked)
         except FrameworkError as error:
+            if name != "all":
+                raise
             missing.append(str(error))
+    if not lines and asked.names:
+        raise ValueError(
+            f"only finds none of {name}'s losses that has {' and '.join(map(repr, words))} in its "
+            f"name and options; their names are {', '.join(sorted(asked.names))}"
+        )
     if not lines:
         raise FrameworkError("; ".join(missing))
     return lines, missing
+
+
+@dataclass(frozen=True)
+class _Having:
+    """Whether a row has all of these words; and the names of those that were looked at."""
+
+    words: tuple[str, ...]
+    names: set[str] = field(default_factory=set)
+
+    def __call__(self, row: Row) -> bool:
+        self.names.add(row.name.rpartition(".")[2])
+        said = " ".join([row.name, *(f"{k}={v}" for k, v in row.options.items())]).lower()
+        return all(word in said for word in self.words)
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:
