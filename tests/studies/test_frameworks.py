@@ -69,7 +69,8 @@ def test_only_of_nothing(made, capsys):
     for name in ("made", "all"):
         assert main([*ARGS, "--framework", name, "--only", "noise", "penalty"]) == 2
         want = f"only finds none of {name}'s losses that has 'noise' and 'penalty' in its name and"
-        assert f"{want} options; their names are loss" in " ".join(capsys.readouterr().err.split())
+        told = " ".join(capsys.readouterr().err.split())
+        assert f"{want} options; their names are losses.loss" in told
     assert main([*ARGS, "--only", "noise"]) == 2
     assert "only picks losses of a framework: name it, made, absent" in capsys.readouterr().err
 

@@ -133,7 +133,7 @@ class _Having:
     names: set[str] = field(default_factory=set)
 
     def __call__(self, row: Row) -> bool:
-        self.names.add(row.name.rpartition(".")[2])
+        self.names.add(_short(row.name))
         said = " ".join([row.name, *(f"{k}={v}" for k, v in row.options.items())]).lower()
         return all(word in said for word in self.words)
 
@@ -191,6 +191,11 @@ def _limit(framework: str, version: str, row: Row, solution: Solution) -> dict[s
     return {key: known[key] for key in KEYS}
 
 
+def _short(name: str) -> str:
+    """The class or module, and what is called of it."""
+    return ".".join(name.split(".")[-2:])
+
+
 def to_text(lines: list[dict[str, Any]], reference: bool = True) -> str:
     """A table for people: a head for each framework, and below it what to set instead.
 
@@ -201,7 +206,7 @@ def to_text(lines: list[dict[str, Any]], reference: bool = True) -> str:
     for name in dict.fromkeys(x["framework"] for x in lines):
         own = [x for x in lines if x["framework"] == name]
         shown = [
-            x | {"objective": ".".join(x["name"].split(".")[-2:])}
+            x | {"objective": _short(x["name"])}
             | {"options": {k: f"{k}={v}" for k, v in x["options"].items()}}
             for x in own
         ]  # fmt: skip
