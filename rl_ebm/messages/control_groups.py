@@ -38,7 +38,8 @@ def _groups(root: Path, told: Path) -> Iterator[tuple[Path, tuple[str, str, str]
     version_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
     version_2 = ("memory.max", "memory.current", "inactive_file")
     try:
-        lines = [line.split(":", 2) for line in told.read_text().splitlines()]
+        text = told.read_text(encoding="utf-8", errors="surrogateescape")  # names of any bytes
+        lines = [line.split(":", 2) for line in text.splitlines()]
     except OSError:  # not Linux
         lines = []
     own = {line[1]: line[2] for line in lines if len(line) == 3}

@@ -37,6 +37,7 @@ from rl_ebm.policies import MLP, Policy, Tabular, Trainable, Transformer
 from rl_ebm.rewards import Reward
 from rl_ebm.tokens import TokenSpace
 from rl_ebm.training import kinds
+from rl_ebm.training.checkpoint import outline
 from rl_ebm.training.run_config import read_config
 from rl_ebm.training.run_policy import check_asked, make_policy, own_policy
 
@@ -265,8 +266,16 @@ def load_weights(policy: Trainable, weights: dict[str, Tensor], source: Path) ->
     """Put weights into a policy.
 
     Raises:
-        RunError: they are those of another policy.
+        RunError: they are those of another policy, or not numbers.
     """
+    for name, value in policy.state_dict().items():
+        given = weights.get(name)
+        if given is None or not value.is_floating_point():
+            continue
+        if not given.is_floating_point():
+            raise RunError(f"{source} is damaged: {name} is {given.dtype}, and weights are floats")
+        if bool((given.isnan() | torch.isposinf(given)).any()):
+            raise RunError(f"{source} is damaged: {name} has weights that are NaN or infinite")
     try:
         policy.load_state_dict(weights)
     except (RuntimeError, AttributeError, TypeError, ValueError):
@@ -293,6 +302,13 @@ def check_free(run: Path, overwrite: bool) -> None:
 
 
 def clear(run: Path) -> None:
-    """Delete the files of a run, and no others."""
-    for path in own_files(run):
-        path.unlink()
+    """Delete the files of a run, and no others: event files are those that its checkpoint knows."""
+    own = own_files(run)
+    try:
+        known = marks(outline(run / STATE)["event_sizes"])
+    except (RunError, OSError, KeyError, TypeError):  # none, or a damaged one: it knows nothing
+        known = set[str]()
+    for path in own:
+        of = marks([path.name])
+        if not of or of <= known:
+            path.unlink()

@@ -107,6 +107,8 @@ def _table(parts: Parts, space: TokenSpace, prompts: GivenPrompts) -> Table:
     scores = parts["scores"]
     if scores.shape != (len([[]] if prompts is None else prompts), space.num_sequences):
         raise ValueError(f"its scores, {tuple(scores.shape)}, are not one a response")
+    if not scores.is_floating_point():
+        raise ValueError(f"its scores are {scores.dtype}, and scores are floats")
     return Table(scores).bind(space, prompts)
 
 

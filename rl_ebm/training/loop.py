@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,14 @@ from rl_ebm.files import METRICS, POLICY, REPORT, STATE, RunError, own_files, wr
 from rl_ebm.files.tensors import holds, save_tensors
 from rl_ebm.training.board import Board
 from rl_ebm.training.charts import Drawn, batch_charts, drawn_charts
-from rl_ebm.training.checkpoint import load_state, save_state
+from rl_ebm.training.checkpoint import save_state
 from rl_ebm.training.config import LOG_SECONDS, UNDRAWN
 from rl_ebm.training.config import TrainConfig as TrainConfig
-from rl_ebm.training.directory import cut_back, load_weights, remove_parts
+from rl_ebm.training.directory import cut_back, remove_parts
 from rl_ebm.training.metrics_csv import MetricsFile
 from rl_ebm.training.pace import Pace
 from rl_ebm.training.reward_calls import calls_of
-from rl_ebm.training.saved_state import check_moments, check_state
+from rl_ebm.training.saved_state import restored
 from rl_ebm.training.stopping import Asked, Interrupted, stops_between_steps
 from rl_ebm.verification.along_samples import samples_at
 from rl_ebm.verification.sampled_report import AnyReport, SampledReport
@@ -102,6 +101,8 @@ class Trainer:
         self.saved_step: int | None = None
         self.complete = False  # ended, with the last look at it written
         self.kept_rows, self.kept_events = 0, dict[str, int]()
+        # Raises where another folder has come into the place of the run's.
+        self.check_held: Callable[[], None] = lambda: None
 
     # The loop -----------------------------------------------------------------------------------
 
@@ -187,6 +188,7 @@ class Trainer:
             if self.board is not None and self.report is not None and self.description is not None:
                 self.board.hparams(self.description, self.report)
             if self.run is not None and self.report is not None:
+                self.check_held()
                 write_text(self.run / REPORT, json.dumps(self.report.to_dict(), indent=1) + "\n")
             self.complete = True
             self.save()
@@ -289,6 +291,7 @@ class Trainer:
         }
         if self.looked_up:
             row["looked_up"] = self.looked_up
+        self.check_held()
         self.metrics_file.write(row | dict(values) | dict(ends or {}))
         self.board.scalars({k: v for k, v in values.items() if math.isfinite(v)}, tokens)
 
@@ -335,6 +338,7 @@ class Trainer:
             return 0.0
         began = time.monotonic()
         self.check_finite()
+        self.check_held()
         save_state(self.run / STATE, self.state_dict())
         self.saved_step = self.step
         save_tensors(self.run / POLICY, self.agent.policy.state_dict())
@@ -363,18 +367,7 @@ class Trainer:
         path = self.run / STATE
         if not path.exists():
             return
-        try:
-            state = load_state(path, self.ebm.device, partial(check_state, run=self))
-            load_weights(self.agent.policy, state["policy"], path)
-            self.agent.load_state_dict(state["agent"])
-            check_moments(self.agent.learner.optimizer, state["step"], path)
-            # A generator's state lives on the CPU, whatever its device.
-            self.generator.set_state(state["generator"].cpu())
-        except RunError:
-            raise
-        except (KeyError, TypeError, RuntimeError, ValueError, AttributeError, IndexError) as error:
-            reason = str(error) or repr(error)
-            raise RunError(f"{path} does not fit the run's configuration: {reason}") from None
+        state = restored(path, self)
         self.step, self.seconds = state["step"], float(state["seconds"])
         self.tokens.fill_(state["tokens"])
         self.reward_calls, self.complete = state["reward_calls"], state["complete"]

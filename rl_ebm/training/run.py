@@ -213,14 +213,15 @@ def _begin(
         if run is not None:
             check_free(run, overwrite)
             if existed := run.exists():
-                held.enter_context(only_one(run))
+                check_held = held.enter_context(only_one(run))
         trainer = _trainer(ebm, description, run, progress, policy)
         description["policy"] = with_parts(description["policy"], trainer.agent.policy)
         if run is not None:
             # Only now: what cannot begin deletes nothing, and makes no folder.
             if not existed:
                 run.mkdir(parents=True, exist_ok=True)
-                held.enter_context(only_one(run))
+                check_held = held.enter_context(only_one(run))
+            trainer.check_held = check_held
             check_free(run, overwrite)  # another process may have been faster
             clear(run)
             write_config(run, description, ebm)
@@ -315,7 +316,7 @@ def resume(
     run = Path(out)
     limits = check_limits(steps, seconds)
     description = read_config(run)
-    with only_one(run):
+    with only_one(run) as check_held:
         extended = steps is not None or seconds is not None
         with damage_told(run / CONFIG):
             check_asked(description, policy, run, "resume")
@@ -323,6 +324,7 @@ def resume(
             if extended:
                 description["train"] |= limits | {"responses": None}
             trainer = _trainer(ebm, description, run, progress, policy)
+        trainer.check_held = check_held
         trainer.resume()
         if trainer.finished and trainer.complete:
             trainer.restore_policy()

@@ -8,7 +8,8 @@ optimiser that has not stepped yet, rows of a replay that is empty yet.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from rl_ebm.files import STATE, RunError, only_one
-from rl_ebm.training.checkpoint import Stored
+from rl_ebm.training.checkpoint import Stored, load_state
+from rl_ebm.training.directory import load_weights
 
 _ADAM = {"step", "exp_avg", "exp_avg_sq"}
 _FILLED_IN = {
@@ -43,6 +45,33 @@ _STATE = {
     "metrics_rows": int,
     "event_sizes": dict,
 }
+
+
+def restored(path: Path, run: Any) -> dict[str, Any]:
+    """A checkpoint, with a run's policy, agent and generator as it says; all of it checked.
+
+    Args:
+        path: of the checkpoint.
+        run: the Trainer that is to go on with it, before its first step.
+
+    Raises:
+        RunError: it is damaged, or of another run.
+    """
+    agent = run.agent
+    try:
+        state = load_state(path, run.ebm.device, partial(check_state, run=run))
+        _check_numbers(state["agent"], agent.state_dict(), path)
+        load_weights(agent.policy, state["policy"], path)
+        agent.load_state_dict(state["agent"])
+        check_moments(agent.learner.optimizer, state["step"], path)
+        # A generator's state lives on the CPU, whatever its device.
+        run.generator.set_state(state["generator"].cpu())
+    except RunError:
+        raise
+    except (KeyError, TypeError, RuntimeError, ValueError, AttributeError, IndexError) as error:
+        reason = str(error) or repr(error)
+        raise RunError(f"{path} does not fit the run's configuration: {reason}") from None
+    return state
 
 
 def check_state(saved: dict[str, Any], run: Any) -> None:
@@ -194,12 +223,47 @@ def check_moments(optimizer: torch.optim.Optimizer, step: int, path: Path) -> No
         path: of the checkpoint.
 
     Raises:
-        RunError: there are no moments, one is NaN, or a second one or a count is negative.
+        RunError: there are no moments, one is NaN or infinite, a second one is negative, or a
+            count is no positive number.
     """
     if step and not optimizer.state:
         raise RunError(f"{path} is damaged: after {step:,} steps its optimiser has no moments")
     for moments in optimizer.state.values():
         for name, value in moments.items():
-            least = -math.inf if name == "exp_avg" else 0.0
-            if isinstance(value, Tensor) and not bool((value >= least).all()):
-                raise RunError(f"{path} is damaged: {name} of its optimiser is NaN, or negative")
+            least = {"exp_avg": -math.inf, "step": 1.0}.get(name, 0.0)
+            if isinstance(value, Tensor) and not bool(((value >= least) & value.isfinite()).all()):
+                raise RunError(
+                    f"{path} is damaged: {name} of its optimiser is NaN, infinite or too small"
+                )
+
+
+def _check_numbers(saved: Any, fresh: Any, path: Path) -> None:
+    """Check that no number of an agent is one that no training leaves.
+
+    NaN and inf are none. -inf is a legal log-weight: of rows that were drawn, and where the agent
+    begins with it.
+
+    Raises:
+        RunError: one is there.
+    """
+    for name, value, like in _numbers(saved, fresh, ""):
+        rows = like is None or like.shape[:1] == (0,) or bool(torch.isneginf(like).any())
+        bad = value.isnan() | (value.isinf() if not rows else torch.isposinf(value))
+        if bool(bad.any()):
+            raise RunError(f"{path} is damaged: its agent's {name[1:]} is NaN or infinite")
+
+
+def _numbers(saved: Any, fresh: Any, name: str) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Every floating tensor but an optimiser's, each with the one that the agent has made anew."""
+    if isinstance(saved, Mapping) and saved.keys() != {"state", "param_groups"}:
+        for key, value in saved.items():
+            like = fresh.get(key) if isinstance(fresh, Mapping) else None
+            yield from _numbers(value, like, f"{name}.{key}")
+    elif isinstance(saved, (list, tuple)):
+        others = fresh if isinstance(fresh, (list, tuple)) and fresh else [None] * len(saved)
+        for i, (value, like) in enumerate(zip(saved, others, strict=True)):
+            yield from _numbers(value, like, f"{name}[{i}]")
+    elif isinstance(saved, (Tensor, float)):
+        found = torch.as_tensor(saved)
+        if found.is_floating_point():
+            yield name, found, fresh if isinstance(fresh, Tensor) else None

@@ -22,6 +22,7 @@ from rl_ebm.policies.base import Policy, evaluating, is_policy, logits_are_value
 from rl_ebm.policies.outputs import check_kind
 from rl_ebm.policies.walk import DEFAULT_MEMORY, prompts_at_once, walk, walk_prompts
 from rl_ebm.soft_bellman import log_policy
+from rl_ebm.statistics.interval import check_confidence
 from rl_ebm.verification.along_samples import verify_sampled
 from rl_ebm.verification.every_prefix import Accumulator
 from rl_ebm.verification.figures import SUMS
@@ -69,6 +70,7 @@ def verify(
     check_solution(solution)
     memory = min(whole("memory", memory, 1), 2**62)
     flag("per_prompt", per_prompt, unset=True)
+    check_confidence(confidence)
     if samples is None and lists(solution):
         return verify_listed(policy, solution, memory, per_prompt)
     samples = 1000 if samples is None else whole("samples", samples)

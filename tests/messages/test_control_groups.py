@@ -62,6 +62,14 @@ def test_inside_a_container_the_root_is_its_own(tmp_path, line):
     assert left_by_groups(tmp_path / "fs", said) == GB
 
 
+def test_a_group_whose_name_is_no_text(tmp_path):
+    name = b"caf\xe9".decode("utf-8", "surrogateescape")
+    group(tmp_path / "fs" / name, V2, f"{2 * GB}", GB)
+    said = tmp_path / "cgroup"
+    said.write_bytes(b"0::/caf\xe9\n")
+    assert left_by_groups(tmp_path / "fs", said) == GB
+
+
 def test_no_groups_set_no_limit(tmp_path):
     assert left_by_groups(tmp_path / "none", tmp_path / "nothing") == UNLIMITED
 

@@ -198,10 +198,13 @@ def test_a_run_is_not_overwritten_unasked(tmp_path):
         short(out=tmp_path / "r")
     other = tmp_path / "r" / "events.out.tfevents.1700000000.host.7.0"
     other.write_text("mine")
+    another = other.with_name("events.out.tfevents.1700000000.host.7.0123456789abcdef")
+    another.write_text("another run's")
     short(out=tmp_path / "r", seed=2, overwrite=True)
     assert differences(short(seed=2)[0], load_state(tmp_path / "r")["policy"]) == []
     assert other.read_text() == "mine"
-    assert len(list((tmp_path / "r").glob("events*"))) == 2
+    assert another.read_text() == "another run's"
+    assert len(list((tmp_path / "r").glob("events*"))) == 3
 
 
 def test_a_run_that_cannot_begin_does_not_delete_another(tmp_path):
