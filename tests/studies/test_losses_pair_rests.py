@@ -193,3 +193,29 @@ def test_a_last_window_that_fails_leaves_what_those_before_it_found(
     r = flow.responses
     off = float(tv(*(r.log_law(normalised(x, r.start)) for x in (whole[0], less[0]))))
     assert off <= max(whole[1] + less[1], 1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.3, 0.15])
+def test_pairs_that_hardly_ever_hold_what_is_rare(beta: float) -> None:
+    """DPO rests at the EBM whatever its pairs are: here the EBM's own, 1e-15 of them of the rarest.
+
+    One rare response after another then falls by many nats before any gradient is small.
+    """
+    generator = torch.Generator().manual_seed(7)
+    reward = torch.randn(27, generator=generator).double()
+    solution = solve(EBM(TokenSpace(3, 3), reward, beta=beta))
+    found = audit_loss(_dpo_at(beta), solution, "preference", sampler="teacher", beyond=False)
+    log_target = (reward / beta).log_softmax(0)
+    assert float(log_target.min()) < -10
+    assert found.log_laws is not None
+    assert float(tv(found.log_laws[0], log_target)) < 1e-12
+    assert found.accuracy < 1e-12
+    assert float((found.log_laws[0] - log_target).abs().max()) < 1e-3
+
+
+def _dpo_at(beta: float) -> Loss:
+    def loss(chosen: Tensor, rejected: Tensor, chosen_ref: Tensor, rejected_ref: Tensor) -> Tensor:
+        gap = beta * (chosen - chosen_ref - rejected + rejected_ref)
+        return -torch.nn.functional.logsigmoid(gap).mean()
+
+    return loss

@@ -29,7 +29,7 @@ from rl_ebm.divergences import tv
 from rl_ebm.studies.losses.contract import LossError
 from rl_ebm.studies.losses.drawn_pairs import Drawn, More, Slope, Slopes, Where
 
-IMPLICIT = 120
+IMPLICIT = 400
 """implicit steps, at most"""
 LARGEST = 1.0
 """nats that log pi of a response moves in one of them, at most"""
@@ -62,6 +62,9 @@ ENOUGH = 8
 PATIENCE = 30
 """implicit steps, of which a gradient that has a rest without kinks leaves no more than"""
 FEWER = 0.9
+"""of it, or move a response by as many as"""
+ON_ITS_WAY = 3.0
+"""nats; and"""
 STILL_FOR = 3
 """of Newton's steps that halve nothing any more"""
 WHOLE = 1e-6
@@ -89,8 +92,8 @@ def rest_near(
         centred: whether differences are taken to both sides, for longer steps: of float32.
     """
     lowest, mu = float(log_pi.min()) + GONE, drawn.log_mu.exp()
-    before, rate, moved, still = (math.inf, math.inf), 0.0, math.inf, 0
-    sizes = [math.inf]
+    least, rate, moved, still = (math.inf, math.inf), 0.0, math.inf, 0
+    seen: list[tuple[float, Tensor]] = []
     for _ in range(IMPLICIT):
         try:
             found = _curvature(drawn, log_pi, small, centred)
@@ -98,15 +101,17 @@ def rest_near(
             return None
         off, slope = found.off(log_pi), found.on_laws(log_pi, mu)
         size = float((off / mu).abs().max())
-        less = size < before[0] / 2 or moved < before[1] / 2
+        less = size < least[0] / 2 or moved < least[1] / 2
         still = 0 if less or rate > WHOLE else still + 1
         if size <= 1e3 * rest and still >= STILL_FOR:
             end = _newton(log_pi, slope, off)
             return end, max(moved, float(tv(end, log_pi)))
-        sizes.append(min(size, sizes[-1]))
-        if len(sizes) > PATIENCE and sizes[-1] > FEWER * sizes[-PATIENCE]:
-            return None
-        before, units = (size, moved), (mu + log_pi.exp()) / 2
+        least, units = (min(size, least[0]), min(moved, least[1])), (mu + log_pi.exp()) / 2
+        seen.append((least[0], log_pi))
+        if len(seen) > PATIENCE:
+            then, there = seen[-1 - PATIENCE]
+            if least[0] > FEWER * then and float((log_pi - there).abs().max()) < ON_ITS_WAY:
+                return None
         rate = rate or float((found.second.diagonal().abs() / units).max())
         step, rate = _implicit(slope, off, units, rate / FASTER)
         if not bool(torch.isfinite(step).all()):
