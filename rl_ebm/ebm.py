@@ -28,7 +28,7 @@ from rl_ebm.policies.scoring import mask_logits, row_logits
 from rl_ebm.rewards.base import Reward, is_anywhere
 from rl_ebm.rewards.convert import as_reward
 from rl_ebm.soft_bellman import gather_tokens, log_policy
-from rl_ebm.tokens import Batch, TokenSpace, check_space, length_mask
+from rl_ebm.tokens import Batch, TokenSpace, check_space
 from rl_ebm.tokens.batches import check_batch
 from rl_ebm.tokens.prompts import GivenPrompts, check_prompts
 
@@ -128,8 +128,8 @@ class EBM:
         prompt_ids: Int64[Tensor, "B"],
     ) -> Shaped[Tensor, "B"]:
         """R(x, y) in reward units, its own dtype; rows as the sampler makes them, unchecked."""
-        tokens = tokens.masked_fill(~length_mask(lengths, self.space.max_length), 0)
-        return self.reward_model(tokens, lengths, prompt_ids)
+        batch = Batch(tokens, lengths, prompt_ids).clean()
+        return self.reward_model(batch.tokens, batch.lengths, batch.prompt_ids)
 
     def score(self, batch: Batch) -> Batch:
         """The batch with its rewards, and token 0 past the end of each response."""
@@ -159,10 +159,11 @@ class EBM:
         prompt_ids: Int64[Tensor, "B"],
     ) -> Float[Tensor, "B T"]:
         """log p_ref of each token, 0 past the end."""
-        mask = length_mask(lengths, self.space.max_length)
+        batch = Batch(tokens, lengths, prompt_ids)
+        mask = batch.mask
         if self.reference is None:
             return torch.zeros(mask.shape, device=tokens.device)
-        tokens = tokens.masked_fill(~mask, 0)
+        tokens, prompt_ids = batch.clean().tokens, batch.prompt_ids
         own = token_pass(self.reference)
         if own is not None:
             log_ref = own(tokens, prompt_ids).double()

@@ -119,7 +119,7 @@ def r_along_path(
     ``q[:, t]`` is taken before ``tokens[:, t]``. A sequence's r sum to R_r(x, y) of
     arXiv 2512.15605, Eq. (5): the log-weight that the policy of q gives it, V_q(x) included.
     """
-    last = length_mask(lengths - 1, tokens.shape[1])[:, :-1]
+    last = length_mask(lengths.long() - 1, tokens.shape[1])[:, :-1]
     v_next = soft_value(q[:, 1:]).masked_fill(~last, 0.0)
     v_next = torch.cat([v_next, v_next.new_zeros(len(q), 1)], dim=1)
     r = _minus_value(gather_tokens(q, tokens), v_next)
@@ -170,7 +170,7 @@ def gather_tokens(
     rows: Float[Tensor, "B T A"], tokens: Int64[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
     """The entry of each row at its token."""
-    return rows.gather(-1, tokens[..., None])[..., 0]
+    return rows.gather(-1, tokens.long()[..., None])[..., 0]
 
 
 def sequence_log_prob(

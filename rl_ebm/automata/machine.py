@@ -112,12 +112,14 @@ class Machine:
 
     def begin(self, prompt_ids: Int64[Tensor, "B"]) -> Reading:
         """Nothing read yet."""
+        prompt_ids = prompt_ids.long()
         row = prompt_ids if self.start.shape[0] > 1 else torch.zeros_like(prompt_ids)
         hidden = prompt_ids if self.log_initial.shape[0] > 1 else torch.zeros_like(prompt_ids)
         return Reading(self.start[row], self.log_initial[hidden])
 
     def read(self, state: Reading, tokens: Int64[Tensor, "B"]) -> Reading:
         """One more token of each row, with others to follow."""
+        tokens = tokens.long()  # uint8 as an index is a mask
         log_alpha = state.log_alpha + self.log_weight[state.k, tokens][:, None]
         k = self.next[state.k, tokens].long()
         if self.num_hidden == 1:
@@ -134,7 +136,7 @@ class Machine:
         """
         reading = self.begin(prompt_ids)
         out = torch.empty(tokens.shape, dtype=torch.float64, device=tokens.device)
-        for t, token in enumerate(tokens.unbind(1)):
+        for t, token in enumerate(tokens.long().unbind(1)):
             before = torch.logsumexp(reading.log_alpha, 1)
             after = torch.logsumexp(reading.log_alpha + self.log_emission[:, token].T, 1)
             after = after + self.log_weight[reading.k, token]
@@ -145,6 +147,7 @@ class Machine:
 
     def total(self, state: Reading, tokens: Int64[Tensor, "B"]) -> Float[Tensor, "B"]:
         """log W of responses that end with one more token."""
+        tokens = tokens.long()
         last = self.log_weight[state.k, tokens] + self.final[self.next[state.k, tokens].long()]
         x = state.log_alpha + self.log_emission[:, tokens].T + self.log_end
         return torch.logsumexp(x, 1) + last

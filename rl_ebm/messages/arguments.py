@@ -142,8 +142,15 @@ def flag(name: str, value: object, unset: bool = False) -> None:
         )
 
 
+def holds_ids(value: object) -> TypeGuard[Tensor]:
+    """Whether something is a tensor of integers, of whatever size; bools are none."""
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
+        return False
+    return value.dtype != torch.bool
+
+
 def ids_tensor(name: str, value: object, ndim: int) -> Tensor:
-    """A tensor of integer ids, as int64.
+    """A tensor of integer ids, as int64: what is counted with small ones overflows.
 
     Raises:
         TypeError: no tensor of integers.
@@ -154,7 +161,7 @@ def ids_tensor(name: str, value: object, ndim: int) -> Tensor:
             f"{name} must be a tensor of integers of shape {shape}, got {type(value).__name__}: "
             f"torch.tensor({name}) makes one"
         )
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+    if not holds_ids(value):
         kind = str(value.dtype).removeprefix("torch.")
         raise WrongTypeError(f"{name} must hold integers (int64), got a tensor of {kind}")
     return value.long()

@@ -108,7 +108,8 @@ class AutomatonPolicy:
         self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"] | None = None
     ) -> Float[Tensor, "B T A"]:
         """log p(.|s) before every token, float64."""
-        state = self.start(self._prompt_ids(tokens, prompt_ids))
+        tokens, prompt_ids = self._checked(tokens, prompt_ids)
+        state = self.start(prompt_ids)
         shape = (*tokens.shape, self.space.vocab_size)
         out = torch.empty(shape, dtype=torch.float64, device=tokens.device)
         for t in range(self.space.max_length):
@@ -119,7 +120,7 @@ class AutomatonPolicy:
         self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"] | None = None
     ) -> Float[Tensor, "B T"]:
         """log p(a_t|s_t) of the tokens alone: what their rows have, without the rows."""
-        return self.machine.log_probs(tokens, self._prompt_ids(tokens, prompt_ids))
+        return self.machine.log_probs(*self._checked(tokens, prompt_ids))
 
     def start(self, prompt_ids: Int64[Tensor, "B"]) -> _Decoding:
         """State of a decoding: nothing read yet."""
@@ -131,12 +132,12 @@ class AutomatonPolicy:
             state.reading = self.machine.read(state.reading, tokens)
         return self.rows(state.reading)
 
-    def _prompt_ids(self, tokens: Tensor, prompt_ids: Tensor | None) -> Tensor:
-        self.space.check_tokens(tokens)
+    def _checked(self, tokens: Tensor, prompt_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        tokens = self.space.check_tokens(tokens)
         count = self.machine.num_prompts
         # A machine that starts alike for all prompts reads none.
         known = count if count > 1 or prompt_ids is None else None
-        return resolve_prompt_ids(len(tokens), prompt_ids, known, tokens.device)
+        return tokens, resolve_prompt_ids(len(tokens), prompt_ids, known, tokens.device)
 
 
 def uniform_machine(space: TokenSpace) -> Machine:

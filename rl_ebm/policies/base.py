@@ -258,9 +258,9 @@ def prompt_rows(
     policy: object, n: int, prompt_ids: Int64[Tensor, "n"] | None
 ) -> Int64[Tensor, "n"]:
     """Which of a policy's prompts each of n rows answers: the only one, where it reads none."""
-    if prompts_of(policy) is None or prompt_ids is None:
-        return resolve_prompt_ids(n, None, num_prompts(policy), device_of(policy))
-    return prompt_ids
+    if prompts_of(policy) is None:
+        prompt_ids = None
+    return resolve_prompt_ids(n, prompt_ids, num_prompts(policy), device_of(policy))
 
 
 def resolve_prompt_ids(

@@ -115,7 +115,7 @@ class MLP(nn.Module):
         self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"] | None = None
     ) -> Float[Tensor, "B T A"]:
         """Logits before every token, or q; row t has read ``tokens[:, :t]``."""
-        self.space.check_kind(tokens, fewer=True)
+        tokens = self.space.check_tokens(tokens, fewer=True)
         width = tokens.shape[1]
         # The table of each place stands behind that of the place before.
         offsets = self.space.vocab_size * torch.arange(width - 1, device=tokens.device)
@@ -138,7 +138,7 @@ class MLP(nn.Module):
         Of q log pi alone, which is what one draws by.
         """
         if tokens is not None:
-            row = tokens + self.space.vocab_size * state.length
+            row = tokens.long() + self.space.vocab_size * state.length
             state.total = state.total + F.embedding(row, self.token)
             state.length += 1
         out: Tensor = self.rest(state.total + self.place[state.length])

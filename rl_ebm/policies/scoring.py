@@ -55,7 +55,7 @@ def q_values(
     """
     check_kind(policy)
     check_space(space)
-    space.check_kind(tokens)
+    tokens = space.check_tokens(tokens)
     if tree_is_smaller(policy, space, tokens.shape[0]):
         rows = tree_q_values(policy, space, num_prompts(policy)).flatten(0, 1)
         ids = space.state_ids(tokens)
@@ -76,6 +76,8 @@ def row_logits(
     prompt_ids: Int64[Tensor, "B"] | None = None,
 ) -> Float[Tensor, "B T A"]:
     """A policy's ``logits``, of no more columns than are read where it takes fewer; 0 beyond."""
+    tokens = space.check_kind(tokens)
+    prompt_ids = None if prompt_ids is None else ids_tensor("prompt_ids", prompt_ids, 1)
     width = _longest(policy, space, tokens)
     if width == space.max_length:
         return policy.logits(tokens, prompt_ids)
@@ -150,7 +152,7 @@ def log_prob(
 ) -> Float[Tensor, "B"]:
     """log pi(y|x): the sum over the real tokens."""
     check_space(space)
-    space.check_kind(tokens)
+    tokens = space.check_kind(tokens)
     lengths = ids_tensor("lengths", lengths, 1)
     if lengths.shape != (len(tokens),):
         raise ValueError(f"lengths has shape {tuple(lengths.shape)}, expected ({len(tokens)},)")

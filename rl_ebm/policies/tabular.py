@@ -14,7 +14,7 @@ from rl_ebm.messages.arguments import Number, check_generator, finite, shown
 from rl_ebm.messages.words import bytes_text, count_text
 from rl_ebm.networks.prefix_tree import PrefixTree
 from rl_ebm.policies.automaton import uniform_machine
-from rl_ebm.policies.base import resolve_prompt_ids
+from rl_ebm.policies.base import prompt_rows
 from rl_ebm.soft_bellman import Tables, check_tables
 from rl_ebm.tokens import TokenSpace, check_space
 from rl_ebm.tokens.prompts import GivenPrompts, check_prompts
@@ -87,13 +87,11 @@ class Tabular(nn.Module):
         self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"] | None = None
     ) -> Float[Tensor, "B T A"]:
         """The rows of all prefixes of each sequence."""
-        self.space.check_kind(tokens)
+        tokens = self.space.check_tokens(tokens)
         ids = self.space.state_ids(tokens)
         if self.prompts is not None:
-            if prompt_ids is None:
-                count = len(self.prompts)
-                prompt_ids = resolve_prompt_ids(len(tokens), None, count, tokens.device)
-            ids = ids + prompt_ids[:, None] * self.space.num_states
+            rows = prompt_rows(self, len(tokens), prompt_ids)
+            ids = ids + rows[:, None] * self.space.num_states
         # embedding: its backward is a parallel scatter-add, that of indexing is not.
         return F.embedding(ids, self.table.flatten(0, 1))
 
@@ -101,14 +99,14 @@ class Tabular(nn.Module):
         self, tree: PrefixTree, prompt_ids: Int64[Tensor, "P"]
     ) -> Float[Tensor, "P N A"]:
         """The rows of all nodes."""
-        prompt_ids = torch.zeros_like(prompt_ids) if self.prompts is None else prompt_ids
+        rows = prompt_rows(self, len(prompt_ids), prompt_ids)
         rank = self.space.rank(tree.tokens)
         index = torch.zeros_like(tree.tokens)
         for level in range(1, tree.ancestors.shape[1]):
             step = index * self.space.branching + rank[tree.ancestors[:, level]]
             index = torch.where(tree.depth >= level, step, index)
         ids = index + self.space.state_offsets(index.device)[tree.depth]
-        return self.table[prompt_ids][:, ids]
+        return self.table[rows][:, ids]
 
 
 MAX_TABLE = 2**30

@@ -101,7 +101,7 @@ class Transformer(nn.Module):
         self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"] | None = None
     ) -> Float[Tensor, "B T A"]:
         """q before every token; row t reads the prompt and ``tokens[:, :t]``."""
-        self.space.check_kind(tokens, fewer=True)
+        tokens = self.space.check_tokens(tokens, fewer=True)
         rows = prompt_rows(self, len(tokens), prompt_ids)
         out: Tensor = (_compiled_sequence_pass() if self.compiled else Transformer._sequence_pass)(
             self, tokens, rows
@@ -184,7 +184,7 @@ class Transformer(nn.Module):
                 q, cache.keys[layer][:, :, :end], cache.values[layer][:, :, :end], attn_mask=mask
             )
 
-        x = self.backbone(tokens[:, None], cache.position[:, None], attend)
+        x = self.backbone(tokens.long()[:, None], cache.position[:, None], attend)
         cache.used, cache.position = end, cache.position + 1
         out: Tensor = self.head(x[:, 0])
         return out

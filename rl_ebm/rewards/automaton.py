@@ -296,7 +296,7 @@ class Automaton:
         prompt_ids: Int64[Tensor, "B"],
     ) -> Float[Tensor, "B"]:
         machine = self.machine
-        state = machine.begin(prompt_ids)
+        state, lengths = machine.begin(prompt_ids), lengths.long()
         out = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
         width = tokens.shape[1]
         if len(tokens) and tokens.device.type == "cpu":  # elsewhere to look would wait

@@ -69,7 +69,7 @@ class Table:
         prompt_ids: Int64[Tensor, "B"],
     ) -> Shaped[Tensor, "B"]:
         assert self.space is not None, "a table is bound to its space by the EBM"
-        return self.scores[prompt_ids, self.space.sequence_indices(tokens, lengths)]
+        return self.scores[prompt_ids.long(), self.space.sequence_indices(tokens, lengths)]
 
     def to(self, device: torch.device | str) -> Table:
         moved = Table(self.scores.to(device))

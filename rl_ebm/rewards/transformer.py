@@ -66,8 +66,9 @@ class TransformerReward(nn.Module):
         prompt_ids: Int64[Tensor, "B"],
     ) -> Float[Tensor, "B"]:
         """R(x, y), with gradient."""
+        prompt_ids = prompt_ids.long()  # uint8 as an index is a mask
         context = self.context_ids[prompt_ids]
-        ids = torch.cat([context, tokens], dim=1)
+        ids = torch.cat([context, tokens.long()], dim=1)
         start = self.context_positions[prompt_ids]
         later = start[:, -1:] + 1 + torch.arange(tokens.shape[1], device=tokens.device)
         mask = length_mask(lengths, tokens.shape[1])

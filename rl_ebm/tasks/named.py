@@ -72,6 +72,7 @@ class Pairwise:
     ) -> Float64[Tensor, "B"]:
         """Rewards of complete responses, on the couplings' device."""
         pair = torch.arange(len(self.couplings), device=self.couplings.device)
+        tokens = tokens.long()  # uint8 as an index is a mask
         terms = self.couplings[pair, tokens[:, self.first], tokens[:, self.second]]
         return 2 / math.sqrt(len(pair)) * terms.sum(1)
 

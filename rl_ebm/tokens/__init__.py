@@ -22,6 +22,8 @@ symbol                meaning                                              shape
 ``log_z``             log Z(x) = V(x), the root's v                        (P,) nats
 ====================  ===================================================  ======================
 
+Tokens, lengths and prompt ids are taken as integers of any size, and become int64.
+
 Logits are defined up to a constant for each state, rewards up to one for each prompt: compare them
 centred, or through log_pi. ``-inf`` is a legal log-weight: what is forbidden or impossible.
 """

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
-from rl_ebm.messages.arguments import Int, ids_tensor, is_whole, shown, whole
+from rl_ebm.messages.arguments import Int, holds_ids, ids_tensor, is_whole, shown, whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,6 +37,13 @@ class Batch:
     lengths: Int64[Tensor, "B"]
     prompt_ids: Int64[Tensor, "B"]
     reward: Shaped[Tensor, "B"] | None = None
+
+    def __post_init__(self) -> None:
+        # Ids of any size become int64: small ones overflow, and uint8 as an index is a mask.
+        for name in ("tokens", "lengths", "prompt_ids"):
+            ids = getattr(self, name)
+            if holds_ids(ids):
+                object.__setattr__(self, name, ids.long())
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -84,7 +91,7 @@ class Batch:
 
 def length_mask(lengths: Int64[Tensor, "B"], max_length: int) -> Bool[Tensor, "B T"]:
     """True at the first ``lengths`` columns of each row."""
-    return torch.arange(max_length, device=lengths.device) < lengths[:, None]
+    return torch.arange(max_length, device=lengths.device) < lengths.long()[:, None]
 
 
 @dataclass(frozen=True)
@@ -153,7 +160,7 @@ class TokenSpace:
         """Most unforced decisions in a response: T, or T - 1 in EOS mode."""
         return self.max_length - (self.eos_id is not None)
 
-    # Rules of the token MDP: the environments and the sampler share these -------------------
+    # Rules of the token MDP, shared by environments and sampler; in uint8, 300 would equal 44 ---
 
     def action_mask(self, device: torch.device | str = "cpu") -> Bool[Tensor, "T A"]:
         """True where an action is allowed at a position. Shared: do not write into it."""
@@ -167,23 +174,25 @@ class TokenSpace:
         """True where an action at position ``t`` is executed as EOS instead (EOS mode, last t)."""
         if self.eos_id is None:
             return torch.zeros_like(actions, dtype=torch.bool)
-        return (t == self.max_length - 1) & (actions != self.eos_id)
+        return (t.long() == self.max_length - 1) & (actions.long() != self.eos_id)
 
     def ends(self, actions: Int64[Tensor, "B"], t: Int64[Tensor, "B"]) -> Bool[Tensor, "B"]:
         """True where an action at position ``t`` ends the response."""
-        last = t == self.max_length - 1
-        return last if self.eos_id is None else last | (actions == self.eos_id)
+        last = t.long() == self.max_length - 1
+        return last if self.eos_id is None else last | (actions.long() == self.eos_id)
 
     # Enumeration --------------------------------------------------------------------------
 
     def rank(self, tokens: Int64[Tensor, "*n"]) -> Int64[Tensor, "*n"]:
         """Place of each non-EOS token among the non-EOS tokens; EOS itself gets a legal one."""
+        tokens = tokens.long()
         if self.eos_id is None:
             return tokens
         return (tokens - (tokens > self.eos_id).long()).clamp(max=self.branching - 1)
 
     def unrank(self, rank: Int64[Tensor, "*n"]) -> Int64[Tensor, "*n"]:
         """Inverse of :meth:`rank` on non-EOS tokens."""
+        rank = rank.long()
         return rank if self.eos_id is None else rank + (rank >= self.eos_id).long()
 
     def prefix_indices(self, tokens: Int64[Tensor, "B T"]) -> Int64[Tensor, "B T"]:
@@ -191,6 +200,7 @@ class TokenSpace:
 
         What stands past the end of a response gives an index that is legal and means nothing.
         """
+        tokens = ids_tensor("tokens", tokens, 2)
         index = torch.zeros_like(tokens)
         for t in range(1, tokens.shape[1]):
             index[:, t] = index[:, t - 1] * self.branching + self.rank(tokens[:, t - 1])
@@ -220,7 +230,8 @@ class TokenSpace:
         self, tokens: Int64[Tensor, "B T"], lengths: Int64[Tensor, "B"]
     ) -> Int64[Tensor, "B"]:
         """Place of each response in enumeration order."""
-        last = (lengths - 1)[:, None]
+        tokens = ids_tensor("tokens", tokens, 2)
+        last = (ids_tensor("lengths", lengths, 1) - 1)[:, None]
         if self.eos_id is None:
             prefix = self.prefix_indices(tokens).gather(1, last)
             return (prefix * self.vocab_size + tokens.gather(1, last))[:, 0]
@@ -264,17 +275,18 @@ class TokenSpace:
 
     # Checks at the door -------------------------------------------------------------------
 
-    def check_tokens(self, tokens: Tensor) -> None:
-        """Raise unless these are full rows of token ids, (B, T); as :meth:`check_kind`."""
-        self.check_kind(tokens)
-        if tokens.device.type != "cpu" or not len(tokens):
-            return  # a GPU would be waited for: there the look-up that uses them checks
-        ids = tokens.detach().numpy()
+    def check_tokens(self, tokens: object, fewer: bool = False) -> Int64[Tensor, "B w"]:
+        """Rows of token ids, as :meth:`check_kind`, and none of them out of range."""
+        checked = self.check_kind(tokens, fewer)
+        if checked.device.type != "cpu" or not len(checked):
+            return checked  # a GPU would be waited for: there the look-up that uses them checks
+        ids = checked.detach().numpy()
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             raise ValueError(
                 f"token ids must be in [0, {self.vocab_size}), got {ids.min()} to {ids.max()}: "
                 "past the end of a response any legal id will do, such as 0"
             )
+        return checked
 
     def check(
         self,
@@ -289,8 +301,7 @@ class TokenSpace:
                 without EOS, or one with something after it, in EOS mode.
         """
         t_max = self.max_length
-        self.check_kind(tokens)
-        tokens = tokens.long()
+        tokens = self.check_kind(tokens)
         lengths = None if lengths is None else ids_tensor("lengths", lengths, 1)
         n = tokens.shape[0]
         if lengths is not None and lengths.shape != (n,):
@@ -320,8 +331,8 @@ class TokenSpace:
             )
         return lengths
 
-    def check_kind(self, tokens: object, fewer: bool = False) -> None:
-        """Check that something is (B, T) ids by its kind and shape, without reading an id.
+    def check_kind(self, tokens: object, fewer: bool = False) -> Int64[Tensor, "B w"]:
+        """What is (B, T) ids by its kind and shape, as int64, without reading an id.
 
         Args:
             fewer: whether fewer columns than T will do.
@@ -334,6 +345,7 @@ class TokenSpace:
         t_max = self.max_length
         if ids.ndim != 2 or not (1 <= ids.shape[1] <= t_max if fewer else ids.shape[1] == t_max):
             raise ValueError(f"tokens has shape {tuple(ids.shape)}, expected (B, {t_max})")
+        return ids
 
     def find_lengths(
         self, tokens: Int64[Tensor, "B T"], lengths: Int64[Tensor, "B"] | None = None
@@ -343,6 +355,7 @@ class TokenSpace:
         Raises:
             ValueError: EOS mode, and a row has no EOS.
         """
+        tokens = ids_tensor("tokens", tokens, 2)
         n = tokens.shape[0]
         if self.eos_id is None:
             return torch.full((n,), self.max_length, device=tokens.device)

@@ -6,7 +6,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-from toy_policies import seeded
+from toy_policies import OTHER_INTEGERS, PROMPTS, seeded
 
 import rl_ebm
 from rl_ebm import divergences
@@ -69,6 +69,36 @@ def test_tokens_are_rows_of_ids(tokens):
     for solution in solutions():
         one_sentence(lambda s=solution: s.logits(tokens))
         one_sentence(lambda s=solution: s.log_prob(tokens))
+
+
+@pytest.mark.parametrize("dtype", OTHER_INTEGERS, ids=str)
+@pytest.mark.parametrize("shape", [(8, 4, None), (8, 4, 5)], ids=str)
+def test_integers_of_any_size_are_solved_and_scored_as_int64(shape, dtype):
+    space = TokenSpace(*shape)
+    scores = torch.randn(3, space.num_sequences, generator=seeded(0), dtype=torch.float64)
+    tokens, lengths = (x[::31] for x in space.sequences())
+    ids = torch.arange(len(tokens)) % 3
+    for reward in (scores, rl_ebm.rewards.Automaton.contains(space, [1], 2.0)):
+        ebm = rl_ebm.EBM(space, reward, 0.5, prompts=PROMPTS)
+        solution = rl_ebm.solve(ebm)
+        wide, small = ((tokens.to(d), lengths.to(d), ids.to(d)) for d in (torch.int64, dtype))
+        scored = [ebm.score(rl_ebm.Batch(*x)).reward for x in (wide, small)]
+        pairs = [scored]
+        calls = [solution.log_prob, ebm.log_weight, ebm.log_ref, ebm.reward, ebm.reward_model]
+        pairs += [[call(*x) for x in (wide, small)] for call in calls]
+        pairs += [[call(x[0], x[2]) for x in (wide, small)] for call in two_arguments(solution)]
+        pairs += [[steps(solution, *x) for x in (wide, small)]]
+        for want, got in pairs:
+            assert torch.equal(got, want)
+
+
+def two_arguments(solution):
+    return [solution.logits, *([solution.log_probs] if hasattr(solution, "log_probs") else [])]
+
+
+def steps(policy, tokens, lengths, ids):
+    state = policy.start(ids)
+    return torch.stack([policy.step(state, t) for t in (None, *tokens[:, :-1].unbind(1))])
 
 
 def test_lengths_and_prompt_ids_are_tensors_of_integers():

@@ -122,7 +122,7 @@ def test_the_reference_leaves_what_is_frozen_and_every_mode_as_it_was():
         [p.requires_grad for p in policy.parameters()],
         [m.training for m in policy.modules()],
     )
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="token ids must be in"):
         reference.logits(TOKENS + 100, IDS)
     assert before[0] == [p.requires_grad for p in policy.parameters()]
     assert float((policy.logits(TOKENS, IDS) - reference.logits(TOKENS, IDS)).detach().std()) > 0.1

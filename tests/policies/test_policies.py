@@ -9,10 +9,12 @@ import math
 from collections import Counter
 
 import brute_force
+import jaxtyping
 import pytest
 import torch
 from brute_force import INF
 from toy_policies import (
+    OTHER_INTEGERS,
     PROMPTS,
     SHAPES,
     Only,
@@ -20,6 +22,7 @@ from toy_policies import (
     close,
     exact_log_probs,
     logits_by_prefix,
+    randomised,
     responses,
     seeded,
     tabular,
@@ -28,9 +31,12 @@ from toy_policies import (
 
 from rl_ebm.networks.prefix_tree import PrefixTree
 from rl_ebm.policies import (
+    MLP,
+    MLPConfig,
     Policy,
     Tabular,
     Uniform,
+    fit_ngram,
     log_pi_rows,
     log_prob,
     mask_logits,
@@ -304,6 +310,57 @@ def test_prompt_ids_are_checked():
     for make in POLICIES:
         with pytest.raises(ValueError, match="there are 3 prompts: give prompt_ids"):
             make(space, PROMPTS).logits(torch.zeros(1, 2, dtype=torch.int64))
+
+
+def mlp(space, prompts=None):
+    return randomised(MLP(space, MLPConfig(layers=1, hidden=8), prompts))
+
+
+def bigrams(space, prompts=None):
+    ids = torch.arange(50) % len(prompts or [[]])
+    drawn = sample(Uniform(space), space, 50, seeded(), ids)
+    return fit_ngram(space, drawn, order=2, smoothing=0.1, prompts=prompts)
+
+
+@pytest.mark.parametrize("dtype", OTHER_INTEGERS, ids=str)
+@pytest.mark.parametrize("shape", [(8, 4, None), (8, 4, 5)], ids=str)
+@pytest.mark.parametrize("make", [tabular, transformer, mlp, bigrams, Uniform])
+def test_integers_of_any_size_are_read_as_int64(make, shape, dtype, monkeypatch):
+    # Annotations, which say int64, are checked in the tests alone.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    space = TokenSpace(*shape)
+    policy = make(space) if make is Uniform else make(space, [[1], [], [7, 2]])
+    tokens, lengths = (x[::31] for x in space.sequences())
+    ids = torch.arange(len(tokens)) % 3
+    wide, small = ((tokens.to(d), lengths.to(d), ids.to(d)) for d in (torch.int64, dtype))
+    pairs = [[log_prob(policy, space, *x) for x in (wide, small)]]
+    calls = [policy.logits, *([policy.log_probs] if hasattr(policy, "log_probs") else [])]
+    calls += [lambda *x, f=f: f(policy, space, *x) for f in (q_values, log_pi_rows)]
+    pairs += [[call(x[0], x[2]) for x in (wide, small)] for call in calls]
+    if hasattr(policy, "step"):
+        pairs += [[all_steps(policy, x[0], x[2]) for x in (wide, small)]]
+    for want, got in pairs:
+        assert torch.equal(got, want)
+
+
+def all_steps(policy, tokens, ids):
+    state = policy.start(ids)
+    return torch.stack([policy.step(state, t) for t in (None, *tokens[:, :-1].unbind(1))])
+
+
+@pytest.mark.parametrize("token", [-1, 3, 2**40])
+@pytest.mark.parametrize("make", [tabular, transformer, mlp, bigrams])
+def test_a_token_that_is_no_id_is_told(make, token):
+    space = TokenSpace(3, 3)
+    policy, tokens = make(space, PROMPTS[::2]), torch.tensor([[0, token, 1]])
+    ids = torch.tensor([0])
+    for call in (policy.logits, lambda *x: q_values(policy, space, *x)):
+        with pytest.raises(ValueError, match=r"token ids must be in \[0, 3\), got"):
+            call(tokens, ids)
+    # One that starts alike for all prompts reads no prompt ids.
+    for wrong in (-1, 2) if make is not bigrams else ():
+        with pytest.raises(ValueError, match=r"prompt_ids must be in \[0, 2\)"):
+            policy.logits(tokens.clamp(0, 2), torch.tensor([wrong]))
 
 
 def test_a_table_forbids_where_the_space_allows():

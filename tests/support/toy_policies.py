@@ -12,6 +12,8 @@ from rl_ebm.policies import Tabular, Transformer, TransformerConfig
 
 SHAPES = [(3, 3, None), (2, 4, None), (4, 1, None), (4, 3, 1), (3, 4, 2), (3, 1, 1)]
 PROMPTS = [[], [2, 0, 6], [1]]  # ragged, with an id that no response has
+OTHER_INTEGERS = [torch.int8, torch.int16, torch.int32]
+OTHER_INTEGERS += [torch.uint8, torch.uint16, torch.uint32, torch.uint64]
 SMALL = TransformerConfig(layers=2, heads=2, dim=8, hidden=12)
 
 

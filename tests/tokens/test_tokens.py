@@ -5,11 +5,13 @@ from __future__ import annotations
 from itertools import pairwise, product
 
 import brute_force
+import jaxtyping
 import pytest
 import torch
 from brute_force import SPACES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_policies import OTHER_INTEGERS
 
 from rl_ebm.tokens import Batch, TokenSpace, length_mask
 
@@ -249,7 +251,76 @@ def test_check_refuses_what_is_no_response(eos_id, tokens, lengths, message):
         TokenSpace(3, 3, eos_id).check(torch.tensor(tokens), lengths)
 
 
+# Integers of other sizes ----------------------------------------------------------------------
+
+in_other_integers = pytest.mark.parametrize("dtype", OTHER_INTEGERS, ids=str)
+
+
+@pytest.fixture
+def as_users_have_it(monkeypatch):
+    """Annotations, which say int64, are checked in the tests alone."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@in_other_integers
+@pytest.mark.parametrize("shape", [(8, 4, None), (8, 4, 5)], ids=str)
+@pytest.mark.usefixtures("as_users_have_it")
+def test_integers_of_any_size_count_as_int64(shape, dtype):
+    space = TokenSpace(*shape)
+    start = space.num_sequences - 300
+    tokens, lengths = space.sequences(start)
+    small, short, last = (x.to(dtype) for x in (tokens, lengths, lengths - 1))
+    pairs = [
+        (space.rank(small), space.rank(tokens)),
+        (space.unrank(space.rank(tokens).to(dtype)), space.unrank(space.rank(tokens))),
+        (space.prefix_indices(small), space.prefix_indices(tokens)),
+        (space.state_ids(small), space.state_ids(tokens)),
+        (space.sequence_indices(small, short), torch.arange(300) + start),
+        (space.check(small, short), lengths),
+        (space.check(small), lengths),
+        (space.find_lengths(small), lengths),
+        (length_mask(short, 4), length_mask(lengths, 4)),
+        (space.ends(small[:, 0], last), space.ends(tokens[:, 0], lengths - 1)),
+        (space.replaces(small[:, 0], last), space.replaces(tokens[:, 0], lengths - 1)),
+    ]
+    for got, want in pairs:
+        assert got.dtype == want.dtype
+        assert torch.equal(got, want)
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+def test_an_eos_past_the_small_integers_is_met_by_none_of_them():
+    space = TokenSpace(400, 2, 300)
+    small = torch.tensor([[44, 44]], dtype=torch.uint8)
+    with pytest.raises(ValueError, match="row 0 has no EOS"):
+        space.find_lengths(small)
+    last = torch.zeros(1, dtype=torch.uint8)
+    assert not space.ends(small[:, 0], last).any()
+    assert space.replaces(small[:, 0], last + 1).all()
+    assert space.rank(small).tolist() == [[44, 44]]
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+def test_what_are_no_integers_is_told():
+    space, ids = TokenSpace(3, 2), torch.zeros(1, 2)
+    for call in (space.prefix_indices, space.state_ids, space.find_lengths, space.check):
+        with pytest.raises(TypeError, match="tokens must hold integers"):
+            call(ids)
+    with pytest.raises(TypeError, match="lengths must hold integers"):
+        space.sequence_indices(ids.long(), torch.ones(1))
+
+
 # Batches --------------------------------------------------------------------------------------
+
+
+@in_other_integers
+@pytest.mark.usefixtures("as_users_have_it")
+def test_a_batch_of_any_integers_holds_int64(dtype):
+    made = batch(3, True)
+    small = Batch(*(x.to(dtype) for x in (made.tokens, made.lengths, made.prompt_ids)))
+    for name in ("tokens", "lengths", "prompt_ids"):
+        assert getattr(small, name).dtype == torch.int64
+        assert torch.equal(getattr(small, name), getattr(made, name))
 
 
 def batch(n, reward):

@@ -128,7 +128,7 @@ class AutomatonSolution:
             TypeError: tokens that are no tensor of integers.
             ValueError: tokens of another shape or out of range, or prompt ids that are.
         """
-        self.space.check_tokens(tokens)
+        tokens = self.space.check_tokens(tokens)
         found = self.prefixes(tokens, self._prompt_ids(tokens, prompt_ids))
         b, t_max = tokens.shape
         t = torch.arange(t_max, device=tokens.device).expand(b, -1)
@@ -170,7 +170,7 @@ class AutomatonSolution:
         """
         lengths = self.space.check(tokens, lengths)
         prompt_ids = self._prompt_ids(tokens, prompt_ids)
-        tokens = tokens.masked_fill(~length_mask(lengths, self.space.max_length), 0)
+        tokens = tokens.long().masked_fill(~length_mask(lengths, self.space.max_length), 0)
         machine, values = self.values.machine, self.values
         state = machine.begin(prompt_ids)
         out = torch.empty(len(tokens), dtype=torch.float64, device=tokens.device)

@@ -194,11 +194,12 @@ class TreeSolution:
             TypeError: tokens that are no tensor of integers.
             ValueError: tokens of another shape or out of range, or prompt ids that are.
         """
-        self.space.check_tokens(tokens)
+        tokens = self.space.check_tokens(tokens)
         return self._rows(self.q_rows, tokens, prompt_ids)
 
     def start(self, prompt_ids: Int64[Tensor, "B"]) -> _Decoding:
         """State of a decoding: nothing read yet."""
+        prompt_ids = prompt_ids.long()
         return _Decoding(prompt_ids, torch.zeros_like(prompt_ids))
 
     def step(self, state: _Decoding, tokens: Int64[Tensor, "B"] | None) -> Float[Tensor, "B A"]:
@@ -212,6 +213,7 @@ class TreeSolution:
         self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"] | None = None
     ) -> Float[Tensor, "B T"]:
         """log p* of each token after those before it, float64."""
+        tokens = self.space.check_tokens(tokens)
         return gather_tokens(
             log_policy(self._rows(self.reduced_q_rows, tokens, prompt_ids)), tokens
         )
@@ -244,7 +246,7 @@ class TreeSolution:
         lengths = self.space.check(tokens, lengths)
         # What stands past the end is never read: it may be no token at all.
         real = length_mask(lengths, self.space.max_length)
-        each = self.log_probs(tokens.masked_fill(~real, 0), prompt_ids)
+        each = self.log_probs(tokens.long().masked_fill(~real, 0), prompt_ids)
         return each.masked_fill(~real, 0.0).sum(1)
 
     def sample(

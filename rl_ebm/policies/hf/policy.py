@@ -114,7 +114,7 @@ class HuggingFace(nn.Module):
         self, tokens: Int64[Tensor, "B T"], prompt_ids: Int64[Tensor, "B"] | None = None
     ) -> Float[Tensor, "B T A"]:
         """The model's logits before every token; row t reads the prompt and ``tokens[:, :t]``."""
-        self.space.check_kind(tokens, fewer=True)
+        tokens = self.space.check_tokens(tokens, fewer=True)
         context, mask = self._context(len(tokens), prompt_ids)
         steps = tokens.shape[1]
         ids = torch.cat([context, tokens[:, :-1]], dim=1)
@@ -138,7 +138,7 @@ class HuggingFace(nn.Module):
         """Logits at the next position, after one more token of each row (None: the prompts)."""
         ids = state.context
         if tokens is not None:
-            ids, state.mask = tokens[:, None], F.pad(state.mask, (0, 1), value=True)
+            ids, state.mask = tokens.long()[:, None], F.pad(state.mask, (0, 1), value=True)
         with evaluating(self):
             logits, state.cache = self._forward(ids, state.mask, 1, state.cache, use_cache=True)
         return logits[:, 0]
