@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import os
 import pickle
-import pickletools
 import sys
 import zipfile
 from collections import OrderedDict
@@ -34,6 +33,7 @@ from rl_ebm.files import (
     write_text,
 )
 from rl_ebm.files.tensors import load_tensors, save_tensors
+from rl_ebm.training.outlines import check_outline, is_key
 
 __all__ = [
     "RunError",
@@ -49,13 +49,7 @@ __all__ = [
 
 FORMAT = 1
 _MAX_PICKLE = 2**26
-# What torch.save writes of numbers, text, lists, dicts and tensors, and no more.
-_OPCODES = {
-    "PROTO", "STOP", "MARK", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "NONE", "NEWTRUE",
-    "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "TUPLE",
-    "TUPLE1", "TUPLE2", "TUPLE3", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "GLOBAL", "REDUCE",
-    "BUILD", "BINPERSID", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET",
-}  # fmt: skip
+_MAX_DIMENSIONS = 64
 _DTYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -103,8 +97,8 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint, atomically.
 
     Raises:
-        RunError: it holds something else than numbers, text, lists, dicts and plain tensors,
-            which would not be read again.
+        RunError: it holds something else than numbers, text, lists, dicts and plain tensors, or
+            a key that is neither text nor a whole number, which would not be read again.
     """
     _check_plain(state, "state")
 
@@ -193,7 +187,11 @@ class _Teller:
 def _check_plain(x: Any, path: str) -> None:
     if isinstance(x, dict):
         for key, value in x.items():
-            _check_plain(key, path)
+            if type(key) not in (str, bool, int) or not is_key(key):
+                raise RunError(
+                    f"{path} has a key that is neither text nor a whole number below 2^60: a "
+                    "checkpoint cannot hold it"
+                )
             _check_plain(value, f"{path}[{key!r}]")
     elif type(x) in (list, tuple):
         for i, value in enumerate(x):
@@ -231,11 +229,7 @@ def _outline(archive: zipfile.ZipFile) -> tuple[dict[str, Any], dict[str, zipfil
     if "byteorder" in entries and archive.read(entries["byteorder"]).decode() != sys.byteorder:
         raise ValueError("it was written on a machine of another byte order")
     data = archive.read(entries["data.pkl"])
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name not in _OPCODES:
-            raise ValueError(f"it holds {opcode.name}")
-        if opcode.name == "LONG_BINPUT" and int(argument or 0) > len(data):
-            raise ValueError("it refers to what is not in it")
+    check_outline(data)
     sizes = {k.removeprefix("data/"): v for k, v in entries.items() if k.startswith("data/")}
     state: Any = _Unpickler(BytesIO(data), sizes).load()
     written = state.get("format") if isinstance(state, dict) else None
@@ -274,9 +268,11 @@ def _rebuild(
     storage: Any, offset: Any, shape: Any, stride: Any, grad: Any = False, *_: Any
 ) -> Stored:
     """A tensor that lies within its storage, no element of which it has twice."""
-    numbers = (offset, *shape, *stride)
     if not isinstance(storage, _Storage) or not isinstance(grad, bool):
         raise ValueError("a tensor has no storage")
+    if max(len(shape), len(stride)) > _MAX_DIMENSIONS:  # one shape can be that of many tensors
+        raise ValueError("a tensor has too many dimensions")
+    numbers = (offset, *shape, *stride)
     if len(shape) != len(stride) or not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
         raise ValueError("a tensor has a shape that is none")
     if math.prod(shape):
@@ -303,6 +299,7 @@ class _Materials:
         self.archive, self.sizes, self.device = archive, sizes, device
         # Two names of one tensor are two tensors here: twice the file is enough for tied weights.
         self.left = 2 * os.fstat(file.fileno()).st_size + 2**20
+        self.values = _MAX_PICKLE  # however much else is in the file
 
     def read(self, state: Any) -> Any:
         self._count(state)
@@ -313,9 +310,10 @@ class _Materials:
             self.left -= x.bytes + 64
         else:
             self.left -= 1
-            for value in x.values() if isinstance(x, dict) else x if _is_list(x) else ():
+            self.values -= 1
+            for value in dict.values(x) if isinstance(x, dict) else x if _is_list(x) else ():
                 self._count(value)
-        if self.left < 0:
+        if min(self.left, self.values) < 0:
             raise ValueError("it names its tensors again and again")
 
     def _walk(self, x: Any) -> Any:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import pickle
 import struct
+import zipfile
+from collections import OrderedDict
 
+import damage
 import pytest
 import torch
 from run_cases import NETWORK, load_state, small_options
@@ -12,7 +16,8 @@ from run_cases import NETWORK, load_state, small_options
 import rl_ebm
 from rl_ebm.files import RunError
 from rl_ebm.files.tensors import holds, load_tensors, save_tensors
-from rl_ebm.training.checkpoint import _reach, _rebuild, _Storage
+from rl_ebm.training.checkpoint import _reach, _rebuild, _Storage, save_state
+from rl_ebm.training.checkpoint import load_state as read_state
 from rl_ebm.training.run import resume, train
 
 SPACE = rl_ebm.TokenSpace(3, 3)
@@ -50,6 +55,74 @@ def test_where_a_tensor_ends_and_whether_it_overlaps_itself(shape, stride):
                     _rebuild(storage, offset, shape, stride)
             else:
                 assert _rebuild(storage, offset, shape, stride).shape == shape
+
+
+def test_a_tensor_has_at_most_64_dimensions():
+    """One shape of a million, said once, can be that of many tensors."""
+    with pytest.raises(ValueError, match="too many dimensions"):
+        _rebuild(_Storage(torch.float32, "0", 1), 0, (1,) * 65, (1,) * 65)
+
+
+# Outlines -----------------------------------------------------------------------------------------
+
+
+def write_outline(path, data):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", data)
+        archive.writestr("a/version", "3\n")
+
+
+class Called:
+    """What an outline calls and then changes."""
+
+    def __init__(self, *told):
+        self.told = told
+
+    def __reduce__(self):
+        return self.told
+
+
+def test_a_key_that_takes_for_ever_to_be_hashed(run, tmp_path):
+    """A tuple of one tuple twice, 60 times: 2^60 steps, which no signal ends."""
+    twice = b"".join(b"q%ch%c\x86" % (i, i) for i in range(60))
+    write_outline(run / "state.pt", b"\x80\x02})" + twice + b"K\x01s.")
+    assert (run / "state.pt").stat().st_size < 600
+    result = damage.run_limited(["train", "--resume", str(run), "--steps", "9"], tmp_path / "log")
+    assert (result.code, result.fault()) == (2, None)
+    assert "a key is neither text nor a whole number" in result.err
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({(1, (2,)): 3}, "a key is neither"),
+        ({1.5: 3}, "a key is neither"),
+        ({k * (2**61 - 1): 3 for k in range(3)}, "a key is neither"),  # of one hash
+        (Called(OrderedDict, ([("a", 1)],)), "it calls what it does not"),
+        (Called(torch._utils._rebuild_parameter, tuple(range(9))), "it calls what it does not"),
+        (Called(torch._utils._rebuild_parameter, ({},), {"a": 1}), "it changes what is no dict"),
+    ],
+    ids=["tuple", "float", "one hash", "items", "arguments", "change"],
+)
+def test_what_no_checkpoint_is_written_with(value, words, tmp_path):
+    write_outline(tmp_path / "s", pickle.dumps({"format": 1, "x": value}, protocol=2))
+    with pytest.raises(RunError, match=f"damaged or no checkpoint of rl-ebm .{words}"):
+        read_state(tmp_path / "s")
+    with pytest.raises(RunError, match="a checkpoint cannot hold it"):
+        save_state(tmp_path / "other", {"x": value})
+
+
+def test_plain_nested_states_are_read_as_they_were(tmp_path):
+    twice = [1, "a"]
+    deep = ((twice, (twice, ())), {"x": {-1: {2**31: None}}, 0: [[], {}, ()], "t": 2**70})
+    state = {"format": 1, "deep": deep, "many": {k: {f"{k}": (k, 0.5)} for k in range(-2000, 2000)},
+             "ordered": OrderedDict(a=OrderedDict(b=(deep, deep)))}  # fmt: skip
+    torch.save(state, tmp_path / "s")
+    assert read_state(tmp_path / "s") == state
+    tensors = {"format": 1, "x": [(torch.ones(2), {"y": torch.nn.Parameter(torch.ones(2))})] * 2}
+    torch.save(tensors, tmp_path / "t")
+    found = read_state(tmp_path / "t")["x"]
+    assert [y.tolist() for x, more in found for y in (x, more["y"])] == [[1.0, 1.0]] * 4
 
 
 # Another run's ------------------------------------------------------------------------------------
