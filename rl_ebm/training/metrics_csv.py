@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from io import StringIO, TextIOWrapper
 from pathlib import Path
 
-from rl_ebm.files import RunError, gone, open_existing, write_text
+from rl_ebm.files import RunError, check_size, gone, open_existing, write_text
+
+_ROOM = 6
+"""bytes of memory that the rows of numbers take for one of their file"""
+_MAX_LINE = 2**22
+"""characters; a thousand columns take twenty thousand"""
 
 
 def read_rows(path: Path, most: int | None = None) -> tuple[list[str], list[dict[str, str]]]:
     """Columns and rows of a CSV file, those at the front where only some are wanted.
 
     Raises:
-        RunError: it is no table, or no regular file.
+        RunError: it is no table, no regular file, or larger than memory.
         FileNotFoundError: it is not there.
     """
     rows: list[dict[str, str]] = []
     try:
         with TextIOWrapper(open_existing(path), encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
+            check_size(path, _ROOM * os.fstat(file.fileno()).st_size)
+            reader = csv.DictReader(_lines(path, file), strict=True)
             columns = list(reader.fieldnames or [])
             for row in reader if most != 0 else ():
                 if None in row or None in row.values():
@@ -33,6 +40,16 @@ def read_rows(path: Path, most: int | None = None) -> tuple[list[str], list[dict
     if len(set(columns)) < len(columns):
         raise RunError(f"{path} is damaged: a column is there twice")
     return columns, rows
+
+
+def _lines(path: Path, file: TextIOWrapper) -> Iterator[str]:
+    """The lines of a file; one without an end, of a hole say, is not read to where it ends."""
+    number = 0
+    while line := file.readline(_MAX_LINE):
+        number += 1
+        if len(line) == _MAX_LINE:
+            raise RunError(f"{path} is damaged: line {number} has {_MAX_LINE:,} characters or more")
+        yield line
 
 
 class MetricsFile:

@@ -217,11 +217,14 @@ def test_sizes_are_checked_before_memory_is_taken(run, tmp_path):
             assert result.code == 2
 
 
-@pytest.mark.parametrize("name", ["state.pt", "policy.safetensors", "task.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["state.pt", "policy.safetensors", "task.safetensors", "metrics.csv"]
+)
 def test_a_file_with_a_hole_of_a_hundred_gigabytes(name, run, tmp_path):
     os.truncate(run / name, 10**11)
-    args = ["train", "--resume", str(run), "--steps", "9"] if name == "state.pt" else []
-    result = damage.run_limited(args or ["verify", str(run)], tmp_path / "log", memory=2**29)
+    read = "verify" if name.endswith(".safetensors") else "resume"
+    args = {"verify": ["verify", run], "resume": ["train", "--resume", run, "--steps", 9]}[read]
+    result = damage.run_limited([str(x) for x in args], tmp_path / "log", memory=2**29)
     assert (result.code, result.fault()) == (2, None)
     assert name in result.err
 
@@ -354,6 +357,12 @@ def test_a_damaged_table_of_metrics(data, tmp_path):
         read_rows(tmp_path / "m.csv")
     with pytest.raises(RunError, match=r"m\.csv is damaged"):
         MetricsFile(tmp_path / "m.csv", 3)
+
+
+def test_a_line_of_metrics_that_does_not_end_is_not_read_to_its_end(tmp_path):
+    (tmp_path / "m.csv").write_bytes(b"step\n1\n" + b"1" * 2**23)
+    with pytest.raises(RunError, match="line 3 has 4,194,304 characters or more"):
+        read_rows(tmp_path / "m.csv")
 
 
 # Memory -------------------------------------------------------------------------------------------
