@@ -160,8 +160,7 @@ class Trainer:
                 now = time.monotonic()
                 due = now - evaluated >= max(self.config.eval_every, 9 * evaluation)
                 if self.evaluates and due and self.step != looked:
-                    with asked.looking():
-                        self._evaluate()
+                    self._evaluate(asked)
                     evaluated = time.monotonic()
                     evaluation = evaluated - now
                     self._show(bar, metrics)
@@ -181,8 +180,7 @@ class Trainer:
                 self.save()
                 return self.report
             if self.evaluates:
-                with asked.looking():
-                    self._evaluate(pictures=True)
+                self._evaluate(asked, pictures=True)
                 self._show(bar, metrics)
             self.check_finite()
             if self.board is not None and self.report is not None and self.description is not None:
@@ -232,9 +230,8 @@ class Trainer:
         if self.run is not None and self.saved_step is not None:
             kept = f"; the checkpoint of step {self.saved_step} is kept in {self.run}"
         return NonFiniteError(
-            f"{reason} at step {step}{kept}: lower the "
-            "learning rate, or look for rewards that are huge, or -inf (forbidden_log_weight "
-            "stands in for those)"
+            f"{reason} at step {step}{kept}: lower the learning rate, or look for rewards that are "
+            "huge, or -inf (forbidden_log_weight stands in for those)"
         )
 
     # Looking ------------------------------------------------------------------------------------
@@ -253,7 +250,7 @@ class Trainer:
         }
         self._write(values)
 
-    def _evaluate(self, pictures: bool = False) -> None:
+    def _evaluate(self, asked: Asked, pictures: bool = False) -> None:
         assert self.solution is not None
         self.check_finite()
         policy: Any = self.agent.policy
@@ -261,7 +258,8 @@ class Trainer:
             most = self.config.samples or samples_at(self.solution.space.max_length)
             samples = None if self.lists else most
             generator = torch.Generator(self.solution.device).manual_seed(self.step)
-            report = verify(policy, self.solution, samples=samples, generator=generator)
+            with asked.looking():  # and not writing: a signal waits for the end of that
+                report = verify(policy, self.solution, samples=samples, generator=generator)
             self.report = report
         except ValueError as error:  # finite weights, too large for finite logits
             raise self._stop(self.step, str(error)) from None
@@ -275,7 +273,9 @@ class Trainer:
             ends["sampled/num_samples"] = report.num_samples
         self._write(values, ends)
         if pictures and self.lists and self.board is not None:
-            self.board.states(logit_errors(policy, self.solution), int(self.tokens))
+            with asked.looking():
+                errors = logit_errors(policy, self.solution)
+            self.board.states(errors, int(self.tokens))
 
     def _write(self, values: Mapping[str, float], ends: Mapping[str, float] | None = None) -> None:
         """A row of metrics.csv, and curves of ``values`` alone."""

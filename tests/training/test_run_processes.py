@@ -195,6 +195,34 @@ def test_a_signal_while_it_is_verified_does_not_wait(tmp_path, capsys):
     assert load_state(run)["complete"]
 
 
+@pytest.mark.parametrize("number", stopping.ENDS)
+def test_a_signal_while_a_look_is_written_waits_for_the_end_of_that(
+    number, usual, tmp_path, capsys
+):
+    """The first look's row makes new columns, and metrics.csv anew."""
+    from rl_ebm.training import metrics_csv
+
+    real, sent = metrics_csv.read_rows, []
+
+    def read_rows(*args):
+        if not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+        return real(*args)
+
+    run, args = tmp_path / "run", train_args(steps=8, checkpoint_every=3600, eval_every=3600)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics_csv, "read_rows", read_rows)
+        assert main([*args, "--out", str(run)]) == 128 + number
+    err = capsys.readouterr().err
+    step = load_state(run)["step"]
+    assert sent
+    assert 0 < step < 8
+    assert f"stopped at step {step}, which is kept: rl-ebm train --resume {run} goes on" in err
+    assert main(["train", "--resume", str(run)]) == 0
+    assert load_state(run)["complete"]
+
+
 def test_training_in_a_thread_leaves_signals_alone(tmp_path):
     ebm = rl_ebm.EBM(SPACE, torch.zeros(27))
     failed = []
