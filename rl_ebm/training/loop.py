@@ -25,7 +25,7 @@ from rl_ebm.training.checkpoint import save_state
 from rl_ebm.training.config import LOG_SECONDS, UNDRAWN
 from rl_ebm.training.config import TrainConfig as TrainConfig
 from rl_ebm.training.directory import cut_back, remove_parts
-from rl_ebm.training.metrics_csv import MetricsFile
+from rl_ebm.training.metrics_csv import MetricsFile, read_kept
 from rl_ebm.training.pace import Pace
 from rl_ebm.training.reward_calls import calls_of
 from rl_ebm.training.saved_state import restored
@@ -170,8 +170,7 @@ class Trainer:
                 asked_for = self.step == 1 or self.step % self.config.log_every == 0
                 if asked_for or self.finished or now - logged_time >= LOG_SECONDS:
                     tokens = int(self.tokens)  # waits for the device
-                    speed = (tokens - logged_tokens) / max(now - logged_time, 1e-9)
-                    self._log(metrics, speed)
+                    self._log(metrics, (tokens - logged_tokens) / max(now - logged_time, 1e-9))
                     logged_time, logged_tokens = now, tokens
                     self._show(bar, metrics)
                 if pace.due(now):
@@ -297,9 +296,8 @@ class Trainer:
 
     def _bar(self) -> Any:
         hide = None if self.progress_bar is None else not self.progress_bar
-        return tqdm(
-            total=1000, disable=hide, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
-        )
+        style = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+        return tqdm(total=1000, disable=hide, bar_format=style)
 
     def _show(self, bar: Any, metrics: Mapping[str, Tensor]) -> None:
         if bar.disable:
@@ -374,6 +372,8 @@ class Trainer:
         self.looked_up = state.get("looked_up", 0)  # older runs had none
         self.kept_rows, self.kept_events = state["metrics_rows"], state["event_sizes"]
         self.saved_step = self.step
+        if not (self.finished and self.complete):
+            read_kept(self.run / METRICS, self.kept_rows)  # refused before anything is changed
 
     def _open(self) -> None:
         """Open the logs, cut back to the checkpoint."""

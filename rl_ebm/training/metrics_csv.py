@@ -42,6 +42,23 @@ def read_rows(path: Path, most: int | None = None) -> tuple[list[str], list[dict
     return columns, rows
 
 
+def read_kept(path: Path, keep: int) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns, and the rows that a checkpoint says there were; none of a file that is not there.
+
+    Raises:
+        RunError: there are fewer, or as :func:`read_rows`.
+    """
+    if not keep or not path.exists():
+        return [], []
+    columns, rows = read_rows(path, keep)
+    if len(rows) < keep:
+        raise RunError(
+            f"{path} has {len(rows):,} of the {keep:,} rows that it had at the run's checkpoint: "
+            "put the whole file back, or delete it to go on with a new one"
+        )
+    return columns, rows
+
+
 def _lines(path: Path, file: TextIOWrapper) -> Iterator[str]:
     """The lines of a file; one without an end, of a hole say, is not read to where it ends."""
     number = 0
@@ -61,16 +78,13 @@ class MetricsFile:
             cut short by a crash included.
 
     Raises:
-        RunError: the file is damaged, or no regular one.
+        RunError: the file is damaged, has fewer rows, or is no regular one.
     """
 
     def __init__(self, path: Path, keep: int = 0) -> None:
         self.path = path
-        self.columns: list[str] = []
         self.rows = 0
-        rows: list[dict[str, str]] = []
-        if keep and path.exists():
-            self.columns, rows = read_rows(path, keep)
+        self.columns, rows = read_kept(path, keep)
         self._rewrite(rows)
 
     def write(self, row: Mapping[str, float | int]) -> None:
@@ -88,9 +102,11 @@ class MetricsFile:
         self.rows += 1
 
     def flush(self) -> int:
-        """Send what was written on its way to the disk; the number of rows."""
+        """Write to the disk what was written; the number of rows."""
         try:
             self.file.flush()
+            # A checkpoint that outlives a power cut must not say more rows than the file then has.
+            os.fsync(self.file.fileno())
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
         return self.rows

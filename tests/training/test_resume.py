@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
 import signal
 import time
@@ -17,6 +18,7 @@ from run_cases import (
     differences,
     killed_before_operation,
     load_state,
+    refused,
     rows,
     snapshot,
     start,
@@ -220,6 +222,31 @@ def test_metrics_beyond_the_checkpoint_are_cut(whole, tmp_path):
     assert [path.read_bytes() for path in others] == [b"mine"] * len(others)
     for name, size in sizes.items():
         assert (run / name).stat().st_size == size
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", r"has 0 of the \d+ rows that it had at the run's checkpoint: put the whole file"),
+        (b"step,seconds\r\n1,0.5\r\n", r"has 1 of the .*, or delete it to go on with a new one"),
+        (b"\xff\n", "is damaged"),
+    ],
+)
+def test_metrics_that_lost_rows_are_told_before_anything_is_changed(
+    data, words, whole, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    shutil.copytree(whole("soft-q"), run)
+    (run / "metrics.csv").write_bytes(data)
+    (run / "certificate.json").write_text("{}")
+    before = snapshot(run)
+    said = refused(capsys, "train", "--resume", run, "--steps", STEPS + 2)
+    assert re.search(rf"metrics\.csv {words}", said)
+    assert snapshot(run) == before
+    assert main(["train", "--resume", str(run)]) == 0  # it is finished: they are not needed
+    (run / "metrics.csv").unlink()
+    assert main(["train", "--resume", str(run), "--steps", str(STEPS + 2)]) == 0
+    assert [row["step"] for row in rows(run)][-1] == str(STEPS + 2)
 
 
 def test_a_process_that_is_killed_leaves_a_run_that_load_reads(whole, tmp_path):
