@@ -69,7 +69,7 @@ class PreferenceOptions:
     """log-weight trained on in the place of -inf, nats"""
 
     def __post_init__(self) -> None:
-        check_rates(self.lr, self.max_grad_norm, self.forbidden_log_weight)
+        check_rates(self.lr, self.max_grad_norm)
         if self.batch_size < 2:
             raise ValueError(f"batch_size must be >= 2, two a pair, got {self.batch_size}")
         check_batch_size("batch_size", self.batch_size)

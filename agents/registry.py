@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from torch import Tensor
 
 from rl_ebm.agents.names import meant
+from rl_ebm.agents.shared.learner import check_nats
 from rl_ebm.agents.shared.off_policy import fixed_point as off_policy_fixed_point
 from rl_ebm.fixed_points import FixedPoint, Problem, target
 from rl_ebm.messages.arguments import shown
@@ -209,6 +210,9 @@ def entry_of_run(name: object) -> AgentEntry:
     )
 
 
+STAND_IN = "forbidden_log_weight"
+
+
 def make_options(name: str, entry: AgentEntry, options: Any) -> Any:
     """The config of an agent, from options by name.
 
@@ -225,7 +229,10 @@ def make_options(name: str, entry: AgentEntry, options: Any) -> Any:
         if option not in known:
             raise ValueError(f"{name} has no such option: {option}{nearest(str(option), known)}")
     try:
-        return entry.config(**options)
+        config = entry.config(**options)
+        if options.get(STAND_IN) is not None:  # agents ask too, once there is something to train
+            check_nats(STAND_IN, options[STAND_IN])
+        return config
     except TypeError as error:
         raise ValueError(f"an option of {name} is of the wrong kind: {error}") from None
     except ValueError as error:

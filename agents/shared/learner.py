@@ -32,12 +32,8 @@ def learning_rate(peak: float, progress: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP)))
 
 
-def check_rates(
-    lr: float | int, max_grad_norm: float | int, forbidden_log_weight: float | int | None = None
-) -> None:
-    """Raise ValueError unless both are finite and > 0, and what stands for -inf is in range."""
-    if forbidden_log_weight is not None:
-        check_nats("forbidden_log_weight", forbidden_log_weight)
+def check_rates(lr: float | int, max_grad_norm: float | int) -> None:
+    """Raise ValueError unless both are finite and > 0."""
     for name, value in (("lr", lr), ("max_grad_norm", max_grad_norm)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be a finite number > 0, got {value}")

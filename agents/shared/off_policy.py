@@ -60,7 +60,7 @@ class OffPolicyOptions:
     """log-weight trained on in the place of -inf, nats"""
 
     def __post_init__(self) -> None:
-        check_rates(self.lr, self.max_grad_norm, self.forbidden_log_weight)
+        check_rates(self.lr, self.max_grad_norm)
         check_batch_size("batch_size", 1 if self.batch_size is None else self.batch_size)
         for name in ("explore", "epsilon", "anneal"):
             if not 0 <= getattr(self, name) <= 1:

@@ -51,7 +51,7 @@ class OnPolicyOptions:
     """log-weight trained on in the place of -inf, nats"""
 
     def __post_init__(self) -> None:
-        check_rates(self.lr, self.max_grad_norm, self.forbidden_log_weight)
+        check_rates(self.lr, self.max_grad_norm)
         check_group_size(self.group_size, self.batch_size)
         check_batch_size("batch_size", 2 if self.batch_size is None else self.batch_size)
 

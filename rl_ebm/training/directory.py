@@ -51,7 +51,7 @@ Own = TypeVar("Own", bound=torch.nn.Module)
 
 
 def cut_back(run: Path, events: Mapping[str, int]) -> None:
-    """Delete or cut what was written after a checkpoint, and what was said of its policy.
+    """Delete or cut what was written after a checkpoint.
 
     An event file of another run stays: its name has another mark than those of the checkpoint.
 
@@ -62,14 +62,18 @@ def cut_back(run: Path, events: Mapping[str, int]) -> None:
         RunError: one of the run's files is no regular file; nothing has been touched.
     """
     own_files(run)
-    for name in (REPORT, CERTIFICATE):  # of a policy that goes on learning
-        (run / name).unlink(missing_ok=True)
     remove_parts(run)
     for path in own_events(run):
         if path.name in events:
             cut(path, events[path.name])
         elif marks([path.name]) <= marks(events):
             path.unlink()
+
+
+def forget(run: Path) -> None:
+    """Delete what was said of a policy that goes on learning."""
+    for name in (REPORT, CERTIFICATE):
+        (run / name).unlink(missing_ok=True)
 
 
 def remove_parts(run: Path) -> None:

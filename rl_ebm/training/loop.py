@@ -24,7 +24,7 @@ from rl_ebm.training.charts import Drawn, batch_charts, drawn_charts
 from rl_ebm.training.checkpoint import save_state
 from rl_ebm.training.config import LOG_SECONDS, UNDRAWN
 from rl_ebm.training.config import TrainConfig as TrainConfig
-from rl_ebm.training.directory import cut_back, remove_parts
+from rl_ebm.training.directory import cut_back, forget, remove_parts
 from rl_ebm.training.metrics_csv import MetricsFile, read_kept
 from rl_ebm.training.pace import Pace
 from rl_ebm.training.reward_calls import calls_of
@@ -385,6 +385,7 @@ class Trainer:
         self.board = Board(self.run, int(self.tokens) if resumed else None, self.kept_events)
         if not resumed and self.description is not None:
             self.board.config(self.description)
+        forget(self.run)  # only now: a disk may be full
 
     def _close(self) -> None:
         if self.board is not None:

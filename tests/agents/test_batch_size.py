@@ -145,6 +145,7 @@ def _ebm(seed: int = 0) -> EBM:
     return EBM(space, torch.randn(space.num_sequences, generator=generator), beta=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GROWING)
 def test_by_default_agents_draw_more_as_they_learn(name: str) -> None:
     ebm, entry = _ebm(), AGENTS[name]

@@ -47,10 +47,10 @@ SPOILT = {
     "transposed": (transposed, "laid out otherwise than its parameter"),
     "expanded": (expanded, "laid out otherwise|is damaged"),
     "none left": (lambda learner: learner["state"].clear(), "after 4 steps .* has no moments"),
-    "nan": (fill("exp_avg", math.nan), "exp_avg of its optimiser is NaN, or negative"),
-    "negative": (fill("exp_avg_sq", -1.0), "exp_avg_sq of its optimiser is NaN, or negative"),
-    "before the start": (fill("step", -1.0), "step of its optimiser is NaN, or negative"),
-    "no count": (fill("step", math.nan), "step of its optimiser is NaN, or negative"),
+    "nan": (fill("exp_avg", math.nan), "exp_avg of its optimiser is NaN, infinite or too small"),
+    "negative": (fill("exp_avg_sq", -1.0), "exp_avg_sq of its .* is NaN, infinite or too small"),
+    "before the start": (fill("step", -1.0), "step of its optimiser is NaN, infinite or too small"),
+    "no count": (fill("step", math.nan), "step of its optimiser is NaN, infinite or too small"),
     **{
         f"no {name}": (
             lambda learner, name=name: learner["param_groups"][0].pop(name), f"has no {name}"

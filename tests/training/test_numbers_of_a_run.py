@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import shutil
 from collections.abc import Iterator, Mapping
@@ -13,8 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import rl_ebm
+from rl_ebm.agents import AGENTS as AGENTS_KNOWN
+from rl_ebm.agents import make_options
 from rl_ebm.cli import main
 from rl_ebm.files import RunError
+from rl_ebm.training import board
 from rl_ebm.training.checkpoint import load_state
 
 SPACE = rl_ebm.TokenSpace(3, 2)
@@ -118,6 +122,22 @@ def test_a_finished_run_keeps_its_weights(
     assert contents(tabular) == before
 
 
+def test_what_was_said_of_a_policy_stays_where_a_resume_cannot_begin(
+    tabular: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    before = (tabular / "report.json").read_bytes()
+    monkeypatch.setattr(board, "create", full)
+    with pytest.raises(OSError, match="No space left"):
+        rl_ebm.resume(tabular, steps=4)
+    assert (tabular / "report.json").read_bytes() == before
+    monkeypatch.undo()
+    rl_ebm.resume(tabular, steps=4)
+    assert (tabular / "report.json").read_bytes() != before
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("command", ["verify", "sample", "diagnose"])
 def test_weights_that_are_no_numbers(
@@ -152,8 +172,7 @@ def test_a_confidence_is_looked_at_where_nothing_is_sampled(
 
 @pytest.mark.parametrize("value", [-1e39, math.nan, -math.inf])
 def test_a_stand_in_is_an_option_in_range(value: float) -> None:
-    for config in (
-        rl_ebm.agents.SoftQConfig, rl_ebm.agents.PolicyGradientConfig, rl_ebm.agents.DPOConfig,
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match="forbidden_log_weight must be"):
-            config(forbidden_log_weight=value)
+    """Said before a benchmark makes a folder for its runs."""
+    for name in ("soft-q", "policy-gradient", "dpo"):
+        with pytest.raises(ValueError, match=f"{name}: forbidden_log_weight must be"):
+            make_options(name, AGENTS_KNOWN[name], {"forbidden_log_weight": value})

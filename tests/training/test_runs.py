@@ -208,6 +208,7 @@ def parts(config: dict, path: tuple[str, ...] = ()):
             yield from parts(value, (*path, key))
 
 
+@pytest.mark.slow
 def test_a_configuration_that_lacks_an_entry(run, capsys):
     text = (run / "config.json").read_text()
     for path in parts(json.loads(text)):
