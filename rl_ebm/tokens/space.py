@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
-from rl_ebm.messages.arguments import Int, holds_ids, ids_tensor, is_whole, shown, whole
+from rl_ebm.messages.arguments import Int, flag, holds_ids, ids_tensor, is_whole, shown, whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -341,8 +341,8 @@ class TokenSpace:
             TypeError: no tensor.
             ValueError: no integers, or another shape.
         """
-        ids = ids_tensor("tokens", tokens, 2)
-        t_max = self.max_length
+        flag("fewer", fewer)
+        ids, t_max = ids_tensor("tokens", tokens, 2), self.max_length
         if ids.ndim != 2 or not (1 <= ids.shape[1] <= t_max if fewer else ids.shape[1] == t_max):
             raise ValueError(f"tokens has shape {tuple(ids.shape)}, expected (B, {t_max})")
         return ids
