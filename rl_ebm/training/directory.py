@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -74,6 +77,17 @@ def forget(run: Path) -> None:
     """Delete what was said of a policy that goes on learning."""
     for name in (REPORT, CERTIFICATE):
         (run / name).unlink(missing_ok=True)
+
+
+def keep_weights(run: Path) -> None:
+    """Put weights aside that have no checkpoint, before a run begins again in their place."""
+    if not (run / POLICY).exists():
+        return
+    names = (f"{POLICY}.before" + (f".{i}" if i else "") for i in count())
+    kept = next(run / name for name in names if not os.path.lexists(run / name))
+    os.replace(run / POLICY, kept)
+    told = f"{run / STATE} is missing, so the run begins again at step 0; the weights that it had"
+    print(f"{told} are kept in {kept}", file=sys.stderr)
 
 
 def remove_parts(run: Path) -> None:

@@ -24,7 +24,7 @@ from rl_ebm.training.charts import Drawn, batch_charts, drawn_charts
 from rl_ebm.training.checkpoint import save_state
 from rl_ebm.training.config import LOG_SECONDS, UNDRAWN
 from rl_ebm.training.config import TrainConfig as TrainConfig
-from rl_ebm.training.directory import cut_back, forget, remove_parts
+from rl_ebm.training.directory import cut_back, forget, keep_weights, remove_parts
 from rl_ebm.training.metrics_csv import MetricsFile, read_kept
 from rl_ebm.training.pace import Pace
 from rl_ebm.training.reward_calls import calls_of
@@ -364,6 +364,7 @@ class Trainer:
         own_files(self.run)  # checked before anything is read or written
         path = self.run / STATE
         if not path.exists():
+            keep_weights(self.run)
             return
         state = restored(path, self)
         self.step, self.seconds = state["step"], float(state["seconds"])

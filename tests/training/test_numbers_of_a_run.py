@@ -122,6 +122,20 @@ def test_a_finished_run_keeps_its_weights(
     assert contents(tabular) == before
 
 
+def test_trained_weights_are_not_lost_with_their_checkpoint(
+    tabular: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = (tabular / "policy.safetensors").read_bytes()
+    for name in ("policy.safetensors.before", "policy.safetensors.before.1"):
+        (tabular / "state.pt").unlink()
+        assert main(["train", "--resume", str(tabular), "--steps", "9"]) == 0
+        err = capsys.readouterr().err
+        assert "state.pt is missing, so the run begins again at step 0" in err
+        assert f"kept in {tabular / name}" in err
+        assert ((tabular / name).read_bytes() == weights) == (name[-1] != "1")
+    assert main(["verify", str(tabular)]) == 0
+
+
 def test_what_was_said_of_a_policy_stays_where_a_resume_cannot_begin(
     tabular: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
