@@ -24,6 +24,7 @@ from rl_ebm.studies.losses.measures import (
     variance_of_one,
 )
 from rl_ebm.studies.losses.policy_gradient import PolicyGradient
+from rl_ebm.studies.losses.preference import Preference
 from rl_ebm.studies.losses.responses import normalised
 
 GROUPS = (2, 4, 8, 16)
@@ -42,12 +43,17 @@ KNOWN = 1e-8
 """their accuracy"""
 NOTHING = 1e-8
 """of the size of a gradient, what is none"""
-MANY = 20_000
-"""tokens of all responses from which on no further starts are tried"""
+MANY, MANY_PAIRS = 20_000, 2**20
+"""tokens of all responses, or pairs of them, from which on fewer starts are tried"""
 
 
 def other_roots(case: Case, limit: Limit) -> list[Float[Tensor, "N"]]:
-    """Laws inside at which other starts end: the EBM, and two that are drawn. log-laws."""
+    """Laws inside at which other starts end: the EBM, and two that are drawn. log-laws.
+
+    Of more than :data:`MANY` tokens the EBM alone is tried, of :data:`MANY_PAIRS` pairs none.
+    """
+    if isinstance(case.flow, Preference) and case.flow.cost > MANY_PAIRS:
+        return []
     generator = torch.Generator().manual_seed(0)
     starts = [case.target]
     if case.responses.mask.numel() <= MANY:
@@ -112,7 +118,10 @@ def variances(cases: Sequence[Case]) -> dict[str, Any]:
         pairs = [(c.flow, x) for c, x in zip(cases, thetas, strict=True)]
         ones = [variance_of_one(*pair) for pair in pairs]
         signal = [norm(*pair) for pair in pairs]
-        groups = {str(n): _mean([variance_of_group(*p, n) for p in pairs]) for n in GROUPS}
+        groups = {
+            str(n): _mean([variance_of_group(*p, n, x) for p, x in zip(pairs, ones, strict=True)])
+            for n in GROUPS
+        }
         ratio = fmean(_ratio(a, b**0.5) for a, b in zip(signal, ones, strict=True))
         found[where] = {"one": fmean(ones), "groups": groups, "signal_to_noise": ratio}
     return found

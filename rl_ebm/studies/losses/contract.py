@@ -50,7 +50,7 @@ class Loss:
         found = tuple(
             torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)
         )
-        if not all(bool(torch.isfinite(g).all()) for g in found):
+        if not all(_finite(g) for g in found):
             raise LossError(
                 "the loss has a gradient that is NaN or infinite at finite log-probabilities: "
                 "look for 0 * inf, log(0) or a division by 0 in it"
@@ -171,6 +171,12 @@ def _failed(error: Exception, inputs: Inputs) -> str:
         return f"the loss needs a CUDA device, and is audited on the CPU: {text}"
     shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
     return f"the loss fails on inputs of shapes {shapes}: {type(error).__name__}: {text}"
+
+
+def _finite(x: Tensor) -> bool:
+    """A sum is ten times as fast to look at, and finite if and only if nothing is not; but for
+    numbers so large that their sum is none."""
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
 
 def _described(value: object) -> str:

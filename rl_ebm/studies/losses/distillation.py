@@ -72,6 +72,10 @@ class Distillation:
     def rest_near(self, theta: Tensor, rest: float) -> None:
         """The steps of :mod:`rl_ebm.studies.losses.limit` get there."""
 
+    def is_minimum(self, theta: Tensor) -> bool:
+        """None is known to be."""
+        return False
+
     def rest_on_kinks(self, theta: Tensor, within: float = math.inf) -> None:
         """Those of :mod:`rl_ebm.studies.losses.way` do, state by state, or slides."""
 

@@ -3,15 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 PAIRS = 2**17
-"""pairs that a loss is given at a time"""
+"""pairs that a loss is given at a time, and"""
+KEPT = 2**25
+"""those whose probabilities are kept, at most: 8 bytes each"""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Pairs of some chosen responses with all others, without those that are never drawn.
+
+    Attributes:
+        chosen: n of them, one after another.
+        p: probability of each pair.
+        drawn: where it is not 0, flat; None for all.
+    """
+
+    chosen: slice
+    p: Float[Tensor, "n N"]
+    drawn: Bool[Tensor, "nN"] | None
+
+    def both(self, values: Shaped[Tensor, "N"]) -> tuple[Tensor, Tensor]:
+        """Those of the chosen response and of the rejected one, of each pair."""
+        return self.flat(values[self.chosen, None]), self.flat(values[None])
+
+    def flat(self, table: Shaped[Tensor, "n_or_1 N_or_1"]) -> Shaped[Tensor, "m"]:
+        """The entries of the pairs."""
+        found = table.expand(self.p.shape).reshape(-1)
+        return found if self.drawn is None else found[self.drawn]
+
+    def weighted(self, values: Float[Tensor, "m"]) -> Float[Tensor, "n N"]:
+        """Times the probabilities, as a table."""
+        if self.drawn is None:
+            return self.p * values.view_as(self.p)
+        found = torch.zeros(self.drawn.shape, dtype=values.dtype)
+        found[self.drawn] = values
+        return self.p * found.view_as(self.p)
+
+    def some(self, which: Bool[Tensor, "m"]) -> Block:
+        """Those pairs alone."""
+        if self.drawn is None:
+            return replace(self, drawn=which)
+        left = self.drawn.clone()
+        left[self.drawn] = which
+        return replace(self, drawn=left)
 
 
 @runtime_checkable
@@ -19,12 +62,8 @@ class PairSlopes(Protocol):
     """A loss of pairs, drawn by a law that stays."""
 
     def slopes(
-        self,
-        x: Float[Tensor, "n"],
-        y: Float[Tensor, "n"],
-        pairs: tuple[Int64[Tensor, "n"], Int64[Tensor, "n"]],
-        mean_count: float,
-    ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
+        self, x: Float[Tensor, "m"], y: Float[Tensor, "m"], block: Block, mean_count: float
+    ) -> tuple[Float[Tensor, "m"], Float[Tensor, "m"]]:
         """The loss's derivatives by log pi of chosen responses and of rejected ones."""
 
     def chances(
@@ -37,20 +76,21 @@ class PairSlopes(Protocol):
 
 
 Slopes = tuple[Tensor, Tensor]
-Where = tuple[Tensor, Tensor]
 More = tuple[float | Tensor, float | Tensor]
 """what is added to log pi of chosen responses, and of rejected ones"""
 
 
-def pairs_of(
-    loss: PairSlopes, log_mu: Float[Tensor, "N"]
-) -> Iterator[tuple[Where, Float[Tensor, "n"]]]:
-    """Numbers of (chosen, rejected) and their probabilities, so many at a time; none that is 0."""
+def blocks_of(loss: PairSlopes, log_mu: Float[Tensor, "N"]) -> Iterator[Block]:
+    """All pairs that are drawn, so many at a time."""
     n = len(log_mu)
-    for chosen in torch.arange(n).split(max(1, PAIRS // n)):
+    size = max(1, PAIRS // n)
+    for first in range(0, n, size):
+        chosen = torch.arange(first, min(n, first + size))
         p = loss.chances(log_mu, chosen)
-        row, rejected = (p > 0).nonzero(as_tuple=True)
-        yield (chosen[row], rejected), p[row, rejected]
+        drawn = (p > 0).flatten()
+        if bool(drawn.any()):
+            here = slice(first, first + len(chosen))
+            yield Block(here, p, None if bool(drawn.all()) else drawn)
 
 
 @dataclass(frozen=True)
@@ -65,22 +105,39 @@ class Drawn:
     def by(cls, loss: PairSlopes, log_mu: Float[Tensor, "N"]) -> Drawn:
         return cls(loss, log_mu, loss.mean_count(log_mu))
 
-    def blocks(self) -> Iterator[tuple[Where, Float[Tensor, "n"]]]:
-        """Numbers of (chosen, rejected), and their probabilities."""
-        return pairs_of(self.loss, self.log_mu)
+    def blocks(self) -> Iterator[Block]:
+        """Of all pairs."""
+        if len(self.log_mu) ** 2 > KEPT:
+            return blocks_of(self.loss, self.log_mu)
+        return iter(self._kept)
 
-    def at(self, log_pi: Tensor, where: Where, more: More = (0.0, 0.0)) -> Slopes:
+    @cached_property
+    def _kept(self) -> list[Block]:
+        return list(blocks_of(self.loss, self.log_mu))
+
+    def at(self, log_pi: Tensor, block: Block, more: More = (0.0, 0.0)) -> Slopes:
         """The loss's derivatives by log pi of both, with something added to them."""
-        x, y = (log_pi[rows] + m for rows, m in zip(where, more, strict=True))
-        return self.loss.slopes(x, y, where, self.mean_count)
+        x, y = (value + m for value, m in zip(block.both(log_pi), more, strict=True))
+        return self.loss.slopes(x, y, block, self.mean_count)
 
     def first(self, log_pi: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
         """Expected derivatives by log pi of each."""
         found = torch.zeros_like(self.log_mu)
-        for where, p in self.blocks():
-            for rows, g in zip(where, self.at(log_pi, where), strict=True):
-                found.index_add_(0, rows, p * g)
+        for block in self.blocks():
+            add_first(found, block, self.at(log_pi, block))
         return found
+
+
+def add_first(found: Float[Tensor, "N"], block: Block, slopes: Slopes) -> None:
+    """Expected derivatives of these pairs, by log pi of each response."""
+    x, y = (block.weighted(g) for g in slopes)
+    found[block.chosen] += x.sum(1)
+    found += y.sum(0)
+
+
+def off_laws(first: Float[Tensor, "N"], log_pi: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
+    """What of it moves a law: a common number at all responses does not."""
+    return first - log_pi.exp() * first.sum()
 
 
 @dataclass(frozen=True)
@@ -94,36 +151,38 @@ class Slope:
     def none(cls, n: int) -> Slope:
         return cls(torch.zeros(n).double(), torch.zeros(n, n).double())
 
-    def add(self, where: Where, p: Tensor, slopes: Slopes) -> None:
-        for rows, g in zip(where, slopes, strict=True):
-            self.first.index_add_(0, rows, p * g)
+    def add(self, block: Block, slopes: Slopes) -> None:
+        add_first(self.first, block, slopes)
 
     def add_second(
-        self,
-        where: Where,
-        p: Tensor,
-        small: float,
-        at: Callable[[More], Slopes],
-        here: Slopes | None,
+        self, block: Block, small: float, at: Callable[[More], Slopes], here: Slopes, centred: bool
     ) -> None:
         """By differences of this step, first of the chosen response and then of the other.
 
         Args:
-            here: where they are taken from; None for as far on the other side.
+            here: without one.
+            centred: whether they are taken to both sides.
         """
-        for k, more in enumerate(((small, 0.0), (0.0, small))):
-            first = at((-more[0], -more[1])) if here is None else here
-            over = 2 * small if here is None else small
-            for rows, a, b in zip(where, first, at(more), strict=True):
-                by = (b - a) / over
-                self.second.index_put_((rows, where[k]), p * by, accumulate=True)
 
-    def off(self, log_pi: Tensor) -> Tensor:
-        """What of the first moves a law: a common number at all responses does not."""
-        return self.first - log_pi.exp() * self.first.sum()
+        def by(x: float, y: float) -> tuple[Float[Tensor, "n N"], Float[Tensor, "n N"]]:
+            low, over = (at((-x, -y)), 2 * small) if centred else (here, small)
+            a, b = (
+                block.weighted((high - g) / over) for g, high in zip(low, at((x, y)), strict=True)
+            )
+            return a, b
+
+        chosen, own = block.chosen, self.second.diagonal()
+        a, b = by(small, 0.0)
+        own[chosen] += a.sum(1)
+        self.second[:, chosen] += b.T
+        alone = torch.equal(here[0], -here[1])  # it is the difference that counts, and it alone
+        a, b = (-a, -b) if alone else by(0.0, small)
+        self.second[chosen] += a
+        own += b.sum(0)
 
     def on_laws(self, log_pi: Tensor, mu: Tensor) -> Tensor:
-        """Derivative of :meth:`off`; its step keeps a law one: its rows add up to 0 without mu."""
+        """Derivative of :func:`off_laws`, by steps that keep a law one: rows sum to mu."""
         pi = log_pi.exp()
-        found = self.second - pi[:, None] * self.second.sum(0) - torch.diag(pi * self.first.sum())
-        return found + mu[:, None] * pi
+        found = torch.addr(self.second, pi, self.second.sum(0), alpha=-1.0).addr_(mu, pi)
+        found.diagonal().sub_(pi * self.first.sum())
+        return found

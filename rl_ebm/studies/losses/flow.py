@@ -44,6 +44,9 @@ class Field(Protocol):
         None where it has none, or it fails.
         """
 
+    def is_minimum(self, theta: Tensor) -> bool:
+        """Whether a rest is known to be one to which the flow comes back; False: to be tried."""
+
     def rest_on_kinks(self, theta: Tensor, within: float = math.inf) -> tuple[Tensor, float] | None:
         """The same where kinks meet, within so many nats."""
 

@@ -99,23 +99,29 @@ def _of_pairs(flow: Preference, theta: Tensor, log_pi: Tensor) -> float:
     log_mu, log_law = r.log_law(flow.who_draws(theta)), r.log_law(log_pi)
     one, total = torch.ones(r.mask.shape, dtype=torch.float64), 0.0
     square, drawn = r.inner(one, one, log_pi), Drawn.by(flow, log_mu)
-    for (chosen, rejected), p in drawn.blocks():
-        x, y = drawn.at(log_law, (chosen, rejected))
-        own, place = chosen.unique(return_inverse=True)
-        each = x.square() * square[chosen] + y.square() * square[rejected]
-        each += 2 * x * y * r.products(own, log_pi)[place, rejected]
-        total += float((p * each).sum())
+    numbers = torch.arange(len(log_mu))
+    for block in drawn.blocks():
+        x, y = drawn.at(log_law, block)
+        own, other = block.both(square)
+        products = block.flat(r.products(numbers[block.chosen], log_pi))
+        each = x.square() * own + y.square() * other + 2 * x * y * products
+        total += float(block.weighted(each).sum())
     return total
 
 
-def variance_of_group(flow: AnyFlow, theta: Tensor, size: int) -> float | Interval:
+def variance_of_group(
+    flow: AnyFlow, theta: Tensor, size: int, one: float | None = None
+) -> float | Interval:
     """Of the mean gradient of a group of responses, or of so many pairs.
+
+    Args:
+        one: :func:`variance_of_one`, where it is known.
 
     Returns:
         The number, or an interval where groups had to be drawn.
     """
     if not isinstance(flow, PolicyGradient) or flow.advantages.combine == "none":
-        return variance_of_one(flow, theta) / size
+        return (variance_of_one(flow, theta) if one is None else one) / size
     if flow.advantages.combine != "std":
         parts = _affine(flow, theta)
         if parts is not None:

@@ -19,22 +19,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rl_ebm.divergences import tv
+from rl_ebm.studies.losses.backward import FASTER, Backward, backward
 from rl_ebm.studies.losses.contract import LossError
-from rl_ebm.studies.losses.drawn_pairs import Drawn, More, Slope, Slopes, Where
+from rl_ebm.studies.losses.drawn_pairs import Block, Drawn, More, Slope, Slopes, off_laws
 
 IMPLICIT = 400
 """implicit steps, at most"""
-LARGEST = 1.0
-"""nats that log pi of a response moves in one of them, at most"""
-FASTER = 8.0
-"""by how much the next is longer, where it may; the first is one over the loss's curvature long"""
 GONE = -60.0
 """nats that a response falls before it may be dead, which these steps do not see"""
 SKEW = 0.6
@@ -69,8 +66,8 @@ STILL_FOR = 3
 """of Newton's steps that halve nothing any more"""
 WHOLE = 1e-6
 """rate of a step that is nearly Newton's, before which what is slow has hardly moved"""
-LONGEST, NEWTON = 1e6, 1e-12
-"""rates of a step that is hardly one, and of one that is Newton's"""
+NEWTON = 1e-12
+"""rate of a step that is Newton's"""
 PAST = 0.5
 """of the slope along a step, what is left of it or turned round at a point that will do, after"""
 SHORTER = 6
@@ -91,47 +88,30 @@ def rest_near(
         small: step of a difference, nats.
         centred: whether differences are taken to both sides, for longer steps: of float32.
     """
-    lowest, mu = float(log_pi.min()) + GONE, drawn.log_mu.exp()
-    least, rate, moved, still = (math.inf, math.inf), 0.0, math.inf, 0
+    lowest, way = float(log_pi.min()) + GONE, Backward(drawn, small, centred)
+    least, moved, still = (math.inf, math.inf), math.inf, 0
     seen: list[tuple[float, Tensor]] = []
     for _ in range(IMPLICIT):
         try:
-            found = _curvature(drawn, log_pi, small, centred)
+            way.look(log_pi, keep=way.known <= 1e3 * rest and way.rate <= WHOLE)
+            less = way.size < least[0] / 2 or moved < least[1] / 2
+            still = 0 if less or way.rate > WHOLE else still + 1
+            if way.size <= 1e3 * rest and still >= STILL_FOR:
+                end = way.newton()
+                return end, max(moved, float(tv(end, log_pi)))
+            least = (min(way.size, least[0]), min(moved, least[1]))
+            seen.append((least[0], log_pi))
+            if len(seen) > PATIENCE:
+                then, there = seen[-1 - PATIENCE]
+                if least[0] > FEWER * then and float((log_pi - there).abs().max()) < ON_ITS_WAY:
+                    return None
+            new = way.taken()
         except LossError:
             return None
-        off, slope = found.off(log_pi), found.on_laws(log_pi, mu)
-        size = float((off / mu).abs().max())
-        less = size < least[0] / 2 or moved < least[1] / 2
-        still = 0 if less or rate > WHOLE else still + 1
-        if size <= 1e3 * rest and still >= STILL_FOR:
-            end = _newton(log_pi, slope, off)
-            return end, max(moved, float(tv(end, log_pi)))
-        least, units = (min(size, least[0]), min(moved, least[1])), (mu + log_pi.exp()) / 2
-        seen.append((least[0], log_pi))
-        if len(seen) > PATIENCE:
-            then, there = seen[-1 - PATIENCE]
-            if least[0] > FEWER * then and float((log_pi - there).abs().max()) < ON_ITS_WAY:
-                return None
-        rate = rate or float((found.second.diagonal().abs() / units).max())
-        step, rate = _implicit(slope, off, units, rate / FASTER)
-        if not bool(torch.isfinite(step).all()):
+        if new is None or float(new.min()) < lowest:
             return None
-        last, log_pi = log_pi, torch.log_softmax(log_pi + step, 0)
-        moved = float(tv(last, log_pi))
-        if float(log_pi.min()) < lowest:
-            return None
+        moved, log_pi = float(tv(log_pi, new)), new
     return None
-
-
-def _curvature(drawn: Drawn, log_pi: Tensor, small: float, centred: bool) -> Slope:
-    """By differences of this step."""
-    found = Slope.none(len(log_pi))
-    for where, p in drawn.blocks():
-        at = partial(drawn.at, log_pi, where)
-        here = at()
-        found.add(where, p, here)
-        found.add_second(where, p, small, at, None if centred else here)
-    return found
 
 
 def rest_on_kinks(
@@ -184,15 +164,16 @@ def _in_window(
     mu = drawn.log_mu.exp()
     for _ in range(TRIES):
         now, kinks = _averaged(drawn, log_pi, width, curved=True)
-        units, off = (mu + log_pi.exp()) / 2, now.off(log_pi)
+        units, off = (mu + log_pi.exp()) / 2, off_laws(now.first, log_pi)
         rate = rate or max(float((x.abs() / units).max()) for x in (now.second.diagonal(), off))
-        step, rate = _implicit(now.on_laws(log_pi, mu), off, units, max(rate / FASTER, NEWTON))
-        if not bool(torch.isfinite(step).all()):
+        found = backward(now.on_laws(log_pi, mu), off, units, max(rate / FASTER, NEWTON))
+        if found is None:
             return None
+        step, rate = found[0], found[1].rate
         along, share = abs(float(off @ step)), 1.0
         for _ in range(SHORTER):
             new = torch.log_softmax(log_pi + share * step, 0)
-            after = float(_averaged(drawn, new, width)[0].off(new) @ step)
+            after = float(off_laws(_averaged(drawn, new, width)[0].first, new) @ step)
             if after <= PAST * along:
                 break
             share *= max(0.1, along / (along + after))
@@ -213,13 +194,13 @@ def _averaged(
         curved: with the second ones.
     """
     found, kinks = Slope.none(len(log_pi)), 0
-    for where, p in drawn.blocks():
-        here = _Window.of(drawn, log_pi, where, width, (0.0, 0.0))
+    for block in drawn.blocks():
+        here = _Window.of(drawn, log_pi, block, width, (0.0, 0.0))
         kinks += int(here.bent.sum())
         mean = here.mean(here)
-        found.add(where, p, mean)
+        found.add(block, mean)
         if curved:
-            found.add_second(where, p, ASIDE * width, here.beside, mean)
+            found.add_second(block, ASIDE * width, here.beside, mean, centred=False)
     return found, kinks
 
 
@@ -229,18 +210,18 @@ class _Window:
 
     drawn: Drawn
     log_pi: Tensor
-    where: Where
+    block: Block
     more: More
     width: float
     ends: tuple[Float[Tensor, "2 n"], Float[Tensor, "2 n"], Float[Tensor, "2 n"]]
 
     @classmethod
-    def of(cls, drawn: Drawn, log_pi: Tensor, where: Where, width: float, more: More) -> _Window:
+    def of(cls, drawn: Drawn, log_pi: Tensor, block: Block, width: float, more: More) -> _Window:
         ends = [
-            torch.stack(drawn.at(log_pi, where, (more[0] + s, more[1] - SKEW * s)))
+            torch.stack(drawn.at(log_pi, block, (more[0] + s, more[1] - SKEW * s)))
             for s in (-width, 0.0, width)
         ]
-        return cls(drawn, log_pi, where, more, width, (ends[0], ends[1], ends[2]))
+        return cls(drawn, log_pi, block, more, width, (ends[0], ends[1], ends[2]))
 
     @cached_property
     def bent(self) -> Bool[Tensor, "n"]:
@@ -253,7 +234,7 @@ class _Window:
 
     def beside(self, more: More) -> Slopes:
         """Of the window with this added to log pi of both."""
-        return self.of(self.drawn, self.log_pi, self.where, self.width, more).mean(self)
+        return self.of(self.drawn, self.log_pi, self.block, self.width, more).mean(self)
 
     def mean(self, like: _Window) -> Slopes:
         """Simpson's, and of kinks by where they are.
@@ -271,37 +252,15 @@ class _Window:
     def _share(self, like: _Window) -> Float[Tensor, "n"]:
         """Of the window, what lies before the kink."""
         bent = like.bent
-        where = (self.where[0][bent], self.where[1][bent])
+        block = self.block.some(bent)
         low, high = like.ends[0][:, bent], like.ends[2][:, bent]
         jump = high - low
-        a, b = (torch.full((len(where[0]),), x).double() for x in (-self.width, self.width))
+        a, b = (torch.full((low.shape[1],), x).double() for x in (-self.width, self.width))
         for _ in range(HALVINGS):
             s = (a + b) / 2
             here = torch.stack(
-                self.drawn.at(self.log_pi, where, (self.more[0] + s, self.more[1] - SKEW * s))
+                self.drawn.at(self.log_pi, block, (self.more[0] + s, self.more[1] - SKEW * s))
             )
             after = ((here - low) * jump).sum(0) > jump.square().sum(0) / 2
             a, b = torch.where(after, a, s), torch.where(after, s, b)
         return ((a + b) / 2 + self.width) / (2 * self.width)
-
-
-def _implicit(
-    slope: Float[Tensor, "N N"], off: Float[Tensor, "N"], units: Float[Tensor, "N"], rate: float
-) -> tuple[Tensor, float]:
-    """A backward step, shortened until no entry moves by more than :data:`LARGEST`; its rate."""
-    while True:
-        step, info = torch.linalg.solve_ex(slope + torch.diag(rate * units), -off)
-        if int(info):
-            return torch.full_like(step, torch.nan), rate
-        if float(step.abs().max()) <= LARGEST or rate > LONGEST:
-            return step.clamp(-LARGEST, LARGEST), rate
-        rate = max(4 * rate, 1e-8)
-
-
-def _newton(
-    log_pi: Float[Tensor, "N"], slope: Float[Tensor, "N N"], off: Float[Tensor, "N"]
-) -> Float[Tensor, "N"]:
-    """The rest, one step further than implicit ones get: what they shorten them by is left out."""
-    step, info = torch.linalg.solve_ex(slope, -off)
-    small = not int(info) and float(step.abs().max()) <= LARGEST
-    return torch.log_softmax(log_pi + step, 0) if small else log_pi

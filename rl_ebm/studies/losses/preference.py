@@ -21,9 +21,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from rl_ebm.messages.arguments import finite, shown
-from rl_ebm.studies.losses import pair_rests
+from rl_ebm.studies.losses import backward, pair_rests
 from rl_ebm.studies.losses.contract import Inputs
-from rl_ebm.studies.losses.drawn_pairs import Drawn, pairs_of
+from rl_ebm.studies.losses.drawn_pairs import Block, Drawn, blocks_of
 from rl_ebm.studies.losses.responses import Responses, normalised
 from rl_ebm.studies.losses.rows import Rows
 
@@ -94,10 +94,8 @@ def _binds(signature: inspect.Signature, names: tuple[str, ...]) -> bool:
     return True
 
 
-def count_of(counted: Counted | None, chosen: Tensor, rejected: Tensor) -> Tensor:
+def count_of(counted: Counted, chosen: Tensor, rejected: Tensor) -> Tensor:
     """What the rows of a batch may share of pairs with these lengths."""
-    if counted is None:
-        return torch.ones_like(chosen)
     return {"chosen": chosen, "rejected": rejected, "both": chosen + rejected}[counted]
 
 
@@ -129,34 +127,36 @@ class Preference:
         return len(self.responses.reward) ** 2
 
     def slopes(
-        self,
-        x: Float[Tensor, "n"],
-        y: Float[Tensor, "n"],
-        pairs: tuple[Int64[Tensor, "n"], Int64[Tensor, "n"]],
-        mean_count: float,
-    ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
+        self, x: Float[Tensor, "m"], y: Float[Tensor, "m"], block: Block, mean_count: float
+    ) -> tuple[Float[Tensor, "m"], Float[Tensor, "m"]]:
         """The loss's derivatives by x, log pi of chosen responses, and by y, of those rejected.
 
         Args:
-            pairs: numbers of both.
+            block: which pairs these are.
             mean_count: of what is counted, :meth:`mean_count` of the law that draws.
         """
-        log_ref = self.responses.log_ref.sum(1)
-        lengths = [self.responses.lengths[rows] for rows in pairs]
-        inputs: Inputs = (x, y, *(log_ref[rows] for rows in pairs))
-        if self.counted is not None:
+        inputs: Inputs = (x, y, *block.both(self._log_ref))
+        if self.counted is None:
+            count = torch.ones_like(x)
+        else:
+            lengths = block.both(self.responses.lengths)
             inputs = (*inputs, *(n.long() for n in lengths))
-        count = count_of(self.counted, lengths[0], lengths[1])
+            count = count_of(self.counted, *lengths)
         first, second = self.rows.gradients(inputs, count, mean_count)
         return first, second
+
+    @cached_property
+    def _log_ref(self) -> Float[Tensor, "N"]:
+        return self.responses.log_ref.sum(1)
 
     def mean_count(self, log_mu: Float[Tensor, "N"]) -> float:
         """Of a pair, in a large batch."""
         if self.counted is None:
             return 1.0
-        lengths, total = self.responses.lengths, 0.0
-        for where, p in pairs_of(self, log_mu):
-            total += float((p * count_of(self.counted, *(lengths[rows] for rows in where))).sum())
+        total = 0.0
+        for block in blocks_of(self, log_mu):
+            count = count_of(self.counted, *block.both(self.responses.lengths))
+            total += float(block.weighted(count).sum())
         return total
 
     def chances(
@@ -200,6 +200,14 @@ class Preference:
             if found is not None:
                 return r.logits(found[0]), found[1]
         return None
+
+    def is_minimum(self, theta: Float[Tensor, "S A"]) -> bool:
+        """Of a rest without kinks, where the pairs' law stays: by the curvature of all pairs."""
+        if self._drawn_pairs is None or self.rows.rough:
+            return False
+        r = self.responses
+        log_pi = r.log_law(normalised(theta, r.start))
+        return backward.is_minimum(self._drawn_pairs, log_pi, SMALL)
 
     def rest_on_kinks(
         self, theta: Float[Tensor, "S A"], within: float = math.inf

@@ -63,16 +63,15 @@ class Rows:
         """G_i / f of every row, in a large batch whose mean count of tokens is given."""
         n = len(counts)
         scale = 1.0 if self.total else float(n)
-        first = self._of_loss(inputs)
         if self.combination == "rows":
-            return tuple(g * scale for g in first)
+            return self._of_loss(inputs, scale)
         own = float(counts.sum()) / n
         if self.combination == "tokens":
-            return tuple(g * scale * own / mean_count for g in first)
-        return self._both(inputs, counts, mean_count, first)
+            return self._of_loss(inputs, scale * own / mean_count)
+        return self._both(inputs, counts, mean_count, self._of_loss(inputs))
 
-    def _of_loss(self, inputs: Inputs) -> Inputs:
-        return tuple(g / self.unit for g in self.loss.gradients(inputs))
+    def _of_loss(self, inputs: Inputs, times: float = 1.0) -> Inputs:
+        return tuple(g * (times / self.unit) for g in self.loss.gradients(inputs))
 
     def _both(self, inputs: Inputs, counts: Tensor, mean_count: float, first: Inputs) -> Inputs:
         """From two batches with other mean counts: the second has one row n times more.

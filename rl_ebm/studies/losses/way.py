@@ -172,7 +172,7 @@ def _back(flow: Field, start: Tensor, end: Limit, unit: float, rough: bool) -> L
     nats, share = (ROUGH_ASIDE, ROUGH_BACK) if rough else (ASIDE, BACK)
     for _ in range(TWICE):
         aside = _pushed(flow, start, end, nats)
-        if aside is None:
+        if aside is None or (not (end.kink or end.dead.any()) and flow.is_minimum(end.theta)):
             return end
         away = float(tv(r.log_law(normalised(aside, r.start)), end.log_law))
         try:
