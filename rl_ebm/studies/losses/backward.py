@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rl_ebm.studies.losses.drawn_pairs import Drawn, Slope, off_laws
+from rl_ebm.studies.losses.drawn_pairs import Drawn, How, Slope, off_laws
 
 LARGEST = 1.25
 """nats that log pi of a response moves in one of them, at most"""
@@ -77,12 +77,12 @@ def backward(
 
 def slope_at(drawn: Drawn, log_pi: Float[Tensor, "N"], small: float, centred: bool) -> Slope:
     """By differences of this step."""
-    found = Slope.none(len(log_pi))
+    found, how = Slope.none(len(log_pi)), How(centred, drawn.apart)
     for block in drawn.blocks():
         at = partial(drawn.at, log_pi, block)
         here = at()
         found.add(block, here)
-        found.add_second(block, small, at, here, centred)
+        found.add_second(block, small, at, here, how)
     return found
 
 

@@ -11,10 +11,14 @@ import torch
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
+from rl_ebm.studies.losses.contract import LossError
+
 PAIRS = 2**17
 """pairs that a loss is given at a time, and"""
 KEPT = 2**25
 """those whose probabilities are kept, at most: 8 bytes each"""
+TRIED = (0.5, 3.0)
+"""nats by which responses differ in laws that a loss is tried at"""
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,23 @@ class Drawn:
             add_first(found, block, self.at(log_pi, block))
         return found
 
+    @cached_property
+    def apart(self) -> bool:
+        """Whether how far apart the two are is all that counts, where it is tried: at two laws.
+
+        Not at one of interest: there a slope may be 0 by chance, and not stay so.
+        """
+        generator, block = torch.Generator().manual_seed(0), next(self.blocks())
+        try:
+            for nats in TRIED:
+                noise = torch.randn(self.log_mu.shape, generator=generator, dtype=torch.float64)
+                x, y = self.at(torch.log_softmax(nats * noise, 0), block)
+                if not torch.equal(x, -y):
+                    return False
+        except LossError:
+            return False
+        return True
+
 
 def add_first(found: Float[Tensor, "N"], block: Block, slopes: Slopes) -> None:
     """Expected derivatives of these pairs, by log pi of each response."""
@@ -138,6 +159,19 @@ def add_first(found: Float[Tensor, "N"], block: Block, slopes: Slopes) -> None:
 def off_laws(first: Float[Tensor, "N"], log_pi: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
     """What of it moves a law: a common number at all responses does not."""
     return first - log_pi.exp() * first.sum()
+
+
+@dataclass(frozen=True)
+class How:
+    """How slopes are taken.
+
+    Attributes:
+        centred: by differences to both sides.
+        apart: of a loss that goes by how far apart the two are, which one difference tells.
+    """
+
+    centred: bool = False
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,17 +189,16 @@ class Slope:
         add_first(self.first, block, slopes)
 
     def add_second(
-        self, block: Block, small: float, at: Callable[[More], Slopes], here: Slopes, centred: bool
+        self, block: Block, small: float, at: Callable[[More], Slopes], here: Slopes, how: How
     ) -> None:
         """By differences of this step, first of the chosen response and then of the other.
 
         Args:
             here: without one.
-            centred: whether they are taken to both sides.
         """
 
         def by(x: float, y: float) -> tuple[Float[Tensor, "n N"], Float[Tensor, "n N"]]:
-            low, over = (at((-x, -y)), 2 * small) if centred else (here, small)
+            low, over = (at((-x, -y)), 2 * small) if how.centred else (here, small)
             a, b = (
                 block.weighted((high - g) / over) for g, high in zip(low, at((x, y)), strict=True)
             )
@@ -175,7 +208,7 @@ class Slope:
         a, b = by(small, 0.0)
         own[chosen] += a.sum(1)
         self.second[:, chosen] += b.T
-        alone = torch.equal(here[0], -here[1])  # it is the difference that counts, and it alone
+        alone = how.apart and torch.equal(here[0], -here[1])
         a, b = (-a, -b) if alone else by(0.0, small)
         self.second[chosen] += a
         own += b.sum(0)

@@ -28,7 +28,7 @@ from torch import Tensor
 from rl_ebm.divergences import tv
 from rl_ebm.studies.losses.backward import FASTER, Backward, backward
 from rl_ebm.studies.losses.contract import LossError
-from rl_ebm.studies.losses.drawn_pairs import Block, Drawn, More, Slope, Slopes, off_laws
+from rl_ebm.studies.losses.drawn_pairs import Block, Drawn, How, More, Slope, Slopes, off_laws
 
 IMPLICIT = 400
 """implicit steps, at most"""
@@ -200,7 +200,7 @@ def _averaged(
         mean = here.mean(here)
         found.add(block, mean)
         if curved:
-            found.add_second(block, ASIDE * width, here.beside, mean, centred=False)
+            found.add_second(block, ASIDE * width, here.beside, mean, How(apart=drawn.apart))
     return found, kinks
 
 
