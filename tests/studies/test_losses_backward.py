@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rl_ebm import EBM, TokenSpace, audit_loss, solve
+from rl_ebm.divergences import tv
+from rl_ebm.exact import Solution
 from rl_ebm.policies import Uniform
 from rl_ebm.studies.losses import backward, beyond, drawn_pairs
 from rl_ebm.studies.losses.backward import is_minimum, slope_at
@@ -44,9 +46,9 @@ def _bowl(a: float, b: float) -> Loss:
     return loss
 
 
-def _drawn(loss: Loss, labels: str = "bradley-terry") -> Drawn:
+def _drawn(loss: Loss, labels: str = "bradley-terry", solution: Solution = SOLUTION) -> Drawn:
     (case,) = cases_of(
-        asked(loss, "preference", "centred", None, None, 1, None, Pairs(labels)), SOLUTION
+        asked(loss, "preference", "centred", None, None, 1, None, Pairs(labels)), solution
     )
     assert isinstance(case.flow, Preference)
     return Drawn.by(case.flow, LOG_REF)
@@ -193,6 +195,25 @@ def test_steps_by_an_older_slope_come_to_the_same_rest(monkeypatch: pytest.Monke
         torch.testing.assert_close(law, exact, rtol=0, atol=1e-12)
         assert off < 1e-13
     assert looked[0] <= looked[1] - 3
+
+
+def test_a_steep_loss_in_float32_rests_where_its_float64_does() -> None:
+    """Where a gradient is small enough a slope may still be far from that of the rest."""
+
+    def divergence(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        return -logsigmoid(16.0 * (-(u - x).exp() + (v - y).exp())).mean()
+
+    def rounded(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        return divergence(x.float(), y.float(), u.float(), v.float()).double()
+
+    reward = 12 * REWARD
+    solution = solve(EBM(SPACE, reward, 0.5, Uniform(SPACE)))
+    exact = rest_near(_drawn(divergence, solution=solution), LOG_REF, 1e-12, 1e-4)
+    found = rest_near(_drawn(rounded, solution=solution), LOG_REF, 1e-5, 1e-2, centred=True)
+    assert exact is not None
+    assert found is not None
+    assert found[1] < 1e-6
+    assert float(tv(exact[0], found[0])) < 1e-6
 
 
 def test_a_rest_that_is_a_minimum_is_not_looked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:

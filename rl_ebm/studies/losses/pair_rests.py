@@ -93,7 +93,7 @@ def rest_near(
     seen: list[tuple[float, Tensor]] = []
     for _ in range(IMPLICIT):
         try:
-            way.look(log_pi, keep=way.known <= 1e3 * rest and way.rate <= WHOLE)
+            way.look(log_pi, keep=still > 0 and way.known <= 1e3 * rest)
             less = way.size < least[0] / 2 or moved < least[1] / 2
             still = 0 if less or way.rate > WHOLE else still + 1
             if way.size <= 1e3 * rest and still >= STILL_FOR:
