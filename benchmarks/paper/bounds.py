@@ -25,6 +25,7 @@ from benchmarks.paper.common import (
     Rows,
     collect,
     ends,
+    legend_below,
     publish,
     select,
     spread,
@@ -41,12 +42,14 @@ from rl_ebm.soft_bellman import expectation, forward_log_marginals, log_policy
 from rl_ebm.studies.seeds import geometric_interval, interval
 
 NAMES = {
-    "prop3": "Prop. 3, 2T max|q - q*|",
+    "prop3": "Prop. 3, T max L",
     "span": "span, n K(max L)",
     "occupancy": "occupancy, E K(L)",
     "split": "occupancy of states and actions",
 }
 SPACE = (8, 4)
+PAPER = {2: (4.7e-3, 39.0), 3: (9e-6, 17.0)}
+"""read off its Fig. 5 at the end, for V=8, T=4: KL(p*, ARM) and the largest distance of logits"""
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,7 @@ def draw_all(ax: Axes, rows: Rows) -> None:
         ylabel="bound (nats)",
         title="Every checkpoint and planted error",
     )
-    ax.legend(fontsize=8)
+    legend_below(ax, 3)
 
 
 def draw_by_error(ax: Axes, planted: Rows, length: int) -> None:
@@ -240,7 +243,7 @@ def draw_by_error(ax: Axes, planted: Rows, length: int) -> None:
         ylabel="bound over KL",
         title=f"Looseness by logit error, T={length}",
     )
-    ax.legend(fontsize=7)
+    legend_below(ax, 3)
 
 
 def draw_by_length(ax: Axes, planted: Rows, lengths: list[int]) -> None:
@@ -255,27 +258,27 @@ def draw_by_length(ax: Axes, planted: Rows, lengths: list[int]) -> None:
         title="Looseness by length",
     )
     ax.set_xticks(lengths)
-    ax.legend(fontsize=7, ncols=2, loc="center", bbox_to_anchor=(0.5, 0.72))
+    legend_below(ax, 2)
 
 
 def draw_fig5(ax: Axes, rows: Rows) -> None:
     """KL, distance and bounds along the fits to the law of Fig. 5, medians."""
     labels = {
-        "linf": "largest logit distance",
-        "prop3": "Prop. 3",
-        "occupancy_target": "occupancy of states",
-        "split_target": "of states and actions",
-        "kl_target_policy": "KL(target, ARM)",
+        "linf": ("largest logit distance", "C5"),
+        "prop3": ("Prop. 3", "C0"),
+        "occupancy_target": ("occupancy of states", "C2"),
+        "split_target": ("of states and actions", "C3"),
+        "kl_target_policy": ("KL(target, ARM)", "0.4"),
     }
     for n, style in ((2, "-"), (3, "--")):
         fits = select(rows, layers=n)
-        for colour, (key, label) in enumerate(labels.items()):
+        for key, (label, colour) in labels.items():
             steps = sorted({r["step"] for r in fits})
             ax.plot(
                 steps,
                 [statistics.median(r[key] for r in select(fits, step=s)) for s in steps],
                 linestyle=style,
-                color=f"C{colour}",
+                color=colour,
                 label=f"{label}, N={n}",
                 linewidth=1.2,
             )
@@ -285,11 +288,11 @@ def draw_fig5(ax: Axes, rows: Rows) -> None:
         ylabel="nats",
         title="The law of Fig. 5, softmax(N(0, I) / 0.1)",
     )
-    ax.legend(fontsize=7, ncols=2, loc="center", bbox_to_anchor=(0.6, 0.6))
+    legend_below(ax, 2)
 
 
 def picture(rows: Rows) -> Figure:
-    figure = Figure(figsize=(12, 8.4), layout="constrained")
+    figure = Figure(figsize=(12, 10), layout="constrained")
     (left, by_error), (by_length, right) = figure.subplots(2, 2)
     agents, planted, fits = (select(rows, kind=k) for k in ("agent", "planted", "fig5"))
     lengths = sorted({r["max_length"] for r in planted})
@@ -313,6 +316,8 @@ def distances(fits: Rows, layers: Sequence[int]) -> list[tuple[str, ...]]:
         mine = select(fits, layers=n)
         figures = [geometric_interval(ends(mine, key)) for key in keys]
         lines.append((f"{n}", *figures, interval(ends(mine, "far"))))
+        kl, distance = PAPER[n]
+        lines.append((f"{n}, the paper's", f"{kl:.1e}", f"{distance:g}", *[""] * 5))
     return lines
 
 
@@ -343,7 +348,8 @@ def main(options: Options) -> None:
     ]  # fmt: skip
     text = f"""
 Checked at {len(rows):,} policies: KL <= occupancy of states and actions <= occupancy of states <= span <= Prop. 3, and the
-first two for KL(p*, pi), fail **{violations(rows)} times**. Looseness is bound over KL(policy, target): median (smallest to largest), V=8, T=4 and {steps:,} steps
+first two for KL(p*, pi), fail **{violations(rows)} times**. L is the span of q - q* over the actions of a state; the paper's Prop. 3 has 2T max|q - q*|
+in its place, which is T max L with the best constant at every state and larger without. Looseness is bound over KL(policy, target): median (smallest to largest), V=8, T=4 and {steps:,} steps
 at default settings for agents, V=4 and T={lengths} for planted errors; last the KL itself at the end, geometric mean (95% interval).
 
 {table(["policies", *NAMES.values(), "KL at the end"], lines)}
@@ -358,7 +364,7 @@ often as the policy is there. *Occupancy of states and actions* also splits the 
 unlikely ones (`rl_ebm.bounds.split_kl`): an error among actions that are hardly ever taken costs what they weigh.
 
 **The paper's Fig. 5**, softmax(N(0, I) / 0.1), exact risk, {fig5_steps:,} steps: the KL goes to 0 and the logit distance
-does not (geometric mean over seeds and its 95% interval; of the last column the mean).
+does not (geometric mean over seeds and its 95% interval; of the last column the mean; the paper's as read off its figure, one run).
 
 {table(fig5_head, distances(fits, layers))}
 

@@ -185,6 +185,16 @@ def plot_runs(axes: Axes, rows: Rows, x: str, y: str, label: str, **style: Any) 
         axes.plot(xs, ys, linewidth=1, label=label if i == 0 else None, **style)
 
 
+def legend_below(axes: Axes, columns: int, down: float = 0.16) -> None:
+    """The legend under the axis: on no curve.
+
+    Args:
+        down: of the height of the axes, how far.
+    """
+    where = (0.5, -down)
+    axes.legend(loc="upper center", bbox_to_anchor=where, ncols=columns, fontsize=8, frameon=False)
+
+
 def _key(job: Any) -> str:
     text = json.dumps([type(job).__name__, asdict(job)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -215,7 +215,7 @@ def picture(rows: Rows, settings: list[Setting]) -> Figure:
             plot_runs(left, select(mine, model=model), "step", "gap", model, color=colour)
         arm = select(mine, model="ARM")
         for colour, label, key in (("C2", "before", "before"), ("C4", "after", "after")):
-            beside = {True: "the map, to the EBM", False: "the map, to the law: no EBM"}
+            beside = {True: "the map, to the EBM", False: "the map, to the law (no EBM)"}
             for ebm, style in ((True, "-"), (False, ":")):
                 plot_runs(
                     right,
@@ -233,10 +233,13 @@ def picture(rows: Rows, settings: list[Setting]) -> Figure:
             ax.plot([5000], [value], marker="*", color=colour, markersize=11)
         left.set(yscale="log", ylabel="risk less H(Y) (nats)", title=f"V={v}, T={t}, N={n}: gap")
         right.set(yscale="log", ylabel="largest logit distance", title="logits of the ARM")
-        for ax in (left, right):
-            ax.legend(loc="lower left", fontsize="small")
     for ax in axes[-1]:
         ax.set_xlabel("steps (stars: read off the paper's figures)")
+    named = {}
+    for ax in axes.flat:
+        for line, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, line)
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3)
     return figure
 
 

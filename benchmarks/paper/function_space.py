@@ -17,7 +17,7 @@ import tyro
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.paper.common import Options, Rows, collect, publish, select, table
+from benchmarks.paper.common import Options, Rows, collect, legend_below, publish, select, table
 from rl_ebm import TokenSpace, divergences, q_from_r, r_from_q
 from rl_ebm.soft_bellman import (
     backup,
@@ -30,6 +30,8 @@ from rl_ebm.tokens import length_mask
 
 Tables = list[Tensor]
 
+LEAST = 1e-17
+"""below which a picture's axis is linear: 0 is on it"""
 IDENTITIES = {
     "M is a bijection: r to q to r": "Prop. 1",
     "M is a bijection: q to r to q": "Prop. 1",
@@ -235,15 +237,18 @@ def measure(job: Identities | Descent) -> Rows:
 
 
 def picture(rows: Rows) -> Figure:
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    """Zeros stand at 0, left of (below) the smallest number that is drawn by its logarithm."""
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.2, 1])
     names = list(IDENTITIES)
     for i, name in enumerate(names):
-        values = [max(float(row["value"]), 1e-18) for row in select(rows, what=name)]
+        values = [float(row["value"]) for row in select(rows, what=name)]
         left.scatter(values, [i] * len(values), s=12, color="C0")
     left.axvline(1e-10, color="0.6", linestyle="--", linewidth=1)
+    left.set_xscale("symlog", linthresh=LEAST)
+    left.set_xticks([0, 1e-16, 1e-14, 1e-12, 1e-10])
+    left.set_xlim(left=-LEAST)
     left.set(
-        xscale="log",
         xlabel="largest deviation of each random table (float64)",
         title="Identities in function space",
     )
@@ -255,7 +260,7 @@ def picture(rows: Rows) -> Figure:
             line = select(curves, run=run)
             right.plot(
                 [row["step"] for row in line],
-                [max(abs(row["value"]), 1e-16) for row in line],
+                [abs(row["value"]) for row in line],
                 color=f"C{colour}",
                 linewidth=1,
                 label=f"{name}, NLL less H(Y|X)" if i == 0 else None,
@@ -267,13 +272,15 @@ def picture(rows: Rows) -> Figure:
             linestyle=":",
             label="the paper's L* less H(Y|X), several prompts" if i == 0 else None,
         )
+    right.set_yscale("symlog", linthresh=LEAST)
+    right.set_yticks([0, 1e-16, 1e-12, 1e-8, 1e-4, 1])
+    right.set_ylim(bottom=-LEAST)
     right.set(
-        yscale="log",
         xlabel="steps of gradient descent",
         ylabel="nats",
-        title="Both risks descend to H(Y|X), not to the joint entropy",
+        title="Both risks descend to H(Y|X)",
     )
-    right.legend(fontsize=8)
+    legend_below(right, 1)
     return figure
 
 

@@ -113,7 +113,7 @@ def values(rows: Rows, key: str, **fields: object) -> list[float]:
 
 def picture(rows: Rows, names: list[str], sizes: list[int]) -> Figure:
     figure = Figure(figsize=(3.4 * len(names), 3.5), layout="constrained")
-    axes = figure.subplots(1, len(names), squeeze=False)[0]
+    axes = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
     for name, ax in zip(names, axes, strict=True):
         for colour, model in enumerate(MAKE):
             kls = [values(rows, "kl", law=name, model=model, n=n) for n in sizes]

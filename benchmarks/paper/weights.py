@@ -15,10 +15,11 @@ import torch
 import tyro
 from jaxtyping import Float64
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 from torch import Tensor, nn
 
 from benchmarks.paper import laws
-from benchmarks.paper.common import Options, Rows, collect, publish, select, table
+from benchmarks.paper.common import Options, Rows, collect, legend_below, publish, select, table
 from benchmarks.paper.fit import (
     MAKE,
     SMALL,
@@ -38,6 +39,7 @@ from rl_ebm.policies.scoring import tree_q_values
 from rl_ebm.rewards import TransformerReward
 from rl_ebm.studies.seeds import geometric_interval, interval
 
+PARTS = (0.2, 0.3, 0.5, 0.7, 1.0)  # of a variance, marked on a logarithmic axis
 LAWS = {
     "zipf": "Zipf in order",
     "normal": "softmax(N(0, I) / 0.3)",
@@ -234,7 +236,7 @@ def by_layer(rows: Rows, key: str, layers: int, **fields: object) -> list[list[f
 
 
 def picture(rows: Rows, names: list[str], layers: int, depth: int) -> Figure:
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for colour, name in enumerate(names):
         probes = by_layer(rows, f"probe_{depth}", layers, law=name, model="ARM")
@@ -261,7 +263,7 @@ def picture(rows: Rows, names: list[str], layers: int, depth: int) -> Figure:
         title="Probe for V(s); dotted: from the tokens",
     )
     left.set_xticks(range(layers))
-    left.legend(fontsize=8)
+    legend_below(left, 3)
     middle.set(
         xscale="log",
         xlabel="KL(law, ARM) (nats), every checkpoint",
@@ -269,6 +271,9 @@ def picture(rows: Rows, names: list[str], layers: int, depth: int) -> Figure:
         title="Does the probe's error go with the KL?",
         yscale="log",
     )
+    middle.yaxis.set_major_locator(FixedLocator(PARTS))
+    middle.yaxis.set_major_formatter("{x:g}")
+    middle.yaxis.set_minor_locator(NullLocator())
     grid = torch.tensor(
         [
             [
@@ -280,6 +285,8 @@ def picture(rows: Rows, names: list[str], layers: int, depth: int) -> Figure:
     )
     image = right.imshow(grid, vmin=0, vmax=1, origin="lower")
     right.set(xlabel="layer of the EBM", ylabel="layer of the ARM", title=f"CKA, {LAWS[names[0]]}")
+    right.set_xticks(range(layers))
+    right.set_yticks(range(layers))
     figure.colorbar(image, ax=right)
     return figure
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
-import matplotlib
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -39,7 +41,8 @@ from rl_ebm.verification.entry import REWARD
 
 FLOOR = 1e-9
 """smallest KL that a curve shows, nats"""
-Color = tuple[float, float, float, float]
+LINES = {"-": "o", "--": "x", ":": "^", "-.": "s"}
+"""with the markers of their points"""
 SWEEP = torch.logspace(-1.5, 1.5, 25).tolist()
 """beta of the frontier, in units of the benchmark's"""
 SPARSE = 3
@@ -190,35 +193,66 @@ def frontier(ebm: EBM) -> tuple[list[float], list[float]]:
 
 def picture(plan: Plan, problem: Problem, rows: Rows) -> Figure:
     """KL against calls, KL against seconds, and E[R] against KL(policy, reference)."""
-    figure = Figure(figsize=(15, 4.4), layout="constrained")
+    figure = Figure(figsize=(16, 4.6), layout="constrained")
     by_calls, by_seconds, pareto = figure.subplots(1, 3)
-    palette = matplotlib.colormaps["tab10" if len(plan.agents) <= 10 else "tab20"]
-    for k, agent in enumerate(plan.agents):
+    for agent, style in zip(by_end(plan.agents, rows), _styles(), strict=False):
         mine = [row for row in rows if row["agent"] == agent]
-        color = palette(k % palette.N)
         for axes, key in ((by_calls, "reward_calls"), (by_seconds, "seconds")):
-            _curves(axes, mine, key, plan.seeds, color, agent)
-        ends = last_of(mine)
-        _points(pareto, ends, color, agent)
+            _curves(axes, mine, key, plan.seeds, style, agent)
+        _points(pareto, last_of(mine), style, agent)
     ebm, _ = problem.make()
     pareto.plot(*frontier(ebm), color="0.4", linewidth=1.2, label="exact frontier")
     pareto.set(xlabel="KL(policy, reference) (nats)", ylabel="E[R]", title="Reward against KL")
-    told = "exact KL(policy, target) (nats)"
+    told, bands = "exact KL(policy, target) (nats)", "all seeds"
     if samples_of(rows) is not None:
-        told = "KL(policy, target) (nats), each run's 95% interval of sampling"
+        told, bands = "KL(policy, target) (nats)", "its 95% interval of sampling"
     for axes, label in ((by_calls, "responses scored"), (by_seconds, "trained seconds")):
         axes.set(yscale="log", xlabel=label, ylabel=told)
         axes.grid(alpha=0.3)
-    by_calls.set_title(f"{printable(problem.label)}, beta = {problem.beta:g}: one line a seed")
-    pareto.legend(fontsize=7)
+    by_calls.set_title(f"{printable(problem.label)}, beta = {problem.beta:g}")
+    by_seconds.set_title(f"the run in the middle; band: {bands}")
+    lines, labels = by_calls.get_legend_handles_labels()
+    frontier_line, _ = pareto.get_legend_handles_labels()
+    figure.legend(
+        [*lines, frontier_line[-1]],
+        [*labels, "exact frontier"],
+        loc="outside right upper",
+        title="closest first",
+        fontsize=8,
+    )
     return figure
 
 
-def _points(axes: Axes, ends: Rows, color: Color, label: str) -> None:
+def by_end(agents: Sequence[str], rows: Rows) -> list[str]:
+    """Agents, that whose run in the middle ends closest to the EBM first; without a run last."""
+
+    def end(agent: str) -> float:
+        found = [row[RANKED] for row in last_of(rows, agent=agent)]
+        return statistics.median_low(found) if found else math.inf
+
+    return sorted(agents, key=end)
+
+
+@dataclass(frozen=True)
+class Style:
+    """How an agent is drawn: a colour of ten, and a kind of line and of point for each ten."""
+
+    color: str
+    line: str
+    marker: str
+
+
+def _styles() -> Iterator[Style]:
+    kinds = itertools.cycle(LINES.items())
+    return (Style(f"C{k}", *kind) for kind in kinds for k in range(10))
+
+
+def _points(axes: Axes, ends: Rows, style: Style, label: str) -> None:
     """E[R] against KL(policy, reference) of each run, with their intervals where there are any."""
     kls = [row["kl_reference"] for row in ends]
     rewards = [row["expected_reward_policy"] for row in ends]
-    axes.scatter(kls, rewards, color=color, s=18, label=label, zorder=3)
+    color = style.color
+    axes.scatter(kls, rewards, color=color, marker=style.marker, s=18, label=label, zorder=3)
     if samples_of(ends) is None:
         return
     for row, kl, reward in zip(ends, kls, rewards, strict=True):
@@ -227,17 +261,27 @@ def _points(axes: Axes, ends: Rows, color: Color, label: str) -> None:
 
 
 def _curves(
-    axes: Axes, rows: Rows, key: str, seeds: Sequence[int], color: Color, label: str
+    axes: Axes, rows: Rows, key: str, seeds: Sequence[int], style: Style, label: str
 ) -> None:
-    for i, seed in enumerate(seeds):
-        line = [row for row in rows if row["seed"] == seed]
-        at = [row[key] for row in line]
-        shown = [_shown(row[RANKED]) for row in line]
-        axes.plot(at, shown, color=color, linewidth=1.1, label=label if i == 0 else None)
-        if samples_of(line) is not None:
-            low, high = zip(*(bracket(row, RANKED) for row in line), strict=True)
-            band = [_shown(x) for x in low], [_shown(x) for x in high]
-            axes.fill_between(at, *band, color=color, alpha=0.25, linewidth=0)
+    """The run that ends in the middle of its seeds, and what lies between all of them."""
+    runs = [run for seed in seeds if (run := [row for row in rows if row["seed"] == seed])]
+    if not runs:
+        return
+    middle = sorted(runs, key=lambda run: float(run[-1][RANKED]))[(len(runs) - 1) // 2]
+    at = [row[key] for row in middle]
+    shown = [_shown(row[RANKED]) for row in middle]
+    axes.plot(at, shown, color=style.color, linestyle=style.line, linewidth=1.3, label=label)
+    if samples_of(middle) is not None:
+        low, high = zip(*(bracket(row, RANKED) for row in middle), strict=True)
+        band = [_shown(x) for x in low], [_shown(x) for x in high]
+    else:
+        # A look of one seed is between two of another's: on the straight line that is drawn.
+        drawn = [
+            np.interp(at, [row[key] for row in run], [_shown(row[RANKED]) for row in run])
+            for run in runs
+        ]
+        band = np.min(drawn, 0).tolist(), np.max(drawn, 0).tolist()
+    axes.fill_between(at, *band, color=style.color, alpha=0.15, linewidth=0)
 
 
 def _shown(kl: float) -> float:

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 
 from rl_ebm.statistics.interval import student_quantile
 
+ALIKE = 1e-6
+"""of a mean, a half-width that no reader needs"""
+
 
 def half_width(values: Sequence[float]) -> float:
     """Of the 95% interval of the mean (Student's t); infinite for one value."""
@@ -19,7 +22,10 @@ def half_width(values: Sequence[float]) -> float:
 
 
 def interval(values: Sequence[float]) -> str:
-    """Mean and half-width of its 95% interval, as text; infinite where a value is."""
+    """Mean and half-width of its 95% interval, as text; infinite where a value is.
+
+    Where the half-width is less than :data:`ALIKE` of the mean: four digits, which all have.
+    """
     if not values:
         return "not run"
     if math.inf in values:
@@ -28,6 +34,8 @@ def interval(values: Sequence[float]) -> str:
         return f"{values[0]:.2g} (one run)"
     mean, half = statistics.fmean(values), half_width(values)
     digits = 6
+    if 0 < half < ALIKE * abs(mean):
+        return f"{_short(mean, 4)} (all alike)"
     if 0 < half < math.inf and mean != 0:
         # As many as reach the first digit of the half-width.
         digits = max(1, 1 + _place(mean) - _place(float(f"{half:.1g}")))

@@ -143,6 +143,13 @@ def test_an_interval_by_its_ends(ends, text):
     assert between(0.2, 0.25, math.inf) == "∞ [0.2, 0.25]"
 
 
+def test_digits_end_where_runs_differ_and_after_four_where_none_does():
+    assert interval([1.0, 1.5]) == "1 ± 3"
+    assert interval([0.0596226888, 0.0596226889]) == "0.05962 (all alike)"
+    assert interval([0.0596, 0.0597]) == "0.0597 ± 0.0006"
+    assert interval([0.5, 0.5]) == "0.5 ± 0"
+
+
 def test_the_file_has_intervals_only_where_there_are_any(tmp_path):
     exact, sampled = look(width=None), look()
     write_rows(tmp_path / "exact.csv", [exact])
@@ -155,18 +162,47 @@ def test_the_file_has_intervals_only_where_there_are_any(tmp_path):
     assert (second["samples"], float(second["tv_high"])) == ("300", 1.1)
 
 
-def test_the_picture_has_a_band_for_each_run(chain):
-    both = product((0, 1), (0, 4))
-    rows = [look(seed, step=step, kl=2.0 - step / 4) for seed, step in both]
-    rows[0]["kl_policy_target_high"] = math.inf
+def heights(axes, x):
+    """Of the one band, at x."""
+    (band,) = axes.collections
+    (path,) = band.get_paths()
+    return sorted({y for at, y in path.vertices.tolist() if at == x})
+
+
+def test_the_picture_has_the_interval_of_the_run_in_the_middle(chain):
+    both = product((0, 1, 2), (0, 4))
+    rows = [look(seed, step=step, kl=2.0 - step / 4 + seed / 8) for seed, step in both]
+    for row in rows:
+        row["seconds"] = row["reward_calls"] = row["step"]
+        row["kl_policy_target_low"] = row["kl_policy_target"] - 0.01
+        row["kl_policy_target_high"] = row["kl_policy_target"] + 0.01
+    rows[2]["kl_policy_target_high"] = math.inf
+    sheet = picture(plan(chain, seeds=(0, 1, 2)), chain, rows)
+    for axes in sheet.axes[:2]:
+        (line,) = axes.lines
+        assert list(line.get_ydata()) == [2.125, 1.125]
+        assert heights(axes, line.get_xdata()[1]) == pytest.approx([1.115, 1.135])
+    assert "95% interval" in sheet.axes[1].get_title()
+    assert len(sheet.axes[2].lines) == 1 + 2 * 3, "the frontier, and two bars for each run's end"
+
+
+def test_the_picture_has_a_band_over_all_seeds_where_kl_is_exact(chain):
+    """Between two looks of a run it is on the line that is drawn between them."""
+    rows = [
+        look(0, step=step, kl=1.5 - step / 8, width=None, reward_calls=step) for step in (0, 2, 4)
+    ]
+    rows += [
+        look(1, step=step, kl=2.0 - step / 8, width=None, reward_calls=step) for step in (0, 4)
+    ]
     sheet = picture(plan(chain, seeds=(0, 1)), chain, rows)
-    assert [len(axes.collections) for axes in sheet.axes[:2]] == [2, 2]
-    assert all("95% interval" in axes.get_ylabel() for axes in sheet.axes[:2])
-    assert len(sheet.axes[2].lines) == 1 + 2 * 2, "the frontier, and two bars for each run's end"
-    exact = picture(plan(chain, seeds=(0, 1)), chain, [look(s, width=None) for s in (0, 1)])
-    assert not exact.axes[0].collections
-    assert exact.axes[0].get_ylabel() == "exact KL(policy, target) (nats)"
-    assert len(exact.axes[2].lines) == 1
+    (line,) = sheet.axes[0].lines
+    at = line.get_xdata().tolist()
+    assert list(line.get_ydata()) == [1.5, 1.25, 1.0], "of two the one that ends closer"
+    for x, low, high in zip(at, (1.5, 1.25, 1.0), (2.0, 1.75, 1.5), strict=True):
+        assert heights(sheet.axes[0], x) == pytest.approx([low, high])
+    assert sheet.axes[0].get_ylabel() == "exact KL(policy, target) (nats)"
+    assert len(sheet.axes[2].lines) == 1
+    assert [text.get_text() for text in sheet.legends[0].get_texts()][-1] == "exact frontier"
 
 
 def test_the_frontier_is_drawn_through_fewer_points_of_itself(chain, monkeypatch):
