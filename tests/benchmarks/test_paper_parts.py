@@ -9,6 +9,7 @@ from benchmarks.paper import (
     common,
     contrast,
     figures,
+    figures_tables,
     function_space,
     sampled_ebm,
     samples,
@@ -315,8 +316,41 @@ def test_the_rate_is_that_of_the_smallest_area_once_all_were_tried():
 
 def test_few_values_are_shown_with_their_range_and_against_the_papers():
     assert common.spread([1.0, 100.0, 3.0]) == "3 (1 to 1e+02)"
-    assert common.spread([]) == figures.compared([], 1.0) == "not run"
-    assert figures.compared([2.0, 4.0, 8.0], 16.0).endswith("/ 16 (0.25 x)")
+    assert common.spread([]) == "not run"
+    assert figures_tables.compared([], 1.0) == "not run / 1"
+    assert figures_tables.compared([2.0, 4.0, 8.0], 16.0).endswith("/ 16 (0.25 x)")
+
+
+def test_what_the_last_steps_gain_is_told_by_the_runs():
+    """Of each seed by itself; what an EBM was not trained beside is told apart."""
+    rows = [
+        {"model": "choice", "init": init, "beta2": 0.9, "seed": seed, "step": step, "gap": gap}
+        for init, factor in (("flax", 20.0), ("torch", 2.0))
+        for seed in (0, 1)
+        for step, gap in ((500, 9.0), (4900, 10.0**-seed * factor), (5000, 10.0**-seed))
+    ]
+    choices = [("flax", 0.9), ("torch", 0.9), ("torch", 0.5)]
+    assert figures_tables.gains(rows, "flax", 0.9, 100) == pytest.approx([20.0, 20.0])
+    told = figures_tables.orders(rows, choices)
+    assert told.startswith("an order of magnitude or more with flax's with 0.9 (20 x); less with")
+    assert told.endswith("torch's with 0.9 (2 x)")
+    (_, _, *_, gained), (*_, other), missing = figures_tables.choice_lines(rows, choices)[1:]
+    assert (gained.split()[0], other.split()[0], missing[-1]) == ("20", "2", "not run")
+    arm = {"model": "ARM", "vocab_size": 4, "max_length": 8, "layers": 2, "lr": 1.0, "step": 5000}
+    arms = [
+        arm
+        | {"run": str(i), "seed": i, "ebm": i == 0, "gap": 1.0}
+        | dict.fromkeys(("before", "after", "invariant"), 2.0 + i)
+        for i in range(3)
+    ]
+    assert figures_tables.to_the_law(arms, [(4, 8, 2)]).startswith("3 to 4, 3 to 4 and 3 to 4")
+    assert figures_tables.invariants(arms, [(4, 8, 2)]) == "2 (one run) (V=4, T=8, N=2)"
+    (line,) = figures_tables.gap_lines(arms, [], [(4, 8, 2)])
+    assert line[3:] == (
+        "not run / 8.2e-06",
+        "2 (one run) / 14 (0.14 x)",
+        "2 (one run) / 0.039 (51 x)",
+    )
 
 
 def test_a_bar_in_a_cell_does_not_split_it():
