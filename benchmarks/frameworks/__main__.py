@@ -57,7 +57,7 @@ class Asked:
     only: Callable[[Row], bool] | None = None
 
 
-FOLLOWED = ("sigmoid", "ipo", "exo_pair", "nca_pair")
+FOLLOWED = ("sigmoid", "ipo", "exo_pair", "nca_pair", "bco_pair")
 """loss types of trl's DPOTrainer that were followed at A = 8, T = 4"""
 
 
@@ -78,7 +78,7 @@ EBMS = {
     ),
     "large": Asked(
         "A = 8, T = 4, beta 1: `random`, uniform reference; followed are, of the losses of 16.8 "
-        "million pairs, OpenRLHF's and four of trl's DPOTrainer, and of verl's distillation k1 and "
+        "million pairs, OpenRLHF's and five of trl's DPOTrainer, and of verl's distillation k1 and "
         "k3 in the reward",
         lambda: make_task("random", vocab_size=8, max_length=4, beta=1.0, reference="uniform"),
         lambda row: row.kind != "preference" or _in_minutes(row),
