@@ -62,10 +62,10 @@ FOLLOWED = ("sigmoid", "ipo", "exo_pair", "nca_pair", "bco_pair")
 
 
 def _in_minutes(row: Row) -> bool:
-    """Whether a loss of 16.8 million pairs is followed: 6 to 16 minutes of one core by DPOTrainer.
+    """Whether a loss of 16.8 million pairs is followed: 5 to 16 minutes of one core by DPOTrainer.
 
-    It takes 10 s there to evaluate all pairs once, 60 times; what goes over rows in Python 90 s and
-    more, and where kinks meet or responses die it is done a thousand times.
+    Left out is what takes hours: trainers that go over rows in Python, and losses that end where
+    kinks meet or responses die, which ask for far more evaluations of all pairs.
     """
     trl = row.name.endswith("DPOTrainer._compute_loss")
     return row.name.endswith("DPOLoss") or (trl and row.options.get("loss_type") in FOLLOWED)

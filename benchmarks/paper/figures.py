@@ -288,7 +288,7 @@ the EBM scores all 65,536 sequences at each step (the ARM 21,845 prefixes): with
 `--large` runs the first of these. Without an EBM beside it an ARM's distances are to the law itself, which the paper does not measure: before, after and invariant (below), smallest
 to largest of the seeds, {to_the_law(rows, settings)}. The learning rate is the paper's choice
 (smallest area under the EBM's curve, here over {trial:,} steps at V=8, T=4 with seed 0). `beta2` was chosen at V=8, T=4, N=2 below: that the first line
-agrees with the paper is no evidence, the other lines are.
+agrees with the paper is no evidence.
 
 **Which unstated choice matters?** The paper states neither the initial weights nor Adam's betas. The ARM's gap at V=8, T=4, N=2, rate
 {RATES[0]:g}, after a tenth, a fifth, all but the last 100, and all of the steps:

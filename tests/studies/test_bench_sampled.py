@@ -143,6 +143,13 @@ def test_an_interval_by_its_ends(ends, text):
     assert between(0.2, 0.25, math.inf) == "∞ [0.2, 0.25]"
 
 
+def test_the_legend_has_the_closest_first_and_what_has_no_run_last():
+    ends = {"vargrad": (0.1, 0.9, 5.0), "soft-q": (0.7, 0.8, 0.6), "ppo": (3.0, 3.0, 3.0)}
+    rows = [look(s, kl=kl, agent=a) for a, kls in ends.items() for s, kl in enumerate(kls)]
+    found = bench_report.by_end(("ppo", "dpg", "vargrad", "soft-q"), rows)
+    assert found == ["soft-q", "vargrad", "ppo", "dpg"]
+
+
 def test_digits_end_where_runs_differ_and_after_four_where_none_does():
     assert interval([1.0, 1.5]) == "1 ± 3"
     assert interval([0.0596226888, 0.0596226889]) == "0.05962 (all alike)"

@@ -3,7 +3,7 @@ r"""Where a preference loss comes to rest: an implicit flow in log pi of each re
 Any law over the responses is a policy. So the unknowns are x = log pi of each response, and they
 follow their gradient in units of how often each is drawn: a pair whose order is plain hardly curves
 the loss, and what goes by its gradient alone takes exp(largest gap of R) steps. Steps are Euler's,
-backward, each as long as moves no log pi by more than :data:`LARGEST`: the last ones are Newton's.
+backward (:mod:`rl_ebm.studies.losses.backward`): the last ones are Newton's.
 
 A hinge's gradient jumps, and where its pairs end at their kinks it vanishes nowhere. There the loss
 is averaged over a small shift s of each pair, (x + s, y - SKEW s) with s uniform in a window:
