@@ -227,7 +227,7 @@ def test_a_rest_that_is_a_minimum_is_not_looked_for_again(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Preference, "rest_near", counted)
     found = []
-    for known in (Preference.is_minimum, lambda self, theta: False):
+    for known in (Preference.is_minimum, lambda self, theta, kink=False: False):
         calls[0] = 0
         monkeypatch.setattr(Preference, "is_minimum", known)
         audit = audit_loss(_dpo, SOLUTION, "preference", beyond=False)
@@ -248,7 +248,7 @@ def test_other_starts_are_tried_of_few_pairs_alone(monkeypatch: pytest.MonkeyPat
         tried.append(start)
         return end
 
-    monkeypatch.setattr(beyond, "ended", seen)
+    monkeypatch.setattr(beyond, "root_from", seen)
     for many, starts in ((64, 3), (63, 0)):
         monkeypatch.setattr(beyond, "MANY_PAIRS", many)
         tried.clear()

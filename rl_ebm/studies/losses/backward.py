@@ -93,18 +93,32 @@ def is_minimum(drawn: Drawn, log_pi: Float[Tensor, "N"], small: float) -> bool:
     none of any function, as with parts held fixed; then no is the answer.
     """
     found = slope_at(drawn, log_pi, small, centred=True)
-    pi, curved = log_pi.exp(), found.second
-    scale = curved.diagonal().abs().max()
-    if bool((curved - curved.T).abs().max() > STRICT * scale):
+    largest = found.second.diagonal().abs().max()
+    if bool((found.second - found.second.T).abs().max() > STRICT * largest):
         return False
-    curved.diagonal().sub_(pi * found.first.sum())  # laws stay laws: Lagrange's
-    root = ((drawn.log_mu.exp() + pi) / 2).rsqrt()
-    curved = root[:, None] * curved * root
-    largest = curved.diagonal().abs().max()
+    return curves_every_way(found.first, found.second, log_pi, drawn.log_mu.exp())
+
+
+def curves_every_way(
+    first: Float[Tensor, "N"],
+    second: Float[Tensor, "N N"],
+    log_pi: Float[Tensor, "N"],
+    mu: Float[Tensor, "N"],
+) -> bool:
+    """Whether a loss with these derivatives by log pi, which are changed, curves upwards on laws.
+
+    Args:
+        mu: units are halfway between this law and the policy's.
+    """
+    pi = log_pi.exp()
+    second.diagonal().sub_(pi * first.sum())  # laws stay laws: Lagrange's
+    root = ((mu + pi) / 2).rsqrt()
+    second.mul_(root).mul_(root[:, None])
+    largest = second.diagonal().abs().max()
     normal = root * pi
-    curved.addr_(normal, normal, alpha=float(10 * largest / normal.square().sum()))
-    curved.diagonal().sub_(STRICT * largest)
-    return not bool(torch.linalg.cholesky_ex(curved).info)
+    second.addr_(normal, normal, alpha=float(10 * largest / normal.square().sum()))
+    second.diagonal().sub_(STRICT * largest)
+    return not bool(torch.linalg.cholesky_ex(second).info)
 
 
 @dataclass

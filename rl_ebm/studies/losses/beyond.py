@@ -14,7 +14,7 @@ from torch import Tensor
 from rl_ebm.divergences import tv
 from rl_ebm.statistics.expectations import certain
 from rl_ebm.statistics.interval import Interval, average
-from rl_ebm.studies.losses.cases import SLOW, Case, ended
+from rl_ebm.studies.losses.cases import SLOW, Case, ended, root_from
 from rl_ebm.studies.losses.flow import GONE, Limit, direction
 from rl_ebm.studies.losses.kinds import AnyFlow, in_units
 from rl_ebm.studies.losses.measures import (
@@ -50,6 +50,7 @@ MANY, MANY_PAIRS = 20_000, 2**20
 def other_roots(case: Case, limit: Limit) -> list[Float[Tensor, "N"]]:
     """Laws inside at which other starts end: the EBM, and two that are drawn. log-laws.
 
+    A start that comes to a kink, or to a rest that is one of many, is not followed further.
     Of more than :data:`MANY` tokens the EBM alone is tried, of :data:`MANY_PAIRS` pairs none.
     """
     if isinstance(case.flow, Preference) and case.flow.cost > MANY_PAIRS:
@@ -61,10 +62,11 @@ def other_roots(case: Case, limit: Limit) -> list[Float[Tensor, "N"]]:
         starts += [normalised(case.start + 3 * x, case.responses.start) for x in noise]
     found: list[Tensor] = []
     for start in starts:
-        end = ended(case, start)
+        end = root_from(case, start)
         known = [limit.log_law, *found]
-        inside = end.accuracy <= KNOWN and not end.kink and not bool(end.dead.any())
-        if inside and all(float(tv(end.log_law, x)) > APART for x in known):
+        if end is None or end.kink or end.accuracy > KNOWN:
+            continue
+        if all(float(tv(end.log_law, x)) > APART for x in known):
             found.append(end.log_law)
     return found
 

@@ -25,11 +25,11 @@ from rl_ebm.studies.losses.kinds import (
     policy_gradient_flow,
     preference_flow,
 )
-from rl_ebm.studies.losses.limit import FLOW_STEPS, limit_from
+from rl_ebm.studies.losses.limit import FLOW_STEPS, limit_from, stopped
 from rl_ebm.studies.losses.policy_gradient import LOWEST, PolicyGradient
 from rl_ebm.studies.losses.preference import Pairs, Preference
 from rl_ebm.studies.losses.responses import Responses, normalised, responses_of
-from rl_ebm.studies.losses.way import decided
+from rl_ebm.studies.losses.way import NOTHING, back, decided
 from rl_ebm.studies.problems import problems
 
 Kind = Literal["policy-gradient", "distillation", "preference"]
@@ -215,6 +215,20 @@ def ended(
         plain = min(plain, PAIR_STEPS)
     end = decided(flow, start, limit_from(flow, start, rough, plain), rough)
     return _told_apart(case, flow, end) if end.settled and bool(end.dead.any()) else end
+
+
+def root_from(case: Case, start: Float[Tensor, "S A"]) -> Limit | None:
+    """A rest inside to which another start leads, and which comes back to itself when pushed.
+
+    None where there is a kink on the way, or the rest is one of many: what takes minutes is left.
+    """
+    flow = in_units(case.flow)
+    rough, start = flow.rows.rough, start.masked_fill(torch.isneginf(case.responses.start), 0.0)
+    end = limit_from(flow, start, rough, along=stopped)
+    if not end.settled or end.kink or bool(end.dead.any()):
+        return None
+    unit = float(direction(flow, start).value.abs().max())
+    return end if unit <= NOTHING else back(flow, start, end, unit, rough, along=stopped)
 
 
 def _told_apart(case: Case, flow: AnyFlow, end: Limit) -> Limit:

@@ -46,11 +46,15 @@ class Block:
 
     def weighted(self, values: Float[Tensor, "m"]) -> Float[Tensor, "n N"]:
         """Times the probabilities, as a table."""
+        return self.p * self.table(values)
+
+    def table(self, values: Float[Tensor, "m"]) -> Float[Tensor, "n N"]:
+        """With zeros for pairs that are never drawn."""
         if self.drawn is None:
-            return self.p * values.view_as(self.p)
+            return values.view_as(self.p)
         found = torch.zeros(self.drawn.shape, dtype=values.dtype)
         found[self.drawn] = values
-        return self.p * found.view_as(self.p)
+        return found.view_as(self.p)
 
     def some(self, which: Bool[Tensor, "m"]) -> Block:
         """Those pairs alone."""

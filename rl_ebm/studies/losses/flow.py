@@ -44,8 +44,16 @@ class Field(Protocol):
         None where it has none, or it fails.
         """
 
-    def is_minimum(self, theta: Tensor) -> bool:
-        """Whether a rest is known to be one to which the flow comes back; False: to be tried."""
+    @property
+    def kinks_first(self) -> bool:
+        """Whether rests where kinks meet are looked for before smooth ones."""
+
+    def is_minimum(self, theta: Tensor, kink: bool = False) -> bool:
+        """Whether a rest is known to be one to which the flow comes back; False: to be tried.
+
+        Args:
+            kink: whether it is where kinks meet.
+        """
 
     def rest_on_kinks(self, theta: Tensor, within: float = math.inf) -> tuple[Tensor, float] | None:
         """The same where kinks meet, within so many nats."""

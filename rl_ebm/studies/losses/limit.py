@@ -122,13 +122,18 @@ def _plain_flow(flow: Field, theta: Tensor, unit: float, steps: int) -> Tensor:
 
 
 def limit_from(
-    flow: Field, theta: Float[Tensor, "S A"], rough: bool = False, plain: int = FLOW_STEPS
+    flow: Field,
+    theta: Float[Tensor, "S A"],
+    rough: bool = False,
+    plain: int = FLOW_STEPS,
+    along: Callable[[Field, Tensor], Limit] | None = None,
 ) -> Limit:
     """Where the flow leads from some logits.
 
     Args:
         rough: whether the loss computes in float32.
         plain: steps of the flow itself, at most.
+        along: goes on at a kink; None for :func:`at_kink`.
 
     Raises:
         LossError: a loss that is NaN or infinite on the way.
@@ -141,7 +146,7 @@ def limit_from(
         return finished(flow, theta, begin, unit)
     theta = _plain_flow(flow, theta, unit, plain)
     return rest_at_once(flow, theta, unit, rest) or rest_from(
-        flow, theta, unit, rest, along=at_kink
+        flow, theta, unit, rest, along=along or at_kink
     )
 
 
@@ -169,15 +174,27 @@ def rest_at_once(
     Args:
         kinks_within: nats to where kinks meet, if they do: a smooth one is not looked for then.
     """
-    near = flow.rest_near(theta, rest * min(unit, 1.0)) if kinks_within is None else None
-    if near is not None:
-        theta, off = near
-        now = direction(flow, theta)
-        if now.size > min(1e3 * rest, NEARLY) * unit:
-            return None
-        end = finished(flow, theta, now, now.size, unit)
-        return replace(end, accuracy=max(end.accuracy, off))
-    found = flow.rest_on_kinks(theta, math.inf if kinks_within is None else kinks_within)
+    if kinks_within is not None:
+        return _where_kinks_meet(flow, theta, kinks_within)
+    if flow.kinks_first:
+        return _where_kinks_meet(flow, theta) or _smooth_rest(flow, theta, unit, rest)
+    return _smooth_rest(flow, theta, unit, rest) or _where_kinks_meet(flow, theta)
+
+
+def _smooth_rest(flow: Field, theta: Tensor, unit: float, rest: float) -> Limit | None:
+    near = flow.rest_near(theta, rest * min(unit, 1.0))
+    if near is None:
+        return None
+    theta, off = near
+    now = direction(flow, theta)
+    if now.size > min(1e3 * rest, NEARLY) * unit:
+        return None
+    end = finished(flow, theta, now, now.size, unit)
+    return replace(end, accuracy=max(end.accuracy, off))
+
+
+def _where_kinks_meet(flow: Field, theta: Tensor, within: float = math.inf) -> Limit | None:
+    found = flow.rest_on_kinks(theta, within)
     if found is None:
         return None
     theta, off = found
@@ -191,6 +208,12 @@ def at_kink(flow: Field, theta: Tensor) -> Limit:
     r = flow.responses
     law, lost = r.log_law(normalised(theta, r.start)), direction(flow, theta).lost
     return Limit(theta, law, lost, 1.0, kink=True, ahead=True)
+
+
+def stopped(flow: Field, theta: Tensor) -> Limit:
+    """Where it stands at a kink, which is no end."""
+    law = flow.responses.log_law(normalised(theta, flow.responses.start))
+    return Limit(theta, law, torch.zeros_like(theta, dtype=torch.bool), math.inf, kink=True)
 
 
 def rest_from(

@@ -110,7 +110,12 @@ class PolicyGradient:
     def rest_near(self, theta: Tensor, rest: float) -> None:
         """The steps of :mod:`rl_ebm.studies.losses.limit` get there."""
 
-    def is_minimum(self, theta: Tensor) -> bool:
+    @property
+    def kinks_first(self) -> bool:
+        """There is no such method."""
+        return False
+
+    def is_minimum(self, theta: Tensor, kink: bool = False) -> bool:
         """None is known to be."""
         return False
 

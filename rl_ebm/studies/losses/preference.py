@@ -24,6 +24,8 @@ from rl_ebm.messages.arguments import finite, shown
 from rl_ebm.studies.losses import backward, pair_rests
 from rl_ebm.studies.losses.contract import Inputs
 from rl_ebm.studies.losses.drawn_pairs import Block, Drawn, blocks_of
+from rl_ebm.studies.losses.margin_rests import Margins
+from rl_ebm.studies.losses.margins import Jumps
 from rl_ebm.studies.losses.responses import Responses, normalised
 from rl_ebm.studies.losses.rows import Rows
 
@@ -179,6 +181,19 @@ class Preference:
         """Of a law that stays."""
         return None if self.drawn is None else Drawn.by(self, self.responses.log_law(self.drawn))
 
+    @cached_property
+    def _margins(self) -> Margins | None:
+        """Where the pairs' law stays."""
+        if self._drawn_pairs is None or self.counted is not None:
+            return None
+        found = Jumps.of(self._drawn_pairs, self._log_ref, self.rows.rough)
+        return None if found is None else Margins(self._drawn_pairs, found)
+
+    @property
+    def kinks_first(self) -> bool:
+        """Of a loss whose jumps are known."""
+        return self._margins is not None
+
     def field(self, theta: Float[Tensor, "S A"]) -> tuple[Tensor, Tensor]:
         """Expected gradient by theta, and the mass of each action under who draws."""
         found, log_mu = self.weights(theta)
@@ -201,12 +216,14 @@ class Preference:
                 return r.logits(found[0]), found[1]
         return None
 
-    def is_minimum(self, theta: Float[Tensor, "S A"]) -> bool:
-        """Of a rest without kinks, where the pairs' law stays: by the curvature of all pairs."""
+    def is_minimum(self, theta: Float[Tensor, "S A"], kink: bool = False) -> bool:
+        """Where the pairs' law stays: by the curvature of all pairs, at kinks by margins alone."""
         if self._drawn_pairs is None or self.rows.rough:
             return False
         r = self.responses
         log_pi = r.log_law(normalised(theta, r.start))
+        if kink:
+            return self._margins is not None and self._margins.is_minimum(log_pi)
         return backward.is_minimum(self._drawn_pairs, log_pi, SMALL)
 
     def rest_on_kinks(
@@ -215,7 +232,11 @@ class Preference:
         """The same where kinks meet."""
         if self._drawn_pairs is None:
             return None
-        r = self.responses
+        r, rough = self.responses, self.rows.rough
         log_pi = r.log_law(normalised(theta, r.start))
-        found = pair_rests.rest_on_kinks(self._drawn_pairs, log_pi, self.rows.rough, CLEAR * within)
+        if self._margins is not None:
+            lowest = float(log_pi.min()) + pair_rests.GONE
+            found = self._margins.rest(log_pi, lowest, rough, CLEAR * within)
+        else:
+            found = pair_rests.rest_on_kinks(self._drawn_pairs, log_pi, rough, CLEAR * within)
         return None if found is None else (r.logits(found[0]), found[1])

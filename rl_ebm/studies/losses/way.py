@@ -88,7 +88,7 @@ def decided(flow: Field, start: Float[Tensor, "S A"], end: Limit, rough: bool = 
         if alone is not None:
             return alone
         end = slide(flow, end.theta)
-    again = _back(flow, start, end, unit, rough)
+    again = back(flow, start, end, unit, rough)
     if again is not None:
         return again
     (coarse, slid), (fine, slides) = (_followed(flow, start, length) for length in LENGTHS)
@@ -162,22 +162,33 @@ def _held(flow: Field, alone: Alone, start: Tensor) -> Limit | None:
     return replace(end, many=float(tv(again.log_law, end.log_law)) > there)
 
 
-def _back(flow: Field, start: Tensor, end: Limit, unit: float, rough: bool) -> Limit | None:
+def back(
+    flow: Field,
+    start: Tensor,
+    end: Limit,
+    unit: float,
+    rough: bool,
+    along: Callable[[Field, Tensor], Limit] = slide,
+) -> Limit | None:
     """The rest that comes back to itself when it is pushed aside; None where none does.
 
     What creeps comes back to a better one, further on, which is then pushed itself; and a kink may
     have been on the way alone.
+
+    Args:
+        unit: size of D where the flow began.
+        along: goes on at a kink.
     """
     r, rest = flow.responses, ROUGH_REST if rough else REST
     nats, share = (ROUGH_ASIDE, ROUGH_BACK) if rough else (ASIDE, BACK)
     for _ in range(TWICE):
         aside = _pushed(flow, start, end, nats)
-        if aside is None or (not (end.kink or end.dead.any()) and flow.is_minimum(end.theta)):
+        if aside is None or (not end.dead.any() and flow.is_minimum(end.theta, end.kink)):
             return end
         away = float(tv(r.log_law(normalised(aside, r.start)), end.log_law))
         try:
             again = rest_at_once(flow, aside, unit, rest, nats if end.kink else None)
-            again = again or rest_from(flow, aside, unit, rest)
+            again = again or rest_from(flow, aside, unit, rest, along=along)
         except LossError:
             return None
         off = float(tv(again.log_law, end.log_law))
