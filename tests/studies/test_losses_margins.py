@@ -143,7 +143,7 @@ def _expected_gradient(loss: Loss, log_pi: Tensor, flow: Preference) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("loss", [_hinge, _without_reference, _two])
+@pytest.mark.parametrize("loss", [_hinge, _without_reference, _two, _curved])
 def test_the_mean_over_a_window_is_one_of_logistic_noise(loss: Loss) -> None:
     """In a window of 0.3, by 20,000 places of the margin's own quantiles."""
     flow, width = _flow(loss, _solution(3)), 0.3
@@ -159,8 +159,8 @@ def test_the_mean_over_a_window_is_one_of_logistic_noise(loss: Loss) -> None:
 
     found = margin.averaged(log_pi, width)
     wanted = _expected_gradient(averaged, log_pi, flow)
-    assert torch.allclose(found.first * float(wanted[0] / found.first[0]), wanted, atol=2e-4)
-    assert torch.allclose(found.first / found.first.norm(), wanted / wanted.norm(), atol=1e-3)
+    # The units of a loss are its own.
+    assert torch.allclose(found.first / found.first.norm(), wanted / wanted.norm(), atol=1e-4)
 
 
 @pytest.mark.parametrize("loss", [_hinge, _without_reference, _two, _curved])

@@ -29,7 +29,7 @@ from rl_ebm.studies.losses.limit import FLOW_STEPS, limit_from, stopped
 from rl_ebm.studies.losses.policy_gradient import LOWEST, PolicyGradient
 from rl_ebm.studies.losses.preference import Pairs, Preference
 from rl_ebm.studies.losses.responses import Responses, normalised, responses_of
-from rl_ebm.studies.losses.way import NOTHING, back, decided
+from rl_ebm.studies.losses.way import back, decided
 from rl_ebm.studies.problems import problems
 
 Kind = Literal["policy-gradient", "distillation", "preference"]
@@ -228,7 +228,7 @@ def root_from(case: Case, start: Float[Tensor, "S A"]) -> Limit | None:
     if not end.settled or end.kink or bool(end.dead.any()):
         return None
     unit = float(direction(flow, start).value.abs().max())
-    return end if unit <= NOTHING else back(flow, start, end, unit, rough, along=stopped)
+    return back(flow, start, end, unit, rough, along=stopped)
 
 
 def _told_apart(case: Case, flow: AnyFlow, end: Limit) -> Limit:

@@ -190,12 +190,9 @@ class Margins:
     def is_minimum(self, log_pi: Float[Tensor, "N"]) -> bool:
         """Whether the loss is least at a rest, of all laws beside it, and no law beside it is.
 
-        It is where each kink is one of a function that is convex there, and the mean over a small
-        window comes to its own rest beside it, and curves every way there. At the edge of what is
-        flat it comes to none.
+        It is where the mean over a small window comes to its own rest beside it, and curves every
+        way there. At the edge of what is flat it comes to none.
         """
-        if bool((self.found.jumps[0] < 0).any()):
-            return False
         width = ROUGH_WINDOWS[-1]
         try:
             beside = self._in_window([log_pi], width, -math.inf, LEAST)
