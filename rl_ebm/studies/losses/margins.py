@@ -83,7 +83,8 @@ def goes_by(drawn: Drawn, block: Block, lead: Float[Tensor, "N"], rough: bool) -
     more = (x - y).roll(1) - (x - y)
     here = torch.stack(drawn.at(log_pi, block)).roll(1, 1)
     close = (ROUGH_ALIKE if rough else ALIKE) * float(here.abs().max())
-    for a, b in ((more, torch.zeros_like(more)), (0.3 * more - 1.0, -0.7 * more - 1.0)):
+    down = float(more.abs().max()) + torch.zeros_like(more)  # log pi stays below 0
+    for a, b in ((more - down, -down), (0.3 * more - down, -0.7 * more - down)):
         off = (torch.stack(drawn.at(log_pi, block, (a, b))) - here).abs().amax(0) > close
         if float(off.double().mean()) > (STRAY if rough else 0.0):
             return False

@@ -183,8 +183,8 @@ class Preference:
 
     @cached_property
     def _margins(self) -> Margins | None:
-        """Where the pairs' law stays."""
-        if self._drawn_pairs is None or self.counted is not None:
+        """Where the pairs' law stays, and rows add up."""
+        if self._drawn_pairs is None or self.rows.combination != "rows":
             return None
         found = Jumps.of(self._drawn_pairs, self._log_ref, self.rows.rough)
         return None if found is None else Margins(self._drawn_pairs, found)
