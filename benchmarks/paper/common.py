@@ -22,6 +22,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.paper.answers import ANSWERS
 from benchmarks.support.machine import describe
 from rl_ebm.training.checkpoint import write_text
 
@@ -41,6 +42,7 @@ SECTIONS = (
     "sampled_ebm",
 )
 """the scripts, in the order of the report"""
+ANSWERED = "**In one line:**"
 
 
 @dataclass(frozen=True)
@@ -130,13 +132,30 @@ def publish(name: str, title: str, text: str, figure: Figure, rows: Rows, option
         f"`python -m benchmarks.paper.{name}`; seeds {', '.join(map(str, seeds))}; commit "
         f"{', '.join(commits)}. {describe()}"
     )
-    section = f"## {title}\n\n{text.strip()}\n\n![{title}](results/{name}.png)\n\n{made}\n"
+    answer = f"{ANSWERED} {ANSWERS[name](rows)}"
+    section = (
+        f"## {title}\n\n{answer}\n\n{text.strip()}\n\n![{title}](results/{name}.png)\n\n{made}\n"
+    )
     write_text(results / f"{name}.md", section)
+    write_text(options.folder / "README.md", report(results))
+    print(section)
+
+
+def report(results: Path) -> str:
+    """The introduction, the answers, and all sections that there are."""
     sections = [results / f"{s}.md" for s in SECTIONS]
     intro = (HERE / "intro.md").read_text().strip()
-    parts = [intro, *(s.read_text().strip() for s in sections if s.exists())]
-    write_text(options.folder / "README.md", "\n\n".join(parts) + "\n")
-    print(section)
+    found = [s.read_text().strip() for s in sections if s.exists()]
+    return "\n\n".join([intro, answers(found), *found]) + "\n"
+
+
+def answers(sections: Sequence[str]) -> str:
+    """The line of each section that answers it, as a list."""
+    lines = []
+    for section in sections:
+        title, _, answer = section.split("\n")[:3]
+        lines.append(f"- **{title.removeprefix('## ')}.** {answer.removeprefix(ANSWERED).strip()}")
+    return "\n".join(lines)
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

@@ -12,12 +12,12 @@ ALIKE = 1e-6
 """of a mean, a half-width that no reader needs"""
 
 
-def half_width(values: Sequence[float]) -> float:
-    """Of the 95% interval of the mean (Student's t); infinite for one value."""
+def half_width(values: Sequence[float], level: float = 0.95) -> float:
+    """Of the interval of the mean at this level (Student's t); infinite for one value."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return math.inf
     return (
-        student_quantile(0.95, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+        student_quantile(level, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     )
 
 
@@ -69,10 +69,10 @@ def _short(x: float, digits: int) -> str:
     return f"{float(text):,.0f}" if "e+" in text else text
 
 
-def geometric(values: Sequence[float]) -> tuple[float, float, float]:
-    """Geometric mean of positive values and its 95% interval (Student's t on their logarithms)."""
+def geometric(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """Geometric mean of positive values and its interval (Student's t on their logarithms)."""
     logs = [math.log(v) for v in values]
-    mean, half = statistics.fmean(logs), half_width(logs)
+    mean, half = statistics.fmean(logs), half_width(logs, level)
     return math.exp(mean), math.exp(mean - half), math.exp(min(mean + half, 700.0))
 
 
