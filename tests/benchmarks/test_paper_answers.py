@@ -126,7 +126,7 @@ def test_a_law_is_named_where_its_interval_is_on_one_side_and_all_hold_together(
             ("far", "EBM"): one,
             ("near", "ARM"): [0.5, 0.52, 0.5, 0.51],
             ("near", "EBM"): one,
-            # Alone it would exclude 1 (t > 3.18, three degrees of freedom); of 3 laws it must be 4.86.
+            # Alone it would exclude 1: t > 3.18 with three degrees of freedom; of 3 laws, 4.86.
             ("chance", "ARM"): [math.exp(0.1 * x) for x in (0.2, 1.0, 1.0, 0.9)],
             ("chance", "EBM"): one,
         }
