@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rl_ebm.studies.seeds import geometric
@@ -61,11 +61,11 @@ def harder_data(rows: Rows) -> str:
     steps = max(row["steps"] for row in ends if row["model"] == "EBM")
     kls = {(r["law"], r["model"], r["seed"]): r["gap"] for r in ends if r["steps"] == steps}
     ratios = _over(kls, "ARM", "EBM")
-    behind, ahead = _sides(ratios)
+    behind, ahead = sides(ratios)
     seeds = min(map(len, ratios.values()))
     return (
         f"With {seeds} seeds, at equal size and steps, the ARM is behind the EBM on "
-        f"{behind or 'no law'} and ahead on {ahead or 'no law'}, of {len(ratios)} laws and all "
+        f"{_said(behind, 'no law')} and ahead on {_said(ahead, 'no law')}, of {len(ratios)} laws and all "
         "intervals together: which of them is the harder to train is not settled."
     )
 
@@ -106,10 +106,10 @@ def weights(rows: Rows) -> str:
     ends = _last([row for row in rows if row["gap"] != ""], ("run",))
     kls = {(r["law"], r["model"], r["seed"]): r["gap"] for r in ends}
     ratios = _over(kls, "EBM-causal", "EBM")
-    more, less = _sides(ratios)
+    more, less = sides(ratios)
     return (
         f"A causal mask changes the KL that the same EBM reaches by {_range(ratios)} by law; it "
-        f"costs something on {more or 'no law'} and helps on {less or 'no law'}, all intervals "
+        f"costs something on {_said(more, 'no law')} and helps on {_said(less, 'no law')}, all intervals "
         "together."
     )
 
@@ -125,12 +125,12 @@ def samples(rows: Rows) -> str:
     for _, _, n, seed in sorted(k for k in kls if k[:2] == ("pairwise", "ARM") and k[2] > 0):
         found = over("pairwise", n, seed) / over("additive", n, seed)
         ratios.setdefault(f"n = {n:,}", []).append(found)
-    above, below = _sides(ratios)
+    above, below = sides(ratios)
     ends = [geometric(values, _level(ratios))[1:] for values in ratios.values()]
     return (
         "R or q, which is easier to learn? Of laws that mirror each other the ARM's KL over the "
         f"EBM's is {_range(ratios)} times as large where R is simple as where q is; this is more "
-        f"than 1 at {above or 'no n'} and less at {below or 'no n'}, but all intervals together "
+        f"than 1 at {_said(above, 'no n')} and less at {_said(below, 'no n')}, but all intervals together "
         f"leave {min(x for x, _ in ends):.2g} to {max(x for _, x in ends):.2g}."
     )
 
@@ -199,16 +199,20 @@ def _over(kls: dict[tuple[str, str, int], float], model: str, other: str) -> dic
     return found
 
 
-def _level(ratios: dict[str, list[float]]) -> float:
+def _level(ratios: Mapping[str, Sequence[float]]) -> float:
     return 1 - ERROR / len(ratios)
 
 
-def _sides(ratios: dict[str, list[float]]) -> tuple[str, str]:
+def sides(ratios: Mapping[str, Sequence[float]]) -> tuple[list[str], list[str]]:
     """Where a ratio is above 1, and where below, all intervals together."""
     known = {name: geometric(values, _level(ratios)) for name, values in ratios.items()}
     above = [name for name, (_, low, _) in known.items() if low > 1]
     below = [name for name, (_, _, high) in known.items() if high < 1]
-    return ", ".join(above), ", ".join(below)
+    return above, below
+
+
+def _said(names: Sequence[str], none: str) -> str:
+    return ", ".join(names) or none
 
 
 def _range(ratios: dict[str, list[float]]) -> str:

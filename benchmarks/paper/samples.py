@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.paper import laws
+from benchmarks.paper.answers import sides
 from benchmarks.paper.common import Options, Rows, collect, publish, select, table
 from benchmarks.paper.fit import MAKE, SMALL, Schedule, gap, watch
 from rl_ebm import TokenSpace
@@ -146,15 +147,13 @@ def exponents(kls: list[list[float]], sizes: list[int]) -> list[str]:
 
 
 def apart(over: dict[str, list[list[float]]], counts: list[str]) -> tuple[list[str], list[str]]:
-    """Where the interval of ARM over EBM lies above 1, and where below."""
-    fewer, more = [], []
-    for name, found in over.items():
-        for count, ratios in zip(counts, found, strict=True):
-            _, low, high = geometric(ratios)
-            where = f"{LAWS[name].split(':')[0].split(' (')[0]} ({count})"
-            fewer += [where] * (low > 1)
-            more += [where] * (high < 1)
-    return fewer, more
+    """Where the interval of ARM over EBM lies above 1, and where below; all hold together."""
+    ratios = {
+        f"{LAWS[name].split(':')[0].split(' (')[0]} ({count})": values
+        for name, found in over.items()
+        for count, values in zip(counts, found, strict=True)
+    }
+    return sides(ratios)
 
 
 def main(options: Options) -> None:
@@ -198,7 +197,7 @@ On {TEST:,} responses that took no part in this: NLL of the model less that of t
 
 {table(["law", *counts], ratios)}
 
-The interval (95% each) has the EBM ahead for {", ".join(fewer) or "none"}; the ARM ahead for {", ".join(more) or "none"}.
+The intervals, at 95% for all {len(names) * len(counts)} together (Bonferroni; those of the table are 95% each), have the EBM ahead for {", ".join(fewer) or "none"}; the ARM ahead for {", ".join(more) or "none"}.
 
 **Which is easier to learn, R or q** (open question 1 of the paper)? The first two laws mirror each other: the same kind of Gaussian tables over
 pairs of tokens, added up as rewards (q must then sum over all completions) or as logits (R must then subtract a log-sum-exp
