@@ -112,7 +112,7 @@ def _at(drawn: Drawn, margins: Float[Tensor, "m"]) -> Float[Tensor, "2 m"]:
 def _found(drawn: Drawn, lead: Tensor, least: float) -> Jumps | None:
     """Between ever nearer places: what does not shrink is a jump."""
     # Not at round numbers, of which kinks are fond.
-    grid = torch.linspace(-REACH - 1e-3 * math.pi, REACH, PLACES).double()
+    grid = torch.linspace(-REACH - 1e-3 * math.pi, REACH, PLACES, dtype=torch.float64)
     values = _at(drawn, grid)
     least *= float(values.abs().max())
     total = values.sum(0)
