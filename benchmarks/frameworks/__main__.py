@@ -65,11 +65,11 @@ FOLLOWED = (
 
 
 def _in_minutes(row: Row) -> bool:
-    """Whether a loss of 16.8 million pairs is followed: 2 to 23 minutes of one core by DPOTrainer.
+    """Whether a loss of 16.8 million pairs is followed: 4 to 23 minutes of one core by DPOTrainer.
 
     Left out is what takes hours: trainers that go over rows in Python, losses at whose end
-    responses die, and other divergences than the reverse KL, which computed for 25 minutes without
-    an end.
+    responses die, and other divergences than the reverse KL, of which the forward one had computed
+    for 25 minutes without an end; and what ends where sigmoid does on the small EBM.
     """
     trl = row.name.endswith("DPOTrainer._compute_loss")
     return row.name.endswith("DPOLoss") or (trl and row.options.get("loss_type") in FOLLOWED)

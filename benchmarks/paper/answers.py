@@ -63,10 +63,11 @@ def harder_data(rows: Rows) -> str:
     ratios = _over(kls, "ARM", "EBM")
     behind, ahead = sides(ratios)
     seeds = min(map(len, ratios.values()))
+    open_yet = "" if behind or ahead else ": which of them is the harder to train is not settled"
     return (
         f"With {seeds} seeds, at equal size and steps, the ARM is behind the EBM on "
         f"{_said(behind, 'no law')} and ahead on {_said(ahead, 'no law')}, of {len(ratios)} laws and all "
-        "intervals together: which of them is the harder to train is not settled."
+        f"intervals together{open_yet}."
     )
 
 
@@ -96,8 +97,8 @@ def scale(rows: Rows) -> str:
     }
     told = ", ".join(f"`{k}` {100 * v:.2g} %" for k, v in sorted(left.items(), key=lambda x: x[1]))
     return (
-        f"The ARM still reaches the EBM at {size[0]:.0e} sequences: of KL(target, uniform) the same "
-        f"number of responses leaves {told}."
+        f"At {size[0]:.0e} sequences the same number of responses leaves of KL(target, uniform) "
+        f"{told}."
     )
 
 
@@ -146,11 +147,14 @@ def traces(rows: Rows) -> str:
     helped = sum(with_it < without for without, with_it in pairs)
     half = [v for (law, *_), v in kls.items() if law == "parity"]
     lost = sum(abs(v - math.log(2)) < 0.01 for v in half)
+    collapse = (
+        ", where half of the answers are lost: this measures how training collapses, not what a "
+        "network can express"
+    )
     return (
-        f"Not answered: with {most} tokens of trace sampled training ends nearer to the EBM than "
-        f"without in {helped} of {len(pairs)} runs, and {lost} of {len(half)} runs on parity end "
-        "at log 2, where half of the answers are lost: this measures how training collapses, not "
-        "what a network can express."
+        f"With {most} tokens of trace sampled training ends nearer to the EBM than without in "
+        f"{helped} of {len(pairs)} runs, and {lost} of {len(half)} runs on parity end at "
+        f"log 2{collapse if lost else ''}."
     )
 
 
