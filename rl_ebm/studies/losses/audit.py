@@ -151,9 +151,8 @@ def audit_loss(
         pairs: of preferences, Pairs(labels, temperature): who wins, and how warm the policy draws.
         name: what the loss is called; None for the function's own name.
         options: that are told with it.
-        beyond: whether to say more than the limit: ``variance``, ``groups`` and ``sampler``; and
-            ``other_roots``, for which no further starts are tried of over a million pairs, and none
-            is followed along a kink.
+        beyond: whether to say ``variance``, ``groups`` and ``sampler``; and ``other_roots``, for
+            which no starts are tried of over a million pairs, and none is followed along a kink.
         groups: sizes of groups of which to say the limit, of policy gradients; None for 2, 4, 8 and
             16, as far as that takes seconds.
 
