@@ -17,6 +17,8 @@ PAIRS = 2**17
 """pairs that a loss is given at a time, and"""
 KEPT = 2**25
 """those whose probabilities are kept, at most: 8 bytes each"""
+FEW = 2**13
+"""that it is tried on, to see what it goes by: some take a second for ten times as many"""
 TRIED = (0.5, 3.0)
 """nats by which responses differ in laws that a loss is tried at"""
 
@@ -88,6 +90,14 @@ More = tuple[float | Tensor, float | Tensor]
 """what is added to log pi of chosen responses, and of rejected ones"""
 
 
+@runtime_checkable
+class Known(Protocol):
+    """What need not be asked of a loss."""
+
+    def at(self, asked: Drawn, log_pi: Tensor, block: Block, more: More) -> Slopes | None:
+        """The loss's derivatives by log pi of both; None where it is to be asked."""
+
+
 def blocks_of(loss: PairSlopes, log_mu: Float[Tensor, "N"]) -> Iterator[Block]:
     """All pairs that are drawn, so many at a time."""
     n = len(log_mu)
@@ -103,15 +113,20 @@ def blocks_of(loss: PairSlopes, log_mu: Float[Tensor, "N"]) -> Iterator[Block]:
 
 @dataclass(frozen=True)
 class Drawn:
-    """All pairs of responses that are ever drawn, and the loss of them."""
+    """All pairs of responses that are ever drawn, and the loss of them.
+
+    Attributes:
+        known: what of the loss need not be asked: :class:`rl_ebm.studies.losses.surfaces.Surface`.
+    """
 
     loss: PairSlopes
     log_mu: Float[Tensor, "N"]
     mean_count: float
+    known: Known | None = None
 
     @classmethod
-    def by(cls, loss: PairSlopes, log_mu: Float[Tensor, "N"]) -> Drawn:
-        return cls(loss, log_mu, loss.mean_count(log_mu))
+    def by(cls, loss: PairSlopes, log_mu: Float[Tensor, "N"], known: Known | None = None) -> Drawn:
+        return cls(loss, log_mu, loss.mean_count(log_mu), known)
 
     def blocks(self) -> Iterator[Block]:
         """Of all pairs."""
@@ -123,8 +138,19 @@ class Drawn:
     def _kept(self) -> list[Block]:
         return list(blocks_of(self.loss, self.log_mu))
 
+    def few(self) -> Block:
+        """Some of them, of which a loss is asked what it goes by."""
+        block = next(self.blocks())
+        n = block.p.numel()
+        return block if n <= FEW else block.some(block.flat(_every(n, FEW).view_as(block.p)))
+
     def at(self, log_pi: Tensor, block: Block, more: More = (0.0, 0.0)) -> Slopes:
         """The loss's derivatives by log pi of both, with something added to them."""
+        found = None if self.known is None else self.known.at(self, log_pi, block, more)
+        return self.asked(log_pi, block, more) if found is None else found
+
+    def asked(self, log_pi: Tensor, block: Block, more: More = (0.0, 0.0)) -> Slopes:
+        """The same by the loss itself."""
         x, y = (value + m for value, m in zip(block.both(log_pi), more, strict=True))
         return self.loss.slopes(x, y, block, self.mean_count)
 
@@ -141,7 +167,7 @@ class Drawn:
 
         Not at one of interest: there a slope may be 0 by chance, and not stay so.
         """
-        generator, block = torch.Generator().manual_seed(0), next(self.blocks())
+        generator, block = torch.Generator().manual_seed(0), self.few()
         try:
             for nats in TRIED:
                 noise = torch.randn(self.log_mu.shape, generator=generator, dtype=torch.float64)
@@ -151,6 +177,11 @@ class Drawn:
         except LossError:
             return False
         return True
+
+
+def _every(n: int, few: int) -> Bool[Tensor, "n"]:
+    """So few of n, as far from each other."""
+    return torch.arange(n) % -(-n // few) == 0
 
 
 def add_first(found: Float[Tensor, "N"], block: Block, slopes: Slopes) -> None:
@@ -187,7 +218,8 @@ class Slope:
 
     @classmethod
     def none(cls, n: int) -> Slope:
-        return cls(torch.zeros(n).double(), torch.zeros(n, n).double())
+        first, second = (torch.zeros(shape, dtype=torch.float64) for shape in ((n,), (n, n)))
+        return cls(first, second)
 
     def add(self, block: Block, slopes: Slopes) -> None:
         add_first(self.first, block, slopes)

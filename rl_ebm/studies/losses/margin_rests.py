@@ -59,6 +59,8 @@ ROUGHLY, LEFT = 0.1, 1e-9
 """of a gradient, at most and at least"""
 ROUNDED = 1e-13
 """of one that no law feels, what rounding leaves"""
+TILE = 256
+"""rows and columns of a table that a cache holds"""
 FLAT = 1e-12
 """in units of how each curves alone, what curves not at all"""
 
@@ -81,7 +83,7 @@ class Margins:
     def averaged(self, log_pi: Float[Tensor, "N"], width: float) -> Averaged:
         """Of a window of this width."""
         n, lead = len(log_pi), log_pi - self.found.lead
-        first, second = torch.zeros(n).double(), torch.zeros(n, n).double()
+        first, second = (torch.zeros(shape, dtype=torch.float64) for shape in ((n,), (n, n)))
         for block in self.drawn.blocks():
             chosen = block.chosen
             margin = lead[chosen, None] - lead
@@ -93,7 +95,8 @@ class Margins:
                 first += jump[1] * beyond.sum(0)
                 bent += beyond.mul_(share.neg_().add_(1)).mul_(jump[0] / width)
             second[chosen] = bent
-        second = (second + second.T).neg_()
+        _mirror(second)
+        second.neg_()
         second.diagonal().sub_(second.sum(1))
         return Averaged(first, second)
 
@@ -239,6 +242,16 @@ class Margins:
             if short and rate <= WHOLE:
                 return log_pi, now, rate
         return None
+
+
+def _mirror(table: Float[Tensor, "N N"]) -> None:
+    """Its transpose is added to it, a tile at a time: as a whole that reads memory across."""
+    for i in range(0, len(table), TILE):
+        for j in range(i, len(table), TILE):
+            a, b = table[i : i + TILE, j : j + TILE], table[j : j + TILE, i : i + TILE]
+            both = a + b.T
+            a.copy_(both)
+            b.copy_(both.T)
 
 
 def _seen(ends: Sequence[Float[Tensor, "N"]]) -> Float[Tensor, "N"]:

@@ -64,7 +64,7 @@ class Jumps:
         Args:
             rough: whether it computes in float32.
         """
-        block = next(drawn.blocks())
+        block = drawn.few()
         for lead in (log_ref, torch.zeros_like(log_ref)):
             try:
                 if goes_by(drawn, block, lead, rough):
@@ -81,32 +81,59 @@ def goes_by(drawn: Drawn, block: Block, lead: Float[Tensor, "N"], rough: bool) -
     log_pi = torch.log_softmax(lead + noise, 0)
     x, y = block.both(log_pi - lead)
     more = (x - y).roll(1) - (x - y)
-    here = torch.stack(drawn.at(log_pi, block)).roll(1, 1)
+    here = torch.stack(drawn.asked(log_pi, block)).roll(1, 1)
     close = (ROUGH_ALIKE if rough else ALIKE) * float(here.abs().max())
     down = float(more.abs().max()) + torch.zeros_like(more)  # log pi stays below 0
     for a, b in ((more - down, -down), (0.3 * more - down, -0.7 * more - down)):
-        off = (torch.stack(drawn.at(log_pi, block, (a, b))) - here).abs().amax(0) > close
+        off = (torch.stack(drawn.asked(log_pi, block, (a, b))) - here).abs().amax(0) > close
         if float(off.double().mean()) > (STRAY if rough else 0.0):
             return False
     return True
 
 
+def goes_by_leads(drawn: Drawn, lead: Float[Tensor, "N"]) -> bool:
+    """Whether pairs of the same two leads have the same derivatives: each has the next one's.
+
+    Raises:
+        LossError: the loss is NaN or infinite there.
+    """
+    block = drawn.few()
+    noise = torch.randn(len(lead), generator=torch.Generator().manual_seed(0)).double()
+    low = noise - noise.max() - 1.0  # log pi stays below 0 wherever these are
+    u, v = block.both(low)
+    here = torch.stack(drawn.asked(low + lead, block)).roll(1, 1)
+    off = torch.stack(drawn.asked(low + lead, block, (u.roll(1) - u, v.roll(1) - v))) - here
+    return float(off.abs().max()) <= ALIKE * float(here.abs().max())
+
+
 @dataclass(frozen=True)
 class _Alike(Block):
-    """A response beside itself, so many times: pairs whose margins are what is added."""
+    """A response beside itself, so many times: pairs whose leads are what is added."""
 
     count: int
 
     def both(self, values: Shaped[Tensor, "N"]) -> tuple[Tensor, Tensor]:
-        each = values[:1].expand(self.count)
+        each = values[self.chosen].expand(self.count)
         return each, each
+
+
+def at_leads(
+    drawn: Drawn, lead: Float[Tensor, "N"], u: Float[Tensor, "m"], v: Float[Tensor, "m"]
+) -> Float[Tensor, "2 m"]:
+    """Both derivatives at leads of one's own choice, by the response whose log pi is lowest then.
+
+    Raises:
+        LossError: the loss is NaN or infinite there.
+    """
+    i = int(lead.argmin())
+    pairs = _Alike(slice(i, i + 1), torch.ones(1, 1).double(), None, len(u))
+    return torch.stack(drawn.asked(torch.full_like(lead, float(lead[i])), pairs, (u, v)))
 
 
 def _at(drawn: Drawn, margins: Float[Tensor, "m"]) -> Float[Tensor, "2 m"]:
     """Both derivatives at margins of one's own choice."""
-    pairs = _Alike(slice(0, 1), torch.ones(1, 1).double(), None, len(margins))
     low = torch.full_like(margins, FAR_DOWN)
-    return torch.stack(drawn.at(torch.zeros_like(drawn.log_mu), pairs, (low + margins, low)))
+    return at_leads(drawn, torch.zeros_like(drawn.log_mu), low + margins, low)
 
 
 def _found(drawn: Drawn, lead: Tensor, least: float) -> Jumps | None:
@@ -121,7 +148,7 @@ def _found(drawn: Drawn, lead: Tensor, least: float) -> Jumps | None:
     places: list[float] = []
     jumps: list[Tensor] = []
     for _ in range(ROUNDS):
-        where, jump = _halved(drawn, grid, values, places, jumps)
+        where, jump = _halved(drawn, grid, values, (places, jumps), least)
         new = (jump.abs().amax(0) > least).nonzero()[:, 0].tolist()
         if not new:
             break
@@ -140,15 +167,26 @@ def _found(drawn: Drawn, lead: Tensor, least: float) -> Jumps | None:
 
 
 def _halved(
-    drawn: Drawn, grid: Tensor, values: Tensor, places: list[float], jumps: list[Tensor]
+    drawn: Drawn,
+    grid: Tensor,
+    values: Tensor,
+    known: tuple[list[float], list[Tensor]],
+    least: float,
 ) -> tuple[Float[Tensor, "m"], Float[Tensor, "2 m"]]:
-    """Where between two places most is left of their difference, and how much; known ones aside."""
+    """Where between two places most is left of their difference, and how much; known ones aside.
+
+    Args:
+        known: jumps, where and by how much.
+        least: what is none: where nothing more is left anywhere, that is all.
+    """
     low, high = grid[:-1], grid[1:]
     below, above = values[:, :-1], values[:, 1:]
     for _ in range(HALVINGS):
+        if float((above - below).abs().max()) <= least:
+            break
         middle = (low + high) / 2
         here = _at(drawn, middle)
-        for place, jump in zip(places, jumps, strict=True):
+        for place, jump in zip(*known, strict=True):
             here = here - jump[:, None] * (middle >= place)
         first = (here - below).abs().sum(0) >= (above - here).abs().sum(0)
         high, above = torch.where(first, middle, high), torch.where(first, here, above)

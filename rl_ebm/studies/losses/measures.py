@@ -25,7 +25,6 @@ from torch import Tensor
 from rl_ebm.statistics.expectations import sample_interval
 from rl_ebm.statistics.interval import Interval
 from rl_ebm.studies.losses.distillation import Distillation
-from rl_ebm.studies.losses.drawn_pairs import Drawn
 from rl_ebm.studies.losses.kinds import AnyFlow
 from rl_ebm.studies.losses.policy_gradient import PolicyGradient
 from rl_ebm.studies.losses.preference import Preference
@@ -98,7 +97,7 @@ def _of_pairs(flow: Preference, theta: Tensor, log_pi: Tensor) -> float:
     r = flow.responses
     log_mu, log_law = r.log_law(flow.who_draws(theta)), r.log_law(log_pi)
     one, total = torch.ones(r.mask.shape, dtype=torch.float64), 0.0
-    square, drawn = r.inner(one, one, log_pi), Drawn.by(flow, log_mu)
+    square, drawn = r.inner(one, one, log_pi), flow.pairs_of(log_mu)
     numbers = torch.arange(len(log_mu))
     for block in drawn.blocks():
         x, y = drawn.at(log_law, block)

@@ -169,7 +169,7 @@ def _in_window(
         found = backward(now.on_laws(log_pi, mu), off, units, max(rate / FASTER, NEWTON))
         if found is None:
             return None
-        step, rate = found[0], found[1].rate
+        step, rate, _ = found
         along, share = abs(float(off @ step)), 1.0
         for _ in range(SHORTER):
             new = torch.log_softmax(log_pi + share * step, 0)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -28,6 +28,7 @@ from rl_ebm.studies.losses.margin_rests import Margins
 from rl_ebm.studies.losses.margins import Jumps
 from rl_ebm.studies.losses.responses import Responses, normalised
 from rl_ebm.studies.losses.rows import Rows
+from rl_ebm.studies.losses.surfaces import MANY, Surface
 
 NAMES = ("chosen_log_pi", "rejected_log_pi", "chosen_log_ref", "rejected_log_ref")
 LENGTHS = ("chosen_length", "rejected_length")
@@ -173,21 +174,43 @@ class Preference:
         r = self.responses
         log_mu = r.log_law(self.who_draws(theta))
         log_pi = r.log_law(normalised(theta, r.start))
-        drawn = self._drawn_pairs or Drawn.by(self, log_mu)
-        return drawn.first(log_pi), log_mu
+        return self.pairs_of(log_mu).first(log_pi), log_mu
+
+    def pairs_of(self, log_mu: Float[Tensor, "N"]) -> Drawn:
+        """All that this law draws."""
+        return self._drawn_pairs or Drawn.by(self, log_mu, self._surface)
 
     @cached_property
     def _drawn_pairs(self) -> Drawn | None:
         """Of a law that stays."""
-        return None if self.drawn is None else Drawn.by(self, self.responses.log_law(self.drawn))
+        return None if self.drawn is None else replace(self._asked, known=self._surface)
+
+    @cached_property
+    def _asked(self) -> Drawn:
+        """Pairs to ask what the loss goes by: of the reference if the policy draws."""
+        r = self.responses
+        return Drawn.by(self, self._log_ref if self.drawn is None else r.log_law(self.drawn))
+
+    @cached_property
+    def _surface(self) -> Surface | None:
+        """Of many pairs, whose rows add up."""
+        many = self.cost > MANY and not self.rows.rough
+        if not many or self.rows.combination != "rows":
+            return None
+        return Surface.of(self._asked, self._log_ref, self._jumps)
+
+    @cached_property
+    def _jumps(self) -> Jumps | None:
+        """Where the pairs' law stays, and rows add up."""
+        if self.drawn is None or self.rows.combination != "rows":
+            return None
+        return Jumps.of(self._asked, self._log_ref, self.rows.rough)
 
     @cached_property
     def _margins(self) -> Margins | None:
-        """Where the pairs' law stays, and rows add up."""
-        if self._drawn_pairs is None or self.rows.combination != "rows":
+        if self._drawn_pairs is None or self._jumps is None:
             return None
-        found = Jumps.of(self._drawn_pairs, self._log_ref, self.rows.rough)
-        return None if found is None else Margins(self._drawn_pairs, found)
+        return Margins(self._drawn_pairs, self._jumps)
 
     @property
     def kinks_first(self) -> bool:
@@ -230,7 +253,7 @@ class Preference:
         self, theta: Float[Tensor, "S A"], within: float = math.inf
     ) -> tuple[Tensor, float] | None:
         """The same where kinks meet."""
-        if self._drawn_pairs is None:
+        if self._drawn_pairs is None or (self._surface is not None and self._surface.smooth):
             return None
         r, rough = self.responses, self.rows.rough
         log_pi = r.log_law(normalised(theta, r.start))
