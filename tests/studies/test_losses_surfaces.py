@@ -16,9 +16,9 @@ from rl_ebm.studies.losses import backward, drawn_pairs, preference, surfaces
 from rl_ebm.studies.losses.cases import asked, cases_of
 from rl_ebm.studies.losses.drawn_pairs import Drawn
 from rl_ebm.studies.losses.margin_rests import TILE, _mirror
-from rl_ebm.studies.losses.panels import ASIDE, panels_of, places_of, terms_of
+from rl_ebm.studies.losses.panels import panels_of, places_of, terms_of
 from rl_ebm.studies.losses.preference import Pairs, Preference
-from rl_ebm.studies.losses.surfaces import Surface
+from rl_ebm.studies.losses.surfaces import ASIDE, Surface
 
 Loss = Callable[..., Tensor]
 SPACE = TokenSpace(3, 3)
@@ -79,6 +79,12 @@ def _hinge(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> Tensor:
     return (torch.relu(1 - 0.8 * ((x - u) - (y - v))) + 0.05 * (x - u).square()).mean()
 
 
+def _jumps(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """Of the margin alone: where its derivatives jump, and by how much, is known."""
+    m = (x - u) - (y - v)
+    return (torch.relu(1 - 0.8 * m) + m.cosh().log()).mean()
+
+
 def _huber(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """A kink in its derivative far from the reference."""
     lead = (x - u) - 0.1 * (y - v)
@@ -115,7 +121,7 @@ def _by_the_loss(flow: Preference, log_pi: Tensor) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("loss", [_dpo, _apart, _odds, _hinge, _huber])
+@pytest.mark.parametrize("loss", [_dpo, _apart, _odds, _hinge, _jumps, _huber])
 @pytest.mark.parametrize("labels", ["bradley-terry", "higher"])
 def test_all_pairs_have_the_derivatives_of_the_loss_itself(loss: Loss, labels: str) -> None:
     """At laws near the reference and far from it, where one response has died nearly."""
@@ -125,6 +131,7 @@ def test_all_pairs_have_the_derivatives_of_the_loss_itself(loss: Loss, labels: s
     drawn = flow._drawn_pairs
     assert drawn is not None
     assert drawn.known is surface
+    assert (surface.jumps is not None) == (loss is _jumps)
     unit = flow.rows.unit
     for law in (_law(), _law(4, 9.0)):
         exact = _by_the_loss(flow, law) / unit
@@ -170,6 +177,7 @@ def test_and_so_is_one_that_does_so_far_away_alone(monkeypatch: pytest.MonkeyPat
     seen = [drawn.first(far + 1e-13 * k) for k in range(3)]
     assert surface._wrong
     torch.testing.assert_close(seen[-1], exact, rtol=0, atol=1e-12)
+    assert surface.at(drawn, near, next(drawn.blocks()), (0.0, 0.0)) is None
 
 
 def test_most_pairs_are_never_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,6 +220,7 @@ def test_nothing_is_known_of_a_law_without_a_response_that_is_drawn() -> None:
         (_dpo, SOLUTION, {}),
         (_odds, SOLUTION, {}),
         (_hinge, UNIFORM, {}),
+        (_jumps, UNIFORM, {}),
         (_dpo, SOLUTION, {"sampler": "policy", "pairs": Pairs("higher", 0.9)}),
         (_apart, UNIFORM, {"sampler": "teacher"}),
     ],
@@ -240,12 +249,12 @@ def test_terms_are_of_the_function() -> None:
     """At places that it was not asked at, on both sides of 0."""
     generator = torch.Generator().manual_seed(7)
     for panel, width in (((0, -1), 2.0), ((-3, 2), 1.0)):
-        u, v = places_of(panel, width)
+        u, v = places_of(panel, width, ASIDE)
         terms = terms_of(torch.stack([(u * v).sin(), (-u).exp()]), 1.0)
         assert terms is not None
         lows = (torch.tensor(panel, dtype=torch.float64) - ASIDE) * width
         u, v = (lows[:, None] + width * torch.rand(2, 50, generator=generator).double()).unbind()
-        (k, of_u), (j, of_v) = panels_of(u, width), panels_of(v, width)
+        (k, of_u), (j, of_v) = (panels_of(x, width, ASIDE) for x in (u, v))
         assert set(k.tolist()) == {panel[0]}
         assert set(j.tolist()) == {panel[1]}
         found = ((of_u @ terms) * of_v).sum(-1)
@@ -258,7 +267,10 @@ def test_round_numbers_are_within_a_panel() -> None:
     x = torch.tensor([-4.0, -1.0, 0.0, 0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
     for width in surfaces.WIDTHS:
         for nats in (-0.05, 0.05):
-            assert panels_of(x + nats, width)[0].tolist() == panels_of(x, width)[0].tolist()
+            beside = panels_of(x + nats, width, ASIDE)[0]
+            assert beside.tolist() == panels_of(x, width, ASIDE)[0].tolist()
+    certain = torch.tensor([-1e-9, 0.0, 1e-9], dtype=torch.float64)
+    assert panels_of(certain, 4.0, 0.0)[0].tolist() == [-1, -1, 0]
     flow = _flow(lambda x, y, u, v: ((x - u).abs() - 0.1 * (y - v).square()).mean())
     assert flow._surface is not None
     assert not flow._surface.smooth
@@ -266,11 +278,14 @@ def test_round_numbers_are_within_a_panel() -> None:
 
 def test_no_terms_of_what_is_not_smooth() -> None:
     """A kink in either number, or something narrow that lies between the nodes."""
-    u, v = places_of((0, 0), 4.0)
+    u, v = places_of((0, 0), 4.0, ASIDE)
     for values in ((u - 1.1).abs(), (v - 1.1).abs(), (u - v).relu(), (u > 2).double()):
         assert terms_of(torch.stack([u, values]), 1.0) is None
     smooth = _bump(u, v, 3.0)
     assert terms_of(smooth[None], 1.0) is not None
+    for x in (u, v):  # so little that the sum is not off anywhere, and does not fade
+        last = torch.cos(31 * (2 * (x / 4.0 + ASIDE) - 1).clamp(-1, 1).arccos())
+        assert terms_of((smooth + 1e-12 * last)[None], 1.0) is None
     assert terms_of(_bump(u, v, 0.05)[None], 1.0) is None
     beside = smooth.clone()
     beside[-1] += 1e-6

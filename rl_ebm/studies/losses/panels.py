@@ -24,18 +24,20 @@ SEEN = 64
 """places of a panel where it is looked at, besides the nodes"""
 PLACES = TERMS**2 + SEEN
 """of a panel, all that a function is asked at"""
-ASIDE = 0.1234
-"""of a width, before a round number panels begin: a kink between two would not be seen"""
 Panel = tuple[int, int]
 """numbers of it, by u and by v"""
 
 
 def panels_of(
-    x: Float[Tensor, "N"], width: float
+    x: Float[Tensor, "N"], width: float, aside: float
 ) -> tuple[Int64[Tensor, "N"], Float[Tensor, "N n"]]:
-    """In which each number is, and Chebyshev's polynomials there."""
-    x = x / width + ASIDE
-    number = x.floor()
+    """In which each number is, and Chebyshev's polynomials there.
+
+    Args:
+        aside: of a width, how far below 0 one begins. Its upper end is part of it.
+    """
+    x = x / width + aside
+    number = x.ceil() - 1
     return number.long(), chebyshev(2 * (x - number) - 1)
 
 
@@ -44,10 +46,12 @@ def chebyshev(x: Float[Tensor, "m"]) -> Float[Tensor, "m n"]:
     return torch.cos(x.clamp(-1, 1).arccos()[:, None] * torch.arange(TERMS))
 
 
-def places_of(panel: Panel, width: float) -> tuple[Float[Tensor, "m"], Float[Tensor, "m"]]:
+def places_of(
+    panel: Panel, width: float, aside: float
+) -> tuple[Float[Tensor, "m"], Float[Tensor, "m"]]:
     """u and v where a function is to be asked for :func:`terms_of`."""
     u, v = (
-        (number + (1 + x) / 2 - ASIDE) * width
+        (number + (1 + x) / 2 - aside) * width
         for number, x in zip(panel, (_GRID_U, _GRID_V), strict=True)
     )
     return u, v

@@ -26,10 +26,13 @@ from rl_ebm.studies.losses.panels import CLOSE, PLACES, TERMS, Panel, panels_of,
 
 MANY = 2**20
 """pairs, above which it pays"""
-WIDTHS = (4.0, 2.0, 1.0)
-"""of panels, nats; and of those about the reference"""
+WIDTHS = (4.0123, 2.0123, 1.0123)
+"""of panels, nats: no round numbers, of which kinks are fond: one between two would not be seen"""
+ASIDE = 0.1234
+"""of a width, below no lead a panel begins; of log pi alone, which is at most 0, one ends there"""
 MOST, PAYS = 1 / 3, 2.0
-"""that are not smooth, so many at most, and for how many times fewer of them narrow ones pay"""
+"""of those about the reference, so many are not smooth, at most; narrow ones pay for so many times
+fewer"""
 STRIDE = 7919
 """from the response that is asked at one law to that at the next one, beside so many"""
 BESIDE = 256
@@ -82,7 +85,8 @@ class Surface:
         drawn: pairs by which the loss is asked.
         lead: what log pi of each response leads: log p_ref, or 0.
         jumps: of a loss that goes by how far one lead is above the other.
-        width: of panels, nats.
+        width: of panels, nats, and
+        aside: of a width, how far below 0 one begins.
         size: of derivatives about the reference.
         mirrored: whether one derivative is the other turned round: how far apart both are counts.
     """
@@ -91,6 +95,7 @@ class Surface:
     lead: Float[Tensor, "N"]
     jumps: Jumps | None
     width: float
+    aside: float
     size: float = field(default=0.0, init=False)
     mirrored: bool = field(default=True, init=False)
     _terms: dict[Panel, Tensor | None] = field(default_factory=dict, init=False, repr=False)
@@ -118,7 +123,7 @@ class Surface:
             return None
         best, least = None, MOST * PAYS
         for width in WIDTHS:
-            found = cls(drawn, lead, jumps, width)
+            found = cls(drawn, lead, jumps, width, ASIDE if bool(lead.any()) else 0.0)
             rough = found._rough(log_ref)
             if rough < least / PAYS:
                 best, least = found, rough
@@ -130,7 +135,7 @@ class Surface:
         low, high = float(leads.min()) - WIDTHS[0], float(leads.max()) + WIDTHS[0]
         high = min(high, -float(self.lead.min()))  # of a response that is all there is
         ends = torch.tensor([low, high], dtype=torch.float64)
-        first, last = (int(k) for k in panels_of(ends, self.width)[0])
+        first, last = (int(k) for k in panels_of(ends, self.width, self.aside)[0])
         panels = [(k, j) for k in range(first, last + 1) for j in range(first, last + 1)]
         if len(panels) * PLACES > len(leads) ** 2:
             return 1.0
@@ -188,7 +193,7 @@ class Surface:
         if not bool(torch.isfinite(leads).all()):
             return None
         u, v = (leads + x for x in more)
-        (k, of_u), (j, of_v) = (panels_of(x, self.width) for x in (u, v))
+        (k, of_u), (j, of_v) = (panels_of(x, self.width, self.aside) for x in (u, v))
         (ks, number_k), (js, number_j) = (x.unique(return_inverse=True) for x in (k, j))
         panels = [(a, b) for a in ks.tolist() for b in js.tolist()]
         new = [panel for panel in panels if panel not in self._terms]
@@ -236,7 +241,7 @@ class Surface:
 
     def _values(self, panel: Panel) -> Float[Tensor, "2 m"] | None:
         """What the loss says at places of a panel, without its jumps; None where it fails."""
-        u, v = places_of(panel, self.width)
+        u, v = places_of(panel, self.width, self.aside)
         try:
             found = at_leads(self.drawn, self.lead, u, v)
         except LossError:
