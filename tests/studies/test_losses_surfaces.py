@@ -219,7 +219,6 @@ def test_nothing_is_known_of_a_law_without_a_response_that_is_drawn() -> None:
     [
         (_dpo, SOLUTION, {}),
         (_odds, SOLUTION, {}),
-        (_hinge, UNIFORM, {}),
         (_jumps, UNIFORM, {}),
         (_dpo, SOLUTION, {"sampler": "policy", "pairs": Pairs("higher", 0.9)}),
         (_apart, UNIFORM, {"sampler": "teacher"}),
@@ -272,6 +271,10 @@ def test_round_numbers_are_within_a_panel() -> None:
     certain = torch.tensor([-1e-9, 0.0, 1e-9], dtype=torch.float64)
     assert panels_of(certain, 4.0, 0.0)[0].tolist() == [-1, -1, 0]
     flow = _flow(lambda x, y, u, v: ((x - u).abs() - 0.1 * (y - v).square()).mean())
+    for loss, smooth in ((_dpo, True), (_apart, True), (_jumps, False)):
+        known = _flow(loss)._surface
+        assert known is not None
+        assert known.smooth == smooth
     assert flow._surface is not None
     assert not flow._surface.smooth
 
