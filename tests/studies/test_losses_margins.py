@@ -1,6 +1,7 @@
 """Losses of pairs that go by margins: what is found of them, windows, and where kinks meet."""
 
 import itertools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -252,3 +253,15 @@ def test_the_bisection_of_pairs_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     by_pairs, other = _ended(_without_reference, _solution(2))
     assert max(found.accuracy, other.accuracy) < 1e-8
     assert float(tv(law, by_pairs)) <= 1e-8
+
+
+def test_no_log_probability_is_above_0_where_jumps_are_looked_for() -> None:
+    """Losses that are NaN there have jumps as well."""
+
+    def hinge(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        legal = torch.log(torch.where((x <= 0) & (y <= 0), 1.0, math.nan))
+        return (torch.relu(1 - (x - y)) + legal).mean()
+
+    found = _flow(hinge, _solution())._jumps
+    assert found is not None
+    torch.testing.assert_close(found.places, torch.ones(1, dtype=torch.float64))

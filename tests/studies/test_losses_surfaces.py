@@ -12,13 +12,13 @@ from rl_ebm import EBM, TokenSpace, audit_loss, solve
 from rl_ebm.divergences import tv
 from rl_ebm.exact import Solution
 from rl_ebm.policies import Tabular, Uniform
-from rl_ebm.studies.losses import backward, drawn_pairs, preference, surfaces
+from rl_ebm.studies.losses import backward, drawn_pairs, panels, preference, surfaces
 from rl_ebm.studies.losses.cases import asked, cases_of
 from rl_ebm.studies.losses.drawn_pairs import Drawn
 from rl_ebm.studies.losses.margin_rests import TILE, _mirror
-from rl_ebm.studies.losses.panels import panels_of, places_of, terms_of
+from rl_ebm.studies.losses.panels import ASIDE, panels_of, places_of, terms_of
 from rl_ebm.studies.losses.preference import Pairs, Preference
-from rl_ebm.studies.losses.surfaces import ASIDE, Surface
+from rl_ebm.studies.losses.surfaces import Surface
 
 Loss = Callable[..., Tensor]
 SPACE = TokenSpace(3, 3)
@@ -293,6 +293,34 @@ def test_no_terms_of_what_is_not_smooth() -> None:
     beside = smooth.clone()
     beside[-1] += 1e-6
     assert terms_of(beside[None], 1.0) is None
+
+
+def test_functions_of_one_number_are_smooth_or_not() -> None:
+    """As they are on every panel, and at the places where they were asked before."""
+    x = torch.linspace(-40, 41, 1000, dtype=torch.float64)
+
+    def both(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda m: torch.stack([m.sin(), f(m)])
+
+    def smooth(f: Callable[[Tensor], Tensor]) -> bool:
+        return panels.is_smooth(both(f), x, both(f)(x), 2.0123)
+
+    assert smooth(torch.sigmoid)
+    assert smooth(lambda m: 0 * m)
+    for place in (-39.3, 0.0, 4.0, 17.1, 40.2):
+
+        def jump(m: Tensor, place: float = place) -> Tensor:
+            return 1e-6 * (m >= place)
+
+        def kink(m: Tensor, place: float = place) -> Tensor:
+            return (m - place).relu()
+
+        assert not smooth(jump)
+        assert not smooth(kink)
+    assert not smooth(lambda m: torch.sigmoid(50 * m))
+    values = both(torch.sigmoid)(x)
+    values[1, 500] += 1e-9
+    assert not panels.is_smooth(both(torch.sigmoid), x, values, 2.0123)
 
 
 def test_steps_without_factors_are_those_of_a_solver() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Shaped
@@ -17,11 +18,14 @@ from torch import Tensor
 
 from rl_ebm.studies.losses.contract import LossError
 from rl_ebm.studies.losses.drawn_pairs import Block, Drawn
+from rl_ebm.studies.losses.panels import is_smooth
 
 REACH = 64.0
 """nats, the margins that are looked at for jumps"""
 PLACES = 2**13
 """as many of them"""
+WIDTH = 2.0123
+"""of panels, nats, on which what is smooth has no jump; none ends at a round number"""
 HALVINGS = 50
 """of what is between two"""
 ROUNDS = 4
@@ -30,8 +34,8 @@ JUMP, ROUGH_JUMP = 1e-9, 1e-4
 """of the largest derivative, what is one; in float32"""
 ALIKE, ROUGH_ALIKE = 1e-9, 1e-4
 """the same, how far two may be apart that are one function"""
-FAR_DOWN = -REACH - 1.0
-"""log pi of rejected responses there; those of chosen ones are not above 0 either"""
+FAR_DOWN = -REACH - 4.0
+"""log pi of rejected responses there; those of chosen ones are not above 0 on any panel either"""
 STRAY = 1e-3
 """pairs that rounding to float32 puts on the other side of a jump, at most"""
 Line = tuple[Float[Tensor, "2"], float]
@@ -141,6 +145,8 @@ def _found(drawn: Drawn, lead: Tensor, least: float) -> Jumps | None:
     # Not at round numbers, of which kinks are fond.
     grid = torch.linspace(-REACH - 1e-3 * math.pi, REACH, PLACES, dtype=torch.float64)
     values = _at(drawn, grid)
+    if is_smooth(partial(_at, drawn), grid, values, WIDTH):
+        return None
     least *= float(values.abs().max())
     total = values.sum(0)
     if float(total.max() - total.min()) > least:

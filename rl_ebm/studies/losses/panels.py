@@ -9,6 +9,7 @@ kink they do not: that is how one is seen.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int64
@@ -24,6 +25,8 @@ SEEN = 64
 """places of a panel where it is looked at, besides the nodes"""
 PLACES = TERMS**2 + SEEN
 """of a panel, all that a function is asked at"""
+ASIDE = 0.1234
+"""of a width, below 0 a panel begins: kinks are fond of 0, and one between two would not be seen"""
 Panel = tuple[int, int]
 """numbers of it, by u and by v"""
 
@@ -72,6 +75,27 @@ def terms_of(values: Float[Tensor, "f m"], size: float) -> Float[Tensor, "f n n"
     u, v = (chebyshev(x[TERMS**2 :]) for x in (_GRID_U, _GRID_V))
     found = ((u @ terms) * v).sum(-1)
     return terms if float((found - beside).abs().max()) <= CLOSE * size else None
+
+
+def is_smooth(
+    function: Callable[[Float[Tensor, "m"]], Float[Tensor, "f m"]],
+    x: Float[Tensor, "m"],
+    values: Float[Tensor, "f m"],
+    width: float,
+) -> bool:
+    """Whether functions of one number are on all panels between the smallest and the largest x.
+
+    Args:
+        values: of them at x, which are to be those that the terms give.
+    """
+    number, of_x = panels_of(x, width, ASIDE)
+    low = torch.arange(int(number.min()), int(number.max()) + 1)
+    found = function(((low[:, None] + (1 + _NODES) / 2 - ASIDE) * width).flatten())
+    terms = found.unflatten(1, (len(low), TERMS)) @ _TO_TERMS.T
+    size = max(float(found.abs().max()), float(values.abs().max()))
+    off = (terms[:, number - low[0]] * of_x).sum(-1) - values
+    fades = float(terms[..., -LAST:].abs().max()) <= FADED * size
+    return fades and float(off.abs().max()) <= CLOSE * size
 
 
 _NODES = torch.cos(math.pi * (torch.arange(TERMS, dtype=torch.float64) + 0.5) / TERMS)

@@ -22,14 +22,21 @@ from torch import Tensor
 from rl_ebm.studies.losses.contract import LossError
 from rl_ebm.studies.losses.drawn_pairs import Block, Drawn, More, Slopes
 from rl_ebm.studies.losses.margins import Jumps, at_leads, goes_by_leads
-from rl_ebm.studies.losses.panels import CLOSE, PLACES, TERMS, Panel, panels_of, places_of, terms_of
+from rl_ebm.studies.losses.panels import (
+    ASIDE,
+    CLOSE,
+    PLACES,
+    TERMS,
+    Panel,
+    panels_of,
+    places_of,
+    terms_of,
+)
 
 MANY = 2**20
 """pairs, above which it pays"""
 WIDTHS = (4.0123, 2.0123, 1.0123)
-"""of panels, nats: no round numbers, of which kinks are fond: one between two would not be seen"""
-ASIDE = 0.1234
-"""of a width, below no lead a panel begins; of log pi alone, which is at most 0, one ends there"""
+"""of panels, nats: no round numbers, of which kinks are fond"""
 MOST, PAYS = 1 / 3, 2.0
 """of those about the reference, so many are not smooth, at most; narrow ones pay for so many times
 fewer"""
@@ -123,6 +130,7 @@ class Surface:
             return None
         best, least = None, MOST * PAYS
         for width in WIDTHS:
+            # Of log pi alone, which is at most 0, a panel ends there.
             found = cls(drawn, lead, jumps, width, ASIDE if bool(lead.any()) else 0.0)
             rough = found._rough(log_ref)
             if rough < least / PAYS:
