@@ -86,7 +86,7 @@ def is_smooth(
     """Whether functions of one number are on all panels between the smallest and the largest x.
 
     Args:
-        values: of them at x, which are to be those that the terms give.
+        values: of them at x, which are to be those that the terms give: many on each panel.
     """
     number, of_x = panels_of(x, width, ASIDE)
     low = torch.arange(int(number.min()), int(number.max()) + 1)
@@ -94,8 +94,7 @@ def is_smooth(
     terms = found.unflatten(1, (len(low), TERMS)) @ _TO_TERMS.T
     size = max(float(found.abs().max()), float(values.abs().max()))
     off = (terms[:, number - low[0]] * of_x).sum(-1) - values
-    fades = float(terms[..., -LAST:].abs().max()) <= FADED * size
-    return fades and float(off.abs().max()) <= CLOSE * size
+    return float(off.abs().max()) <= CLOSE * size
 
 
 _NODES = torch.cos(math.pi * (torch.arange(TERMS, dtype=torch.float64) + 0.5) / TERMS)
