@@ -12,7 +12,6 @@ and from then on asked of everything.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -147,9 +146,10 @@ class Surface:
         panels = [(k, j) for k in range(first, last + 1) for j in range(first, last + 1)]
         if len(panels) * PLACES > len(leads) ** 2:
             return 1.0
-        values = [x for x in map(self._values, panels) if x is not None]
-        self.size = max((float(x.abs().max()) for x in values), default=0.0)
-        self._fit(panels)
+        values = [self._values(panel) for panel in panels]
+        self.size = max((float(x.abs().max()) for x in values if x is not None), default=0.0)
+        for panel, found in zip(panels, values, strict=True):
+            self._fit(panel, found)
         return sum(self._terms[panel] is None for panel in panels) / len(panels)
 
     @property
@@ -207,7 +207,8 @@ class Surface:
         new = [panel for panel in panels if panel not in self._terms]
         if len(new) * PLACES > len(leads) ** 2:
             return None
-        self._fit(new)
+        for panel in new:
+            self._fit(panel, self._values(panel))
         parts = []
         for b in js.tolist():
             left = torch.zeros(2, len(u), TERMS, dtype=torch.float64)
@@ -239,13 +240,11 @@ class Surface:
         size = max(self.size, float(found.abs().max()))
         return float(off.abs().max()) <= CLOSE * size
 
-    def _fit(self, panels: Sequence[Panel]) -> None:
-        """Their terms; None where a derivative is not smooth."""
-        for panel in panels:
-            values = self._values(panel)
-            self._terms[panel] = terms = None if values is None else terms_of(values, self.size)
-            if terms is not None:
-                self.mirrored = self.mirrored and torch.equal(terms[0], -terms[1])
+    def _fit(self, panel: Panel, values: Float[Tensor, "2 m"] | None) -> None:
+        """Its terms; None where a derivative is not smooth."""
+        self._terms[panel] = terms = None if values is None else terms_of(values, self.size)
+        if terms is not None:
+            self.mirrored = self.mirrored and torch.equal(terms[0], -terms[1])
 
     def _values(self, panel: Panel) -> Float[Tensor, "2 m"] | None:
         """What the loss says at places of a panel, without its jumps; None where it fails."""
