@@ -69,8 +69,8 @@ def _in_minutes(row: Row) -> bool:
 
     Left out is what was not followed: losses at whose end responses die; divergences other than the
     reverse KL, of which that of Jensen and Shannon had not ended after 400 backward steps; what
-    computes in float32, and is asked of every pair; trainers that the policy draws for; and SimPO and
-    its kin without a likelihood: their rarest responses end below exp(-65), which is taken for dead.
+    computes in float32, and is asked of every pair; trainers that the policy draws for; and SimPO
+    and its kin without a likelihood: responses that end below exp(-68) are taken for dead there.
     """
     if any(f"{name}Trainer." in row.name for name in ("CPO", "TPO")):
         alone = 0.0 in (row.options.get("cpo_alpha"), row.options.get("tpo_alpha"))
