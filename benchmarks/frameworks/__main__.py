@@ -59,7 +59,7 @@ class Asked:
 
 FOLLOWED = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "discopop",
-    "sft", "sigmoid_norm",
+    "sft",
 )  # fmt: skip
 """loss types of trl's DPOTrainer that were followed at A = 8, T = 4"""
 
@@ -69,8 +69,8 @@ def _in_minutes(row: Row) -> bool:
 
     Left out is what was not followed: losses at whose end responses die; divergences other than the
     reverse KL, of which that of Jensen and Shannon had not ended after 400 backward steps; what
-    computes in float32, and is asked of every pair; trainers that the policy draws for; and SimPO
-    and its kin without a likelihood: responses that end below exp(-68) are taken for dead there.
+    computes in float32, and is asked of every pair; trainers that the policy draws for; and SimPO,
+    its kin and sigmoid_norm: responses that end at exp(-50) and below are taken for dead there.
     """
     if any(f"{name}Trainer." in row.name for name in ("CPO", "TPO")):
         alone = 0.0 in (row.options.get("cpo_alpha"), row.options.get("tpo_alpha"))
@@ -87,7 +87,7 @@ EBMS = {
     ),
     "large": Asked(
         "A = 8, T = 4, beta 1: `random`, uniform reference; followed are, of the losses of 16.8 "
-        "million pairs, OpenRLHF's, eleven of trl's DPOTrainer, CPO's and TPO's, and of verl's "
+        "million pairs, OpenRLHF's, ten of trl's DPOTrainer, CPO's and TPO's, and of verl's "
         "distillation k1 and k3 in the reward",
         lambda: make_task("random", vocab_size=8, max_length=4, beta=1.0, reference="uniform"),
         lambda row: row.kind != "preference" or _in_minutes(row),
