@@ -385,3 +385,15 @@ def test_a_few_pairs_are_from_all_over(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(x.unique()) == len(y.unique()) == 27
     monkeypatch.setattr(drawn_pairs, "FEW", 27**2)
     assert drawn.few() is next(drawn.blocks())
+
+
+def test_pairs_of_the_policy_are_known_as_well_and_those_in_float32_are_not() -> None:
+    """Of which differences would tell rounding alone."""
+    flow = _flow(_dpo, sampler="policy")
+    assert flow._surface is not None
+    assert flow.pairs_of(_law()).known is flow._surface
+
+    def rounded(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        return _dpo(x.float(), y.float(), u.float(), v.float()).double()
+
+    assert _flow(rounded)._surface is None
