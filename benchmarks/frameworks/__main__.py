@@ -65,7 +65,7 @@ FOLLOWED = (
 
 
 def _in_minutes(row: Row) -> bool:
-    """Whether a loss of 16.8 million pairs is followed: most take a minute or two of one core.
+    """Whether a loss of 16.8 million pairs is followed, in minutes of one core.
 
     Left out is what was not followed: losses at whose end responses die; divergences other than the
     reverse KL, of which that of Jensen and Shannon had not ended after 400 backward steps; what

@@ -140,7 +140,7 @@ class Drawn:
 
     def few(self) -> Block:
         """Some of them, of which a loss is asked what it goes by."""
-        block = next(self.blocks())
+        block = next(blocks_of(self.loss, self.log_mu))  # the others are not made for this
         n = block.p.numel()
         return block if n <= FEW else block.some(block.flat(_every(n, FEW).view_as(block.p)))
 
